@@ -1,0 +1,16 @@
+"""Expert parallelism for MLX-LM's Mixture-of-Experts models: what scripts and notebooks share."""
+
+from .balance import balancedness
+from .moe import ExpertShard, shard_model
+from .placement import Placement, place_experts
+from .routing import RoutingTrace, record_routing
+
+__all__ = [
+    "ExpertShard",
+    "Placement",
+    "RoutingTrace",
+    "balancedness",
+    "place_experts",
+    "record_routing",
+    "shard_model",
+]

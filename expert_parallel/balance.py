@@ -1,0 +1,117 @@
+"""Balance: how evenly load falls on devices. Numpy only.
+
+Dimensions: T tokens, L MoE layers, E experts, k chosen, D devices. `device_loads` is
+[L, D] throughout, from `Placement.device_loads(trace.loads())`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+
+def _check(device_loads) -> np.ndarray:
+    loads = np.asarray(device_loads, dtype=np.float64)
+    if loads.ndim != 2 or 0 in loads.shape:
+        raise ValueError(f"device loads are [layers, devices], got {list(loads.shape)}")
+    if not np.isfinite(loads).all() or (loads < 0).any():
+        raise ValueError("device loads must be finite and not negative")
+    return loads
+
+
+def balancedness(device_loads, average: str = "layers") -> float:
+    """Mean load over the fullest device's load, 1 when even and 1/D when one device does it all.
+
+    average  layers     (mean + 1e-5) / (max + 1e-5) in each layer, then the mean over layers
+                        (SGLang, expert_distribution.py)
+             aggregate  sum over layers of the mean / sum over layers of the maximum: the share of
+                        time that devices are busy if layers wait for each other (vLLM, eplb_state.py)
+    """
+    loads = _check(device_loads)
+    if average == "layers":
+        return float(balancedness_per_layer(loads).mean())
+    if average == "aggregate":
+        highest = loads.max(axis=1).sum()
+        return float(loads.mean(axis=1).sum() / highest) if highest > 0 else 1.0
+    raise ValueError(f'average is "layers" or "aggregate", got {average!r}')
+
+
+def balancedness_per_layer(device_loads) -> np.ndarray:
+    """[L]; see `balancedness`."""
+    loads = _check(device_loads)
+    return (loads.mean(axis=1) + 1e-5) / (loads.max(axis=1) + 1e-5)
+
+
+def imbalance_ratio(device_loads) -> np.ndarray:
+    """[L]; max / mean - 1: the extra time the fullest device takes (TensorRT-LLM)."""
+    loads = _check(device_loads)
+    mean = loads.mean(axis=1)
+    return np.divide(loads.max(axis=1), mean, out=np.ones_like(mean), where=mean > 0) - 1
+
+
+def coefficient_of_variation(device_loads) -> np.ndarray:
+    """[L]; standard deviation over mean, 0 for a layer without load."""
+    loads = _check(device_loads)
+    mean = loads.mean(axis=1)
+    return np.divide(loads.std(axis=1), mean, out=np.zeros_like(mean), where=mean > 0)
+
+
+def min_max_ratio(device_loads) -> np.ndarray:
+    """[L]; load of the emptiest device over that of the fullest, 1 for a layer without load."""
+    loads = _check(device_loads)
+    highest = loads.max(axis=1)
+    return np.divide(loads.min(axis=1), highest, out=np.ones_like(highest), where=highest > 0)
+
+
+def routing_entropy(loads) -> np.ndarray:
+    """[L]; entropy of the expert loads [L, E] over log E: 1 for uniform use, 0 for a single expert."""
+    loads = _check(loads)
+    if loads.shape[1] == 1:
+        return np.ones(len(loads))
+    total = loads.sum(axis=1, keepdims=True)
+    share = np.divide(loads, total, out=np.zeros_like(loads), where=total > 0)
+    logs = np.log(share, out=np.zeros_like(share), where=share > 0)
+    return -(share * logs).sum(axis=1) / math.log(loads.shape[1]) + 0.0
+
+
+def fan_out(experts, held) -> np.ndarray:
+    """[L]; mean number of devices that one token's experts are on, measured on a trace.
+
+    experts  [T, L, k] expert ids;  held  bool [L, D, E]
+    A copy counts where its expert's first holder is: a lower bound would need the choice made at run time.
+    """
+    experts = np.asarray(experts)
+    num_layers, num_devices, _ = held.shape
+    result = np.zeros(num_layers)
+    for layer in range(num_layers):
+        device = held[layer].argmax(axis=0)[experts[:, layer]]  # [T, k]
+        touched = np.zeros((len(device), num_devices), dtype=bool)
+        np.put_along_axis(touched, device, True, axis=1)
+        result[layer] = touched.sum(axis=1).mean() if len(device) else 0.0
+    return result
+
+
+def expected_fan_out(experts_per_device, num_experts: int, top_k: int) -> float:
+    """Devices touched per token under uniform routing without replacement.
+
+    sum over devices of 1 - C(E - n_d, k) / C(E, k)
+    """
+    none = math.comb(num_experts, top_k)
+    return sum(1 - math.comb(num_experts - n, top_k) / none for n in experts_per_device)
+
+
+def expert_capacity(num_tokens: int, top_k: int, num_experts: int, factor: float = 1.0, rule: str = "megatron") -> int:
+    """Most slots an expert takes of a batch.
+
+    megatron   ceil(T k / E f)            (Megatron-LM, moe_utils.py)
+    deepspeed  max(4, ceil(T k / E f))    (DeepSpeed, sharded_moe.py; min_capacity 4)
+    tutel      k int(f ceil(T / E))       (Tutel, fast_dispatch.py)
+    """
+    if rule == "megatron":
+        return math.ceil(num_tokens * top_k / num_experts * factor)
+    if rule == "deepspeed":
+        return max(4, math.ceil(num_tokens * top_k / num_experts * factor))
+    if rule == "tutel":
+        return top_k * int(factor * math.ceil(num_tokens / num_experts))
+    raise ValueError(f"capacity rule is megatron, deepspeed or tutel, got {rule!r}")

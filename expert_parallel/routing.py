@@ -1,0 +1,210 @@
+"""Routing: traces of the router's decisions. Record, save, load, cut.
+
+Dimensions: T tokens, L MoE layers, E experts, k chosen per token.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .moe import moe_layers, num_experts
+
+FORMAT = "routing-trace/1"
+
+
+@dataclass(eq=False)
+class RoutingTrace:
+    """Which experts were chosen for which token.
+
+    experts      uint16 [T, L, k]
+    num_experts  E
+    prefill      bool [T]; a token of a prompt, read many at a time, or one of decoding
+    model        name of the model
+    metadata     anything that goes into JSON
+    """
+
+    experts: np.ndarray
+    num_experts: int
+    prefill: np.ndarray | None = None
+    model: str = ""
+    metadata: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        experts = np.asarray(self.experts)
+        if experts.ndim != 3:
+            raise ValueError(f"a trace is [tokens, layers, chosen], got {list(experts.shape)}")
+        if experts.size and (experts.min() < 0 or experts.max() >= self.num_experts):
+            bad = experts.max() if experts.max() >= self.num_experts else experts.min()
+            raise ValueError(f"expert {bad} does not exist: the trace is of {self.num_experts} experts")
+        self.experts = experts.astype(np.uint16, copy=False)
+        if self.prefill is None:
+            self.prefill = np.zeros(len(experts), dtype=bool)
+        self.prefill = np.asarray(self.prefill, dtype=bool)
+        if self.prefill.shape != (len(experts),):
+            raise ValueError(f"prefill marks {list(self.prefill.shape)} do not fit {len(experts)} tokens")
+
+    def __len__(self):
+        return len(self.experts)
+
+    def __repr__(self):
+        t, l, k = self.experts.shape
+        return f"RoutingTrace({self.model or 'unnamed'}: {t} tokens x {l} layers, top-{k} of {self.num_experts})"
+
+    def __getitem__(self, tokens) -> RoutingTrace:
+        """The same trace for a slice or mask of tokens."""
+        return replace(self, experts=self.experts[tokens], prefill=self.prefill[tokens])
+
+    def phase(self, name: str) -> RoutingTrace:
+        """The tokens of `prefill` or of `decode`."""
+        if name not in ("prefill", "decode"):
+            raise ValueError(f"a phase is prefill or decode, got {name!r}")
+        return self[self.prefill if name == "prefill" else ~self.prefill]
+
+    def loads(self) -> np.ndarray:
+        """Slots sent to each expert, int64 [L, E]."""
+        _, num_layers, _ = self.experts.shape
+        columns = (np.bincount(self.experts[:, l].ravel(), minlength=self.num_experts) for l in range(num_layers))
+        return np.stack(list(columns)).astype(np.int64)
+
+    def save(self, path) -> None:
+        """One .npz file: the arrays, and the rest as JSON in it."""
+        path = Path(path)
+        about = {"format": FORMAT, "num_experts": self.num_experts, "model": self.model, "metadata": self.metadata}
+        beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            with beside.open("wb") as file:
+                np.savez_compressed(file, experts=self.experts, prefill=self.prefill, about=json.dumps(about))
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    @staticmethod
+    def load(path) -> RoutingTrace:
+        """Read what `save` wrote. ValueError naming the file if it is not that."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                about = json.loads(str(file["about"]))
+                if about.get("format") != FORMAT:
+                    raise ValueError(f"its format is {about.get('format')!r}, not {FORMAT!r}")
+                trace = RoutingTrace(
+                    file["experts"], about["num_experts"], file["prefill"], about["model"], about["metadata"]
+                )
+        except Exception as error:  # zipfile, numpy, json and os each have their own
+            raise ValueError(f"cannot read routing trace {path}: {error}") from None
+        return trace
+
+    @staticmethod
+    def concatenate(traces: list[RoutingTrace]) -> RoutingTrace:
+        """One trace after the other; they must be of the same model shape."""
+        shapes = {(t.experts.shape[1:], t.num_experts) for t in traces}
+        if len(shapes) != 1:
+            raise ValueError(f"traces of different models do not go together: {sorted(map(str, shapes))}")
+        return replace(
+            traces[0],
+            experts=np.concatenate([t.experts for t in traces]),
+            prefill=np.concatenate([t.prefill for t in traces]),
+        )
+
+
+class Recorder(nn.Module):
+    """Stands before the experts of one layer and notes what the router asked for."""
+
+    def __init__(self, experts: nn.Module, note):
+        super().__init__()
+        self.experts = experts
+        self._note = note
+
+    def __call__(self, x, indices):
+        self._note(indices)
+        return self.experts(x, indices)
+
+
+@contextmanager
+def record_routing(model: nn.Module, name: str = "", prompt_tokens: int | None = None, max_tokens: int = 1_000_000):
+    """Record every router decision of `model` while the block runs.
+
+        with record_routing(model) as trace:
+            generate(model, tokenizer, prompt)
+        trace.loads()          # filled when the block ends
+
+    prompt_tokens  so many positions are the prompt; where None, a forward pass over several
+                   positions is prefill and one over a single position is decode
+    max_tokens     recording stops there (metadata "dropped_tokens" says how many came after)
+
+    The indices are kept as they are and read by the host now and then: no wait per layer.
+    """
+    layers = moe_layers(model)
+    if not layers:
+        raise ValueError("this model has no Mixture-of-Experts layers: there is no routing to record")
+    trace = RoutingTrace(np.zeros((0, len(layers), 0)), num_experts(layers[0].experts), model=name)
+    notes = _Notes(len(layers), max_tokens)
+    originals = [layer.experts for layer in layers]
+    for l, layer in enumerate(layers):
+        layer.experts = Recorder(originals[l], notes.taker(l))
+    try:
+        yield trace
+    finally:
+        for layer, experts in zip(layers, originals, strict=True):
+            layer.experts = experts
+        experts, prefill = notes.finish()
+        if prompt_tokens is not None:
+            prefill = np.arange(len(experts)) < prompt_tokens
+        trace.experts, trace.prefill = experts, prefill
+        if notes.dropped:
+            trace.metadata["dropped_tokens"] = notes.dropped
+
+
+class _Notes:
+    """Indices by layer as they come; every so many forward passes they move to numpy."""
+
+    EVERY = 64  # forward passes
+
+    def __init__(self, num_layers, max_tokens):
+        self.waiting = [[] for _ in range(num_layers)]
+        self.done = [[] for _ in range(num_layers)]
+        self.prefill = []
+        self.tokens, self.dropped, self.max_tokens = 0, 0, max_tokens
+
+    def taker(self, layer):
+        waiting, last = self.waiting[layer], layer == len(self.waiting) - 1
+
+        def take(indices):
+            waiting.append(indices)
+            if last and len(waiting) >= self.EVERY:
+                self.collect(keep=1)  # the pass under way is not evaluated yet
+
+        return take
+
+    def collect(self, keep=0):
+        count = min(len(waiting) for waiting in self.waiting) - keep
+        if count <= 0:
+            return
+        for l, waiting in enumerate(self.waiting):
+            batch, waiting[:count] = waiting[:count], []
+            mx.eval(batch)
+            for n, indices in enumerate(batch):
+                rows = np.array(indices).astype(np.uint16).reshape(-1, indices.shape[-1])
+                if l == 0:
+                    room = max(0, min(len(rows), self.max_tokens - self.tokens))
+                    self.tokens += room
+                    self.dropped += len(rows) - room
+                    several = indices.ndim > 1 and indices.shape[-2] > 1
+                    self.prefill.append((np.full(room, several), n))
+                else:
+                    room = len(self.prefill[len(self.prefill) - count + n][0])
+                self.done[l].append(rows[:room])
+
+    def finish(self):
+        self.collect()
+        if not self.done[0]:
+            return np.zeros((0, len(self.done), 0), dtype=np.uint16), np.zeros(0, dtype=bool)
+        experts = np.stack([np.concatenate(rows) for rows in self.done], axis=1)
+        return experts, np.concatenate([marks for marks, _ in self.prefill])
