@@ -20,6 +20,7 @@ import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear, SwitchMLP
 
 from .placement import Placement
+from .slots import SlotAssignment
 
 # --- finding the MoE layers of any mlx-lm model --------------------------------------------
 
@@ -83,70 +84,6 @@ def slot_selection(num_slots: int, device: mx.Device | None = None) -> str:
     return "compact" if device.type == mx.cpu or num_slots >= 512 else "masked"
 
 
-# --- which copy of a replicated expert serves a slot ------------------------------------------
-
-
-class SlotAssignment:
-    """Which device serves which slot of one layer: the same answer on every rank, unasked.
-
-    held  bool [D, E]
-    An expert with one holder leaves no choice. A copy is chosen for the least loaded device of
-    this step (compact), or by turns (masked, where the host does not see the indices).
-    """
-
-    def __init__(self, held: np.ndarray):
-        self.held = held
-        self.copies = held.sum(axis=0)
-        self.home = held.argmax(axis=0)  # [E], the only holder where there is one
-        self.shared = self.copies > 1
-        self.any_shared = bool(self.shared.any())
-        # [E, most copies]: the holders of an expert again and again, for turns
-        holders = [np.flatnonzero(held[:, e]) for e in range(held.shape[1])]
-        self.turns = np.stack([np.resize(h, self.copies.max()) for h in holders])
-
-    def devices(self, indices: np.ndarray) -> np.ndarray:
-        """Serving device of each slot, for expert ids of any shape."""
-        device = self.home[indices]
-        if not self.any_shared:
-            return device
-        flat, expert_of = device.reshape(-1), indices.reshape(-1)
-        open_slots = self.shared[expert_of]
-        if not open_slots.any():
-            return device
-        load = np.bincount(flat[~open_slots], minlength=len(self.held))
-        experts, counts = np.unique(expert_of[open_slots], return_counts=True)
-        for expert in experts[np.argsort(-counts, kind="stable")]:
-            slots = np.flatnonzero(expert_of == expert)
-            holders = np.flatnonzero(self.held[:, expert])
-            share = _level(load[holders], len(slots))
-            flat[slots] = np.repeat(holders, share)
-            load[holders] += share
-        return flat.reshape(indices.shape)
-
-    def devices_by_turns(self, indices: mx.array) -> mx.array:
-        """As `devices`, without the host: copies take turns over the slots."""
-        turn = mx.arange(indices.size).reshape(indices.shape) % self.turns.shape[1]
-        return mx.array(self.turns)[indices, turn]
-
-
-def _level(load: np.ndarray, amount: int) -> np.ndarray:
-    """Shares of `amount` that bring the loads as near to each other as possible.
-
-    >>> _level(np.array([5, 1, 2]), 4)
-    array([0, 3, 1]) or another split with the same highest load
-    """
-    share = np.zeros_like(load)
-    order = np.argsort(load, kind="stable")
-    for n in range(len(load), 0, -1):
-        lowest = order[:n]
-        level, spare = divmod(int(load[lowest].sum()) + amount, n)
-        if level >= load[lowest].max():
-            share[lowest] = level - load[lowest]
-            share[lowest[:spare]] += 1
-            return share
-    raise AssertionError("one device can always take it all")
-
-
 # --- a device's experts ---------------------------------------------------------------------
 
 
@@ -186,6 +123,8 @@ class ExpertShard(nn.Module):
         super().__init__()
         self.experts = experts
         self._device = device
+        self._gather_group = None  # set where slot outputs, not weighted sums, are summed over ranks
+        self.slots_served = 0
         self._assignment = SlotAssignment(held)
         self._local = np.full(held.shape[1], -1, dtype=np.int32)
         ids = np.flatnonzero(held[device])
@@ -213,8 +152,12 @@ class ExpertShard(nn.Module):
         return np.flatnonzero(self._local >= 0).tolist()
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
-        if slot_selection(indices.size) == "masked":
-            return self.masked(x, indices)
+        compute = self.masked if slot_selection(indices.size) == "masked" else self.compact
+        y = compute(x, indices)
+        return y if self._gather_group is None else mx.distributed.all_sum(y, group=self._gather_group)
+
+    def compact(self, x: mx.array, indices: mx.array) -> mx.array:
+        """As __call__ without a group: reads the indices on the host and computes its own slots alone."""
         ids = np.array(indices)
         slots = np.flatnonzero(self._assignment.devices(ids).reshape(-1) == self._device)
         y = self.rows(x, ids, slots)
@@ -231,6 +174,7 @@ class ExpertShard(nn.Module):
         x = x.reshape(-1, x.shape[-1])
         if len(slots) == 0:
             return mx.zeros((0, x.shape[-1]), x.dtype)
+        self.slots_served += len(slots)
         local = self._local[ids.reshape(-1)[slots]]
         if local.min() < 0:
             raise IndexError(f"device {self._device} was sent a slot of an expert that it does not hold")
@@ -240,7 +184,7 @@ class ExpertShard(nn.Module):
         return self.experts(x[mx.array(tokens)], mx.array(local[:, None]))[:, 0]
 
     def masked(self, x: mx.array, indices: mx.array) -> mx.array:
-        """As __call__, with static shapes and without reading the indices on the host."""
+        """As `compact`, with static shapes and without reading the indices on the host."""
         mine = self._assignment.devices_by_turns(indices) == self._device
         local = mx.where(mine, mx.array(self._local)[indices], 0)
         y = self.experts(x, local)
@@ -303,12 +247,26 @@ def check_placement(model: nn.Module, placement: Placement) -> list[MoELayer]:
     return layers
 
 
-def shard_model(model: nn.Module, placement: Placement, group=None, streams: bool = False) -> nn.Module:
+def shard_model(
+    model: nn.Module,
+    placement: Placement,
+    group=None,
+    combine: str = "auto",
+    attention: str = "replicated",
+    streams: bool = False,
+) -> nn.Module:
     """Spread the experts of every MoE layer over devices, in place; returns the model.
 
     One process (`group` None or of size 1): D simulated devices; logits stay bit-identical.
-    streams  give every simulated device a stream of its own
+    streams    give every simulated device a stream of its own
+    N ranks: each keeps the experts of device number rank, see `ranks.shard_over_ranks` for
+    combine    how outputs come together: reduce, gather, or auto
+    attention  replicated, or sharded by mlx-lm's own tensor parallelism
     """
+    if group is not None and group.size() > 1:
+        from .ranks import shard_over_ranks
+
+        return shard_over_ranks(model, placement, group, combine, attention)
     layers = check_placement(model, placement)
     lanes = [mx.new_stream(mx.default_device()) for _ in range(placement.num_devices)] if streams else None
     for held, layer in zip(placement.held, layers, strict=True):

@@ -1,0 +1,268 @@
+"""Reports: figures as one dictionary (for --json), tables of the same figures for people."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from . import balance
+from .placement import Placement
+from .routing import RoutingTrace
+
+SHADES = " ░▒▓█"
+
+
+# --- figures ----------------------------------------------------------------------------------
+
+
+def environment() -> dict:
+    """Hardware and versions that every result is to be read with."""
+    import mlx_lm
+
+    device = mx.default_device()
+    about = mx.device_info()
+    name = about.get("device_name") or about.get("architecture") or platform.processor() or platform.machine()
+    return {
+        "device": "CPU" if device.type == mx.cpu else "GPU",
+        "device_name": str(name),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "mlx": mx.__version__,
+        "mlx_lm": mlx_lm.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def routing_figures(trace: RoutingTrace) -> dict:
+    """Measured from a trace: per layer hottest expert, entropy, unused experts; by phase."""
+
+    def figures(part: RoutingTrace) -> dict:
+        loads = part.loads()
+        mean = loads.mean(axis=1)
+        return {
+            "tokens": len(part),
+            "hottest_expert_per_layer": loads.argmax(axis=1).tolist(),
+            "hottest_over_mean_per_layer": np.round(loads.max(axis=1) / np.maximum(mean, 1e-12), 3).tolist(),
+            "entropy_per_layer": np.round(balance.routing_entropy(loads), 4).tolist(),
+            "unused_experts_per_layer": (loads == 0).sum(axis=1).tolist(),
+        }
+
+    prefill, decode = trace.phase("prefill"), trace.phase("decode")
+    return {
+        "source": "measured",
+        "num_experts": trace.num_experts,
+        "top_k": trace.experts.shape[2],
+        "all": figures(trace),
+        "prefill": figures(prefill) if len(prefill) else None,
+        "decode": figures(decode) if len(decode) else None,
+        "dropped_tokens": trace.metadata.get("dropped_tokens", 0),
+    }
+
+
+def balance_figures(trace: RoutingTrace, placement: Placement) -> dict:
+    """Measured load of each device over a trace, under a placement; copies share their expert's load."""
+    loads = placement.device_loads(trace.loads())
+    touched = balance.fan_out(trace.experts, placement.held)
+    counts = placement.held.sum(axis=2).mean(axis=0).round().astype(int)
+    result = {
+        "source": "measured",
+        "device_loads": np.round(loads, 3).tolist(),
+        "balancedness_per_layer": np.round(balance.balancedness_per_layer(loads), 4).tolist(),
+        "imbalance_ratio_per_layer": np.round(balance.imbalance_ratio(loads), 4).tolist(),
+        "coefficient_of_variation_per_layer": np.round(balance.coefficient_of_variation(loads), 4).tolist(),
+        "min_max_ratio_per_layer": np.round(balance.min_max_ratio(loads), 4).tolist(),
+        "fan_out_per_layer": np.round(touched, 3).tolist(),
+        "balancedness_layers": round(balance.balancedness(loads), 4),
+        "balancedness_aggregate": round(balance.balancedness(loads, "aggregate"), 4),
+        "fan_out": round(float(touched.mean()), 3),
+        "phases": {},
+    }
+    if int(placement.copies.max()) == 1:
+        expected = balance.expected_fan_out(counts, placement.num_experts, trace.experts.shape[2])
+        result["fan_out_if_uniform_modelled"] = round(expected, 3)
+    for name in ("prefill", "decode"):
+        part = trace.phase(name)
+        if len(part):
+            part_loads = placement.device_loads(part.loads())
+            result["phases"][name] = {
+                "tokens": len(part),
+                "balancedness_layers": round(balance.balancedness(part_loads), 4),
+                "balancedness_aggregate": round(balance.balancedness(part_loads, "aggregate"), 4),
+            }
+    return result
+
+
+# --- tables -----------------------------------------------------------------------------------
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for people, in decimal units as disks and vendors count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(num_bytes) < 1000 or unit == "GB":
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.2f} {unit}"
+        num_bytes /= 1000
+    raise AssertionError
+
+
+def table(title: str, *columns: str, rows=()) -> Table:
+    """A plain table: first column to the left, figures to the right."""
+    result = Table(
+        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
+    for n, column in enumerate(columns):
+        result.add_column(column, justify="left" if n == 0 else "right", header_style="dim", overflow="fold")
+    for row in rows:
+        result.add_row(*map(str, row))
+    return result
+
+
+def facts(title: str, items: dict) -> Table:
+    """Name and value, a line each."""
+    result = table(title, "", "", rows=[(name, value) for name, value in items.items() if value not in (None, "")])
+    result.show_header = False
+    result.columns[1].justify = "left"
+    return result
+
+
+def heat_map(title: str, loads: np.ndarray, row: str = "layer", column: str = "device") -> Group:
+    """Loads [rows, columns] as shades, each row against its own mean."""
+    loads = np.asarray(loads, dtype=float)
+    mean = np.maximum(loads.mean(axis=1, keepdims=True), 1e-12)
+    level = np.clip(np.round(loads / mean * 2), 0, 4).astype(int)
+    cell = 3 if loads.shape[1] <= 20 else 1
+    lines = [
+        Text(title, style="bold"),
+        Text(f"{row} down, {column} across; blank: under 1/4 of the mean, █: over 7/4"),
+    ]
+    lines += [Text(f"{r:4d} ") + Text("".join(SHADES[v] * cell for v in level[r])) for r in range(len(loads))]
+    return Group(*lines)
+
+
+def routing_tables(figures: dict, layer_numbers: list[int], most: int = 16) -> list:
+    """Tables of `routing_figures`; from `most` layers on only the most skewed ones line by line."""
+    whole = figures["all"]
+    order = np.argsort(whole["entropy_per_layer"])[:most] if len(layer_numbers) > most else range(len(layer_numbers))
+    rows = [
+        (
+            layer_numbers[l],
+            f"#{whole['hottest_expert_per_layer'][l]}",
+            f"{whole['hottest_over_mean_per_layer'][l]:.2f}x",
+            f"{whole['entropy_per_layer'][l]:.3f}",
+            whole["unused_experts_per_layer"][l],
+        )
+        for l in sorted(int(l) for l in order)
+    ]
+    note = f", {most} most skewed of {len(layer_numbers)} layers" if len(layer_numbers) > most else ""
+    title = f"Routing (measured, {whole['tokens']} tokens, top-{figures['top_k']} of {figures['num_experts']}{note})"
+    tables = [table(title, "layer", "hottest expert", "load / mean", "entropy (1 = even)", "never used", rows=rows)]
+    phases = [
+        (
+            name,
+            figures[name]["tokens"],
+            f"{np.mean(figures[name]['entropy_per_layer']):.3f}",
+            f"{np.mean(figures[name]['hottest_over_mean_per_layer']):.2f}x",
+            f"{np.mean(figures[name]['unused_experts_per_layer']):.1f}",
+        )
+        for name in ("prefill", "decode")
+        if figures[name]
+    ]
+    columns = ("phase", "tokens", "entropy", "hottest / mean", "never used")
+    return [*tables, table("Routing by phase (means over layers)", *columns, rows=phases)]
+
+
+def balance_tables(figures: dict, layer_numbers: list[int], most: int = 16) -> list:
+    """Tables and a heat map of `balance_figures`."""
+    per_layer = figures["balancedness_per_layer"]
+    order = np.argsort(per_layer)[:most] if len(per_layer) > most else range(len(per_layer))
+    rows = [
+        (
+            layer_numbers[l],
+            f"{per_layer[l]:.3f}",
+            f"{figures['imbalance_ratio_per_layer'][l]:.3f}",
+            f"{figures['coefficient_of_variation_per_layer'][l]:.3f}",
+            f"{figures['min_max_ratio_per_layer'][l]:.3f}",
+            f"{figures['fan_out_per_layer'][l]:.2f}",
+        )
+        for l in sorted(int(l) for l in order)
+    ]
+    note = f", {most} least balanced of {len(per_layer)} layers" if len(per_layer) > most else ""
+    columns = ("layer", "balancedness", "max/mean-1", "std/mean", "min/max", "fan-out")
+    summary = {
+        "balancedness, mean over layers (SGLang)": f"{figures['balancedness_layers']:.3f}",
+        "balancedness, aggregate (vLLM)": f"{figures['balancedness_aggregate']:.3f}",
+        "devices touched per token (fan-out)": f"{figures['fan_out']:.2f}"
+        + (f"   (uniform routing: {figures['fan_out_if_uniform_modelled']:.2f}, modelled)"
+           if "fan_out_if_uniform_modelled" in figures else ""),
+    }  # fmt: skip
+    for name, phase in figures["phases"].items():
+        summary[f"balancedness in {name} ({phase['tokens']} tokens)"] = f"{phase['balancedness_layers']:.3f}"
+    return [
+        table(f"Balance over devices (measured{note})", *columns, rows=rows),
+        facts("Balance over all layers", summary),
+        heat_map("Load per device", figures["device_loads"]),
+    ]
+
+
+# --- files and mistakes -----------------------------------------------------------------------
+
+
+def check_writable(path) -> None:
+    """Say now, not after a long run, that a file could not be written."""
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise ValueError(f"cannot write {path}: folder {folder} does not exist")
+    if not os.access(folder, os.W_OK) or Path(path).is_dir():
+        raise ValueError(f"cannot write {path}: {'it is a folder' if Path(path).is_dir() else 'no permission'}")
+
+
+def write_json(path, figures: dict) -> None:
+    """Write beside and rename: a reader never sees half a file."""
+    path = Path(path)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        beside.write_text(json.dumps(figures, indent=1, default=_plain) + "\n")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _plain(value):
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    return str(value)
+
+
+def console(quiet: bool = False) -> Console:
+    """Where reports go: standard output, 80 columns where it is not a terminal."""
+    width = None if sys.stdout.isatty() else 80
+    return Console(quiet=quiet, width=width, highlight=False, soft_wrap=False)
+
+
+@contextlib.contextmanager
+def exit_on_user_error(prefix: str = ""):
+    """Turn the errors of wrong input into one line on standard error and exit status 2."""
+    try:
+        yield
+    except BrokenPipeError:  # `| head` closed the other end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    except KeyboardInterrupt:
+        print(f"{prefix}stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (ValueError, OSError) as error:
+        line = " ".join(str(error).split())
+        print(f"{prefix}error: {line}", file=sys.stderr)
+        raise SystemExit(2) from None
