@@ -15,6 +15,19 @@ from pathlib import Path
 import numpy as np
 
 FORMAT = "expert-placement/1"
+MOST_EXPERTS = 65536  # what a routing trace can number
+
+
+def check_loads(loads) -> np.ndarray:
+    """Expert loads as float [L, E]; ValueError naming layer and expert if one is negative or not finite."""
+    loads = np.asarray(loads, dtype=np.float64)
+    if loads.ndim != 2 or 0 in loads.shape:
+        raise ValueError(f"loads are [layers, experts], got {list(loads.shape)}")
+    bad = np.argwhere(~np.isfinite(loads) | (loads < 0))
+    if len(bad):
+        layer, expert = bad[0]
+        raise ValueError(f"layer {layer}: expert {expert} has load {loads[layer, expert]}; loads are counts from 0 up")
+    return loads
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +43,7 @@ class Placement:
     metadata: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        held = np.asarray(self.held, dtype=bool)
+        held = np.array(self.held, dtype=bool)  # a copy: it becomes read-only
         if held.ndim != 3 or 0 in held.shape:
             raise ValueError(f"a placement is [layers, devices, experts], all at least 1, got {held.shape}")
         missing = np.argwhere(~held.any(axis=1))
@@ -87,6 +100,7 @@ class Placement:
             raise ValueError(
                 f"loads are {list(loads.shape)}, this placement is for [{self.num_layers}, {self.num_experts}]"
             )
+        check_loads(loads)
         return np.einsum("lde,le->ld", self.held, loads / self.copies)
 
     def save(self, path) -> None:
@@ -146,6 +160,8 @@ def _experts(entry) -> list[int]:
     if isinstance(entry, bool) or not isinstance(entry, (int, str, list)):
         raise ValueError(f'expected experts such as [0, 1] or "0-15", got {entry!r}')
     if isinstance(entry, int):
+        if not 0 <= entry < MOST_EXPERTS:
+            raise ValueError(f"expert {entry} does not exist: experts are numbered from 0")
         return [entry]
     if isinstance(entry, list):
         return [expert for part in entry for expert in _experts(part)]
@@ -156,20 +172,36 @@ def _experts(entry) -> list[int]:
             first, last = int(first), int(last or first)
         except ValueError:
             raise ValueError(f'expected experts such as "0-15", got {part!r}') from None
+        if not 0 <= first <= last < MOST_EXPERTS:
+            raise ValueError(f"the range {part!r} does not run upwards from 0 or more to less than {MOST_EXPERTS}")
         experts += range(first, last + 1)
     return experts
+
+
+def _devices(entries) -> list[list[int]]:
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f'a layer is a list with one entry a device, such as ["0-63", "64-127"], got {entries!r}')
+    return [_experts(entry) for entry in entries]
 
 
 def _from_document(document, num_layers, num_experts):
     if not isinstance(document, dict) or ("every_layer" in document) == ("layers" in document):
         raise ValueError('expected an object with either "every_layer" or "layers"')
+    if document.get("format", FORMAT) != FORMAT:
+        raise ValueError(f"its format is {document['format']!r}, not {FORMAT!r}")
+    for name in ("num_layers", "num_devices", "num_experts"):
+        size = document.get(name, 1)
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f'"{name}" must be a count from 1 up, got {size!r}')
     if "every_layer" in document:
         count = num_layers or document.get("num_layers")
         if not count:
             raise ValueError('"every_layer" needs "num_layers" beside it')
-        layers = [[_experts(entry) for entry in document["every_layer"]]] * count
+        layers = [_devices(document["every_layer"])] * count
     else:
-        layers = [[_experts(entry) for entry in layer] for layer in document["layers"]]
+        if not isinstance(document["layers"], list) or not document["layers"]:
+            raise ValueError('"layers" must be a list with one entry a layer')
+        layers = [_devices(layer) for layer in document["layers"]]
     widths = {len(layer) for layer in layers}
     if len(widths) != 1:
         raise ValueError(f"layers name different numbers of devices: {sorted(widths)}")
@@ -180,18 +212,18 @@ def _from_document(document, num_layers, num_experts):
                 raise ValueError(f"layer {l}: device {d} names expert {twice} twice")
     highest = max((e for layer in layers for experts in layer for e in experts), default=-1)
     count = num_experts or document.get("num_experts") or highest + 1
-    lowest = min((e for layer in layers for experts in layer for e in experts), default=0)
-    if highest >= count or lowest < 0:
-        raise ValueError(f"expert {highest if highest >= count else lowest} does not exist: there are {count}")
+    if highest >= count:
+        raise ValueError(f"expert {highest} does not exist: there are {count}")
     held = np.zeros((len(layers), widths.pop(), count), dtype=bool)
     for l, layer in enumerate(layers):
         for d, experts in enumerate(layer):
             held[l, d, experts] = True
+    own_layers = document.get("num_layers", len(layers)) if "every_layer" in document else len(layers)
+    if num_layers and num_layers != own_layers:
+        raise ValueError(f"it has {own_layers} layers, the model has {num_layers} MoE layers")
     for name, size in zip(("num_layers", "num_devices", "num_experts"), held.shape, strict=True):
         if document.get(name, size) != size:
             raise ValueError(f'"{name}" says {document[name]}, the lists say {size}')
-    if num_layers and num_layers != len(layers):
-        raise ValueError(f"it has {len(layers)} layers, the model has {num_layers} MoE layers")
     return Placement(held, document.get("strategy", "custom"), document.get("metadata", {}))
 
 
@@ -217,8 +249,10 @@ def place_experts(
     if loads.ndim != 2 or 0 in loads.shape:
         raise ValueError(f"loads are [layers, experts], got {list(loads.shape)}")
     num_layers, num_experts = loads.shape
-    if not 1 <= num_devices <= num_experts:
+    if num_devices != int(num_devices) or not 1 <= num_devices <= num_experts:
         raise ValueError(f"{num_devices} devices: needs 1 to {num_experts}, the number of experts in a layer")
+    if redundant:
+        raise ValueError(f"{redundant} redundant experts: only the strategy replicated makes copies")
     if strategy == "contiguous":
         # Balanced cuts: np.array_split gives the first E mod D devices one expert more.
         home = np.concatenate([np.full(len(part), d) for d, part in enumerate(_cut(num_experts, num_devices))])
