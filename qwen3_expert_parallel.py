@@ -116,7 +116,7 @@ def read_prompt(args, tokenizer, context):
     if tokenizer.has_chat_template:
         ids = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
     else:
-        ids = tokenizer.encode(text)
+        ids = tokenizer.encode(text, verbose=False)  # too long a text is reported below
     if context and len(ids) >= context:
         raise ValueError(f"the prompt has {len(ids)} tokens, the model's context is {context}")
     return list(ids), text
@@ -164,7 +164,9 @@ def generate(model, tokenizer, ids, args, group, watchdog, out):
     tokens, text, last = [], "", None
     silence = f"no answer from the other ranks within {args.timeout:g} s (--timeout)"
     watchdog.limit(args.timeout, silence)
-    for last in stream_generate(model, tokenizer, ids, args.max_tokens, sampler=sampler, prompt_cache=cache):
+    # mlx-lm's own stream would run on while the next collective starts elsewhere: one stream keeps them in order.
+    options = {"sampler": sampler, "prompt_cache": cache, "stream": mx.default_stream(mx.default_device())}
+    for last in stream_generate(model, tokenizer, ids, args.max_tokens, **options):
         watchdog.limit(args.timeout, silence)
         if out:
             print(last.text, end="", flush=True)

@@ -13,11 +13,8 @@ def default_model() -> tuple[Path, str]:
     """Qwen3-Coder-30B if it is already in the local hub cache, else the shipped model; and one line saying which."""
     cached = find_cached(CODER)
     if cached is not None:
-        return cached, f"Model: {CODER}, found in the local hub cache (--model {SHIPPED.name} takes the small one)."
-    return (
-        SHIPPED,
-        f"Model: {SHIPPED.name}, shipped with this project. --model {CODER} downloads the real one (17.2 GB).",
-    )
+        return cached, f"Taking {CODER},\nfound in the local hub cache. The small one: --model {SHIPPED.name}"
+    return SHIPPED, f"Taking {SHIPPED.name}, shipped with this project. The real one, 17.2 GB:\n--model {CODER}"
 
 
 def find_cached(repo: str) -> Path | None:

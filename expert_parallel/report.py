@@ -242,11 +242,11 @@ def memory_tables(figures: dict) -> list:
 
 def communication_table(figures: dict) -> Group:
     """Of `run_figures.communication_figures`."""
-    both = figures["bytes_per_token_by_combine"]
+    both, sent = figures["bytes_per_token_by_combine"], figures["ring_bytes_sent_per_token_and_rank"]
     items = {
         "reduce: weighted sums, all-summed": f"{size(both['reduce'])} per token",
         "gather: every slot's output, all-summed": f"{size(both['gather'])} per token",
-        f"a ring sends per rank ({figures['combine']})": f"{size(figures['ring_bytes_sent_per_token_and_rank'])} per token",
+        f"a ring sends per rank ({figures['combine']})": f"{size(sent)} per token",
     }
     if "counted" in figures:
         counted = figures["counted"]
