@@ -18,7 +18,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
-from .moe import ExpertShard, MoELayer, check_placement
+from .moe import ExpertShard, MoELayer, check_placement, switch_linears
 from .placement import Placement
 
 # --- installing a rank's shards ---------------------------------------------------------------
@@ -80,7 +80,7 @@ def shard_rest(model: nn.Module, layers: list[MoELayer], group) -> None:
                 )
     for layer in layers:
         kind = SwitchMLP if isinstance(layer.experts, SwitchMLP) else SwitchGLU
-        layer.experts = kind(n, n, 1)
+        layer.experts = kind(n, n, 1, bias=any("bias" in linear for _, linear in switch_linears(layer.experts)))
     try:
         model.shard(group)
     except ValueError as error:

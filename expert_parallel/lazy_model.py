@@ -1,0 +1,258 @@
+"""Lazy models: from a configuration to mlx-lm's own model with every shape and dtype, and no weights.
+
+mlx evaluates nothing until it must, so a model of any size is built in a fraction of a second
+and a few megabytes, and its arrays know how many bytes they would have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import inspect
+import io
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map_with_path
+from mlx_lm.utils import _compressed_tensors_quantization, _get_classes, infer_quant_config, quantize_model
+
+from .model_files import SHIPPED, read_config
+from .moe import moe_layers
+
+BUNDLED = Path(__file__).resolve().parent / "configs"
+UNQUANTISED = 16  # bits that stand for the checkpoint's own floating point
+
+# What transformers 5 writes -> what mlx-lm reads.
+RENAMED = {"num_experts": "num_local_experts", "rope_theta": "rope_parameters", "num_local_experts": "num_experts"}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A model's configuration and where it came from.
+
+    published  what its makers say of its size, with the source (bundled models only)
+    folder     the checkpoint's folder, if it has one
+    """
+
+    name: str
+    config: dict
+    published: dict = field(default_factory=dict)
+    folder: Path | None = None
+
+    @property
+    def bundled(self) -> bool:
+        return bool(self.published)
+
+
+def bundled_names() -> list[str]:
+    """Names of the models whose configurations come with this package."""
+    return sorted(path.stem for path in BUNDLED.glob("*.json"))
+
+
+def load_configuration(name: str) -> Configuration:
+    """By bundled name, folder, path of a config.json, or hub id (its config.json alone is fetched).
+
+    Raises ValueError in one line that says what is wrong and what would help.
+    """
+    if name == SHIPPED.name and not Path(name).exists():
+        name = str(SHIPPED)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return Configuration(path.resolve().name, read_config(path), folder=path)
+    if path.is_file():
+        return Configuration(path.resolve().parent.name or path.stem, _read_file(path))
+    if name.lower() in bundled_names():
+        document = json.loads((BUNDLED / f"{name.lower()}.json").read_text())
+        published = {"repository": document["repository"], **document["published"]}
+        return Configuration(name.lower(), document["config"], published)
+    if name.count("/") == 1 and not name.startswith((".", "~", "/")):
+        return Configuration(name, _read_file(_fetch_config(name)))
+    raise ValueError(
+        f"model {name}: no such folder or file, not a hub id such as Qwen/Qwen3-30B-A3B, and not one of the"
+        f" bundled configurations: {', '.join(bundled_names())}"
+    )
+
+
+def _read_file(path: Path) -> dict:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ValueError(f"{path} names no model_type")
+    return config
+
+
+def _fetch_config(repo: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    for offline in (True, False):
+        with contextlib.suppress(Exception):  # requests, httpx and the hub each raise their own
+            return Path(hf_hub_download(repo, "config.json", local_files_only=offline))
+    raise ValueError(
+        f"model {repo}: its config.json is not in the hub cache and could not be fetched; without a network"
+        f" give a folder, a config.json, or a bundled name: {', '.join(bundled_names())}"
+    )
+
+
+# --- building -----------------------------------------------------------------------------------
+
+
+def quantization_of(config: dict) -> dict | None:
+    """{"bits", "group_size", "mode", ...} that mlx-lm would load this configuration with, or None for floats.
+
+    mlx-lm's own "quantization", with what it says of single modules; else what its loader makes of
+    other tools' "quantization_config". Formats that it turns into floats (fp8 blocks) are None.
+    """
+    if config.get("quantization"):
+        return config["quantization"]
+    other = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config") or {}
+    method = other.get("quant_method")
+    if method == "mxfp4":
+        return {"group_size": 32, "bits": 4, "mode": "mxfp4", "except": other.get("modules_to_not_convert", [])}
+    if method == "mxfp8":
+        return {"group_size": 32, "bits": 8, "mode": "mxfp8"}
+    if method == "compressed-tensors":
+        return {**_compressed_tensors_quantization(other), "except": other.get("ignore", [])}
+    if method in ("awq", "gptq"):
+        return {"group_size": other.get("group_size", 128), "bits": other.get("bits", 4), "mode": "affine"}
+    return None
+
+
+def build_model(config: dict) -> nn.Module:
+    """mlx-lm's model of a configuration: lazy, unquantised, in the configuration's floating point.
+
+    Raises ValueError naming the field for a configuration that mlx-lm cannot build, or a dense one.
+    """
+    kind = config["model_type"]
+    try:
+        model_class, arguments_class = _get_classes(config)
+    except ValueError:
+        raise ValueError(f'mlx-lm does not know model_type "{kind}"; a newer mlx-lm may') from None
+    _check_fields(config, arguments_class)
+    try:
+        model = model_class(arguments_class.from_dict(config))
+        layers = moe_layers(model)
+    except Exception as error:  # mlx-lm's classes raise whatever their first use of a field raises
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(f'mlx-lm cannot build this "{kind}" configuration: {reason}') from None
+    if not layers:
+        raise ValueError(f'this "{kind}" configuration is of a dense model: it has no Mixture-of-Experts layers')
+    dtype = config.get("torch_dtype") or config.get("dtype") or config.get("text_config", {}).get("dtype")
+    dtype = {"float32": mx.float32, "float16": mx.float16}.get(dtype, mx.bfloat16)
+    castable = getattr(model, "cast_predicate", lambda _: True)
+
+    def cast(path, array):
+        return array.astype(dtype) if castable(path) and mx.issubdtype(array.dtype, mx.floating) else array
+
+    model.update(tree_map_with_path(cast, model.parameters()))
+    return model
+
+
+def quantise(model: nn.Module, config: dict, bits=None, group_size=None, mode="affine", tensors=None) -> nn.Module:
+    """Quantise a lazy model in place as mlx-lm would; returns it.
+
+    bits     None: as the configuration says; 16: not at all; else as `mlx_lm.convert` would with these
+    tensors  {name: array} of a checkpoint, lazy too: then what is quantised is what they say
+    """
+    if bits == UNQUANTISED:
+        return model
+    try:
+        if bits is not None:
+            bare = {k: v for k, v in config.items() if not k.startswith("quantization")}
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints the bits per weight
+                quantize_model(model, bare, group_size, bits, mode=mode)
+        elif (quantization := quantization_of(config)) is not None:
+            _quantise_as_configured(model, quantization, tensors)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"this quantisation is not possible: {' '.join(str(error).split())[:200]}") from None
+    return model
+
+
+def _quantise_as_configured(model, quantization, tensors):
+    """As mlx-lm's `load_model`, which asks the checkpoint; without one its usual rules stand in."""
+    excepted = quantization.get("except", [])
+    usual = getattr(model, "quant_predicate", lambda path, module: True)
+
+    def decide(path, module):
+        if path in quantization:
+            return quantization[path]
+        if not hasattr(module, "to_quantized"):
+            return False
+        if tensors is not None:
+            return infer_quant_config(path, module, tensors) if f"{path}.scales" in tensors else False
+        if any(fnmatch.fnmatch(path, pattern) or fnmatch.fnmatch(path, f"{pattern}.*") for pattern in excepted):
+            return False
+        return module.weight.shape[-1] % quantization["group_size"] == 0 and bool(usual(path, module))
+
+    nn.quantize(
+        model,
+        group_size=quantization["group_size"],
+        bits=quantization["bits"],
+        mode=quantization.get("mode", "affine"),
+        class_predicate=decide,
+    )
+
+
+def tensors_of(model: nn.Module) -> dict[str, mx.array]:
+    """{name: array} of all parameters, as a checkpoint of the model names them."""
+    return dict(tree_flatten(model.parameters()))
+
+
+# --- contradictions -------------------------------------------------------------------------------
+
+_COUNTS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "head_dim",
+    "intermediate_size",
+    "moe_intermediate_size",
+)
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
+
+
+def _check_fields(config: dict, arguments_class) -> None:
+    kind = config["model_type"]
+    parameters = inspect.signature(arguments_class).parameters.values()
+    missing = [p.name for p in parameters if p.default is p.empty and p.name not in config]
+    if missing:
+        old = RENAMED.get(missing[0])
+        hint = f" (it has {old}, as transformers 5 writes; mlx-lm reads {missing[0]})" if old in config else ""
+        raise ValueError(f'the "{kind}" configuration lacks {", ".join(missing)}{hint}')
+    for fields in (config, config.get("text_config") or {}):
+        _check_numbers(fields, kind)
+
+
+def _check_numbers(fields: dict, kind: str) -> None:
+    for name in (*_COUNTS, *_CHOSEN):
+        value = fields.get(name)
+        if value is not None and name in fields and (isinstance(value, bool) or not isinstance(value, int | list)):
+            raise ValueError(f'the "{kind}" configuration has {name} = {value!r}, which is not a whole number')
+        if isinstance(value, int) and value < 1 and name not in ("intermediate_size", "moe_intermediate_size"):
+            raise ValueError(f'the "{kind}" configuration has {name} = {value}: at least 1 is needed')
+    experts = next((n for n in _EXPERTS if isinstance(fields.get(n), int) and fields[n] > 0), None)
+    chosen = next((n for n in _CHOSEN if isinstance(fields.get(n), int)), None)
+    if experts and chosen and fields[chosen] > fields[experts]:
+        raise ValueError(
+            f'the "{kind}" configuration contradicts itself: {chosen} = {fields[chosen]}, but'
+            f" {experts} = {fields[experts]}"
+        )
+    heads, groups = fields.get("num_attention_heads"), fields.get("num_key_value_heads")
+    if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+        raise ValueError(
+            f'the "{kind}" configuration contradicts itself: num_attention_heads = {heads} is not a multiple of'
+            f" num_key_value_heads = {groups}"
+        )
+    kinds, count = fields.get("layer_types"), fields.get("num_hidden_layers")
+    if isinstance(kinds, list) and isinstance(count, int) and len(kinds) != count:
+        raise ValueError(
+            f'the "{kind}" configuration contradicts itself: layer_types has {len(kinds)} entries, but'
+            f" num_hidden_layers = {count}"
+        )
