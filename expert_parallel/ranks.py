@@ -126,13 +126,17 @@ def start_group(timeout: float, watchdog) -> mx.distributed.Group:
     """This process's group: N ranks under mpirun or mlx.launch, else a group of one."""
     watchdog.limit(timeout, f"the other ranks did not start within {timeout:g} s (--timeout)")
     group = mx.distributed.init()
-    watchdog.limit(None)
     launched = int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1"))
     if group.size() != launched and launched > 1:
         raise ValueError(
             f"started as one of {launched} MPI processes, but MLX found no MPI library to join them: "
             "install Open MPI with its development files, or name the library in MLX_MPI_LIBNAME"
         )
+    if group.size() > 1:
+        addresses = gather_objects(group, watchdog.address())
+        if group.rank() > 0:
+            watchdog.join(addresses[0])
+    watchdog.limit(None)
     return group
 
 

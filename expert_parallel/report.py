@@ -115,24 +115,21 @@ def size(num_bytes: float) -> str:
     raise AssertionError
 
 
-def table(title: str, *columns: str, rows=()) -> Table:
-    """A plain table: first column to the left, figures to the right."""
-    result = Table(
-        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
-    )
+def table(title: str, *columns: str, rows=(), names: bool = False) -> Group:
+    """A plain table: first column to the left, figures to the right; with `names` two columns of text."""
+    result = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=not names)
     for n, column in enumerate(columns):
-        result.add_column(column, justify="left" if n == 0 else "right", header_style="dim", overflow="fold")
+        justify = "left" if n == 0 or names else "right"
+        result.add_column(column, justify=justify, header_style="dim", overflow="fold", no_wrap=names and n == 0)
     for row in rows:
         result.add_row(*map(str, row))
-    return result
+    return Group(Text(title, style="bold"), result)
 
 
-def facts(title: str, items: dict) -> Table:
+def facts(title: str, items: dict) -> Group:
     """Name and value, a line each."""
-    result = table(title, "", "", rows=[(name, value) for name, value in items.items() if value not in (None, "")])
-    result.show_header = False
-    result.columns[1].justify = "left"
-    return result
+    rows = [(name, value) for name, value in items.items() if value not in (None, "")]
+    return table(title, "", "", rows=rows, names=True)
 
 
 def heat_map(title: str, loads: np.ndarray, row: str = "layer", column: str = "device") -> Group:
@@ -202,7 +199,7 @@ def balance_tables(figures: dict, layer_numbers: list[int], most: int = 16) -> l
         "balancedness, mean over layers (SGLang)": f"{figures['balancedness_layers']:.3f}",
         "balancedness, aggregate (vLLM)": f"{figures['balancedness_aggregate']:.3f}",
         "devices touched per token (fan-out)": f"{figures['fan_out']:.2f}"
-        + (f"   (uniform routing: {figures['fan_out_if_uniform_modelled']:.2f}, modelled)"
+        + (f" (uniform: {figures['fan_out_if_uniform_modelled']:.2f}, modelled)"
            if "fan_out_if_uniform_modelled" in figures else ""),
     }  # fmt: skip
     for name, phase in figures["phases"].items():
@@ -212,6 +209,85 @@ def balance_tables(figures: dict, layer_numbers: list[int], most: int = 16) -> l
         facts("Balance over all layers", summary),
         heat_map("Load per device", figures["device_loads"]),
     ]
+
+
+def parity_table(figures: dict) -> Group:
+    """Of `run_figures.parity_figures`."""
+    same = "the same" if figures["tokens_equal"] else "NOT the same"
+    items = {
+        "tokens": f"{same} ({figures['tokens_compared']} compared)",
+        "largest logit difference": f"{figures['max_abs_logit_difference']:.3g}"
+        f" ({figures['logits_compared']} compared)",
+    }
+    return facts("Parity with stock mlx-lm (measured)", items)
+
+
+def memory_tables(figures: dict) -> list:
+    """Of `run_figures.memory_figures`."""
+    parts = zip(
+        figures["experts_per_device_bytes"], figures["rest_per_device_bytes"], figures["per_device_bytes"], strict=True
+    )
+    rows = [(device, *map(size, part)) for device, part in enumerate(parts)]
+    if len(rows) > 16:
+        rows = [*rows[:8], ("...", "", "", ""), *rows[-4:]]
+    summary = {
+        "whole model": f"{size(figures['full_model_bytes'])}, experts {size(figures['full_model_expert_bytes'])}",
+        "fullest device": f"{size(max(figures['per_device_bytes']))}: {figures['reduction']:.2f}x less than the whole",
+        "experts alone": f"{figures['reduction_of_experts']:.2f}x less",
+        "key-value cache": f"{size(figures['kv_cache_bytes'])} on each device besides",
+    }
+    title = f"Memory per device ({figures['source']})"
+    return [table(title, "device", "experts", "the rest", "together", rows=rows), facts("Memory over all", summary)]
+
+
+def communication_table(figures: dict) -> Group:
+    """Of `run_figures.communication_figures`."""
+    both, sent = figures["bytes_per_token_by_combine"], figures["ring_bytes_sent_per_token_and_rank"]
+    items = {
+        "reduce: weighted sums, all-summed": f"{size(both['reduce'])} per token",
+        "gather: every slot's output, all-summed": f"{size(both['gather'])} per token",
+        f"a ring sends per rank ({figures['combine']})": f"{size(sent)} per token",
+    }
+    if "counted" in figures:
+        counted = figures["counted"]
+        items["counted at the calls (measured)"] = (
+            f"{size(counted['payload_bytes_per_token'])} per token, {counted['calls']} calls in all"
+        )
+    return facts(f"Communication ({figures['source']}, {figures['value_bytes']}-byte values)", items)
+
+
+def speed_table(figures: dict) -> Group:
+    """Speed of the run, and where the time of one token goes."""
+    generation, time = figures["generation"], figures["time"]
+    spent = max(time["total"], 1e-12)
+    items = {
+        "prompt": f"{generation['prompt_tokens_per_second']:.1f} tokens/s ({generation['prompt_tokens']} tokens)",
+        "generation": f"{generation['tokens_per_second']:.1f} tokens/s ({len(generation['tokens'])} tokens)",
+        "share of time in experts": f"{time['experts'] / spent:.0%} (measured on 4 tokens with stops in between)",
+    }
+    return facts("Speed (measured)", items)
+
+
+def rank_table(per_rank: list[dict]) -> Group:
+    """What each rank held, computed and waited for."""
+    rows = []
+    for rank, figures in enumerate(per_rank):
+        seconds, slots = figures["seconds"], figures["slots_computed_per_layer"]
+        row = (rank, size(figures["expert_bytes"]), size(figures["resident"]["now"]), sum(slots))
+        rows.append((*row, *(f"{1e3 * seconds[part] / 4:.2f}" for part in ("experts", "collectives", "waiting"))))
+    columns = ("rank", "experts", "process", "slots", "experts ms", "collectives ms", "waiting ms")
+    return table("Ranks (measured; milliseconds per token, on 4 tokens with stops)", *columns, rows=rows)
+
+
+def all_tables(figures: dict, layer_numbers: list[int]) -> list:
+    """The whole report of `qwen3_expert_parallel.py`, in its order."""
+    parts = [parity_table(figures["parity"])] if figures["parity"] else []
+    parts += routing_tables(figures["routing"], layer_numbers)
+    parts += balance_tables(figures["balance"], layer_numbers)
+    parts += memory_tables(figures["memory"])
+    parts.append(communication_table(figures["communication"]))
+    parts += [rank_table(figures["ranks"])] if figures["ranks"] else []
+    return [*parts, speed_table(figures)]
 
 
 # --- files and mistakes -----------------------------------------------------------------------

@@ -1,57 +1,128 @@
 """A watchdog: ends a rank that waits for peers which will never answer.
 
 A collective whose peer is gone can block inside the library, where no Python signal handler or
-thread runs. So a small process beside each rank holds the clock: the rank tells it through a
-pipe how long the next step may take, and it ends the rank, with one line, when that time is over.
+thread runs. So a small process beside each rank keeps watch, and ends the rank with one line
+
+    when the time that the rank allowed for its present step is over,
+    when another rank's process is gone: the watchdogs hold connections to that of rank 0,
+    when the launcher ends the run.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import secrets
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 _WATCH = r"""
-import os, select, signal, sys
-name, rank_pid = sys.argv[1], int(sys.argv[2])
-limit, message = None, ""
+import os, select, signal, socket, sys
+name, rank_pid, token = sys.argv[1], int(sys.argv[2]), sys.argv[3].encode()
+limit, message, peers, done, pending = None, "", [], False, b""
+server = socket.socket()
+server.bind(("", 0))
+server.listen(128)
+print(server.getsockname()[1], flush=True)
 
 def end(why):
-    sys.stderr.write(f"{name}{why}\n")
+    sys.stderr.write("\n" + name + why + "\n")
     sys.stderr.flush()
     os.kill(rank_pid, signal.SIGKILL)
     os._exit(0)
 
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 signal.signal(signal.SIGTERM, lambda *_: end("stopped by the launcher: another rank failed or the run was ended"))
-while True:
-    if not select.select([0], [], [], limit)[0]:
+while not done:
+    ready = select.select([0, server, *peers], [], [], limit)[0]
+    if not ready:
         end(message)
-    data = os.read(0, 1 << 16)
-    if not data:
-        break
-    seconds, _, message = data.decode().strip().splitlines()[-1].partition(" ")
-    limit = float(seconds) or None
+    for source in ready:
+        if source is server:
+            peer = server.accept()[0]
+            peer.settimeout(2)
+            try:
+                known = peer.recv(64).startswith(token)
+            except OSError:
+                known = False
+            peers.append(peer) if known else peer.close()
+        elif source == 0:
+            data = os.read(0, 1 << 16)
+            done = done or not data  # the rank was killed: its peers learn it from the closed connections
+            *lines, pending = (pending + data).split(b"\n")
+            for line in lines:
+                command, _, rest = line.decode().partition(" ")
+                if command == "limit":
+                    seconds, _, message = rest.partition(" ")
+                    limit = float(seconds) or None
+                elif command == "join":
+                    host, port, token = rest.split()
+                    try:
+                        peer = socket.create_connection((host, int(port)), timeout=5)
+                        peer.sendall(token.encode())
+                        peer.settimeout(None)
+                        peers.append(peer)
+                    except OSError:
+                        pass  # a firewall between: the time limit is left
+                elif command == "bye":
+                    done = True
+                    for peer in peers:
+                        try:
+                            peer.sendall(b"bye")
+                        except OSError:
+                            pass
+        else:
+            try:
+                word = source.recv(64)
+            except OSError:
+                word = b""
+            peers.remove(source)
+            if not word and not done:
+                end("lost another rank: its process was ended or crashed")
 """
 
 
 class Watchdog:
-    """limit(seconds, message) starts the clock anew; limit(None) stops it. close() when all is well."""
+    """limit(seconds, message) starts the clock anew, limit(None) stops it; close() when all is well."""
 
     def __init__(self, name: str = "error: "):
-        import os
-
-        command = [sys.executable, "-I", "-S", "-c", _WATCH, name, str(os.getpid())]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE)
+        self._token = secrets.token_hex(8)
+        command = [sys.executable, "-I", "-S", "-c", _WATCH, name, str(os.getpid()), self._token]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._port = int(self._process.stdout.readline())
 
     def limit(self, seconds: float | None, message: str = "") -> None:
-        if self._process.poll() is None:
-            self._process.stdin.write(f"{seconds or 0} {message}\n".encode())
-            self._process.stdin.flush()
+        self._tell(f"limit {seconds or 0} {message}")
+
+    def address(self) -> dict:
+        """Where other watchdogs reach this one: to be shared by the ranks, then `join`."""
+        hosts = os.environ.get("MLX_HOSTFILE")
+        host = socket.gethostname()
+        if hosts:
+            entry = json.loads(Path(hosts).read_text())[int(os.environ["MLX_RANK"])]
+            entry = entry if isinstance(entry, list) else entry.get("ips", [])
+            host = entry[0].rpartition(":")[0] or entry[0] if entry else host
+        return {"host": host, "name": socket.gethostname(), "port": self._port, "token": self._token}
+
+    def join(self, first: dict) -> None:
+        """Hold a connection to rank 0's watchdog."""
+        host = "127.0.0.1" if first["name"] == socket.gethostname() else first["host"]
+        self._tell(f"join {host} {first['port']} {first['token']}")
 
     def close(self) -> None:
-        if self._process.stdin:
+        if not self._process.stdin.closed:
+            self._tell("bye")
             self._process.stdin.close()
         self._process.wait()
+
+    def _tell(self, line: str) -> None:
+        try:
+            self._process.stdin.write(f"{line}\n".encode())
+            self._process.stdin.flush()
+        except (BrokenPipeError, ValueError):  # it has ended, or was closed
+            pass
 
 
 class NoWatchdog:

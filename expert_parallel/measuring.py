@@ -1,0 +1,129 @@
+"""Measuring: what a rank computed, sent and waited for.
+
+Stopping after every step to look at the clock slows a run down. So seconds are taken on a few
+extra tokens after the real ones, and speeds on the real ones, without stops.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlx.core as mx
+
+from .moe import ExpertShard, SimulatedDevices
+
+
+@dataclass
+class Collectives:
+    """Calls of collectives and their payload: `bytes` is what one rank hands in."""
+
+    calls: int = 0
+    bytes: int = 0
+    by_kind: dict = field(default_factory=dict)
+
+    def add(self, kind: str, num_bytes: int) -> None:
+        self.calls += 1
+        self.bytes += num_bytes
+        calls, total = self.by_kind.get(kind, (0, 0))
+        self.by_kind[kind] = (calls + 1, total + num_bytes)
+
+
+@dataclass
+class Seconds:
+    """Where a rank's time went, each part with a stop before and after it."""
+
+    total: float = 0.0
+    experts: float = 0.0
+    waiting: float = 0.0
+    collectives: float = 0.0
+
+
+_COLLECTIVES = ("all_sum", "all_gather")
+
+
+@contextmanager
+def count_collectives():
+    """Count the collectives that are called while the block runs, mlx-lm's own among them."""
+    counted = Collectives()
+
+    def counting(kind, original):
+        def call(x, *args, **kwargs):
+            counted.add(kind, x.nbytes)
+            return original(x, *args, **kwargs)
+
+        return call
+
+    with _replaced(mx.distributed, {kind: counting(kind, getattr(mx.distributed, kind)) for kind in _COLLECTIVES}):
+        yield counted
+
+
+@contextmanager
+def time_parts(group=None):
+    """Take the seconds of experts, of waiting for other ranks, and of collectives, with stops in between.
+
+    waiting is the time in an empty collective just before the real one: the slowest rank does not wait.
+    """
+    seconds = Seconds()
+    several = group is not None and group.size() > 1
+
+    def timed_experts(original):
+        def call(self, x, indices):
+            mx.eval(x, indices)
+            begin = time.perf_counter()
+            y = original(self, x, indices)
+            mx.eval(y)
+            seconds.experts += time.perf_counter() - begin
+            return y
+
+        return call
+
+    def timed_collective(original):
+        def call(x, *args, **kwargs):
+            mx.eval(x)
+            begin = time.perf_counter()
+            if several:
+                mx.eval(all_sum(mx.zeros(1), group=group))
+            ready = time.perf_counter()
+            y = original(x, *args, **kwargs)
+            mx.eval(y)
+            seconds.waiting += ready - begin
+            seconds.collectives += time.perf_counter() - ready
+            return y
+
+        return call
+
+    all_sum = mx.distributed.all_sum
+    collectives = {kind: timed_collective(getattr(mx.distributed, kind)) for kind in _COLLECTIVES}
+    with (
+        _replaced(SimulatedDevices, {"__call__": timed_experts(SimulatedDevices.__call__)}),
+        _replaced(ExpertShard, {name: timed_experts(getattr(ExpertShard, name)) for name in ("compact", "masked")}),
+        _replaced(mx.distributed, collectives),
+    ):
+        begin = time.perf_counter()
+        yield seconds
+        seconds.total = time.perf_counter() - begin
+
+
+@contextmanager
+def _replaced(owner, attributes: dict):
+    originals = {name: getattr(owner, name) for name in attributes}
+    for name, value in attributes.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in originals.items():
+            setattr(owner, name, value)
+
+
+def resident_bytes() -> dict:
+    """Physical memory of this process by the operating system, {"now", "peak"}; `now` is 0 where it does not say."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    status = Path("/proc/self/statm")
+    now = int(status.read_text().split()[1]) * resource.getpagesize() if status.exists() else 0
+    return {"now": now, "peak": peak}

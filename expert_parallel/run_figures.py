@@ -1,0 +1,107 @@
+"""Figures of one run: parity with stock mlx-lm, memory, communication, ranks."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+
+from .communication import bytes_per_token, ring_traffic
+from .measuring import Collectives, Seconds, resident_bytes
+from .memory import ModelBytes, array_bytes, cache_bytes, live_expert_bytes
+from .moe import ExpertShard, moe_layers
+from .placement import Placement
+from .ranks import gather_objects
+
+
+def rank_figures(model, seconds: Seconds) -> dict:
+    """Measured on this rank: bytes of its arrays, memory of the process, slots computed, seconds."""
+    experts = live_expert_bytes(model)
+    served = [layer.experts.slots_served for layer in moe_layers(model) if isinstance(layer.experts, ExpertShard)]
+    return {
+        "expert_bytes_per_device": experts.tolist(),
+        "expert_bytes": int(experts.sum()),
+        "rest_bytes": array_bytes(model) - int(experts.sum()),
+        "resident": resident_bytes(),
+        "slots_computed_per_layer": served,
+        "seconds": vars(seconds),
+    }
+
+
+def parity_figures(model, ids: list[int], tokens: list[int], args, group, stock_run) -> dict | None:
+    """Whether stock mlx-lm says the same: tokens of the run, logits over prompt and answer.
+
+    Every rank takes part in the sharded pass; rank 0 alone runs stock. None on the other ranks.
+    """
+    sequence = mx.array([ids + tokens])
+    logits = model(sequence)
+    mx.eval(logits)
+    result = None
+    if group.rank() == 0:
+        expected, stock = stock_run()
+        difference = mx.abs(stock(sequence).astype(mx.float32) - logits.astype(mx.float32)).max().item()
+        result = {
+            "source": "measured",
+            "tokens_equal": tokens == expected,
+            "tokens_compared": len(expected),
+            "max_abs_logit_difference": difference,
+            "logits_compared": logits.size,
+        }
+    gather_objects(group, 0)  # nobody leaves while rank 0 still compares
+    return result
+
+
+def memory_figures(whole: ModelBytes, placement: Placement, cache, per_rank: list[dict], ranks: int) -> dict:
+    """Bytes per device, from live arrays; and against the whole model on one device."""
+    if ranks > 1:
+        experts = np.array([figures["expert_bytes"] for figures in per_rank])
+        rest = np.array([figures["rest_bytes"] for figures in per_rank])
+    else:
+        experts = np.array(per_rank[0]["expert_bytes_per_device"])
+        rest = np.full(len(experts), whole.rest)
+    key_values = cache_bytes(cache)
+    per_device = experts + rest
+    predicted = whole.per_device(placement)
+    return {
+        "source": "measured" if ranks > 1 else "experts measured, the rest replicated on each device modelled",
+        "per_device_bytes": per_device.tolist(),
+        "experts_per_device_bytes": experts.tolist(),
+        "experts_per_device_bytes_modelled": predicted.tolist(),
+        "rest_per_device_bytes": rest.tolist(),
+        "kv_cache_bytes": key_values,
+        "full_model_bytes": whole.total,
+        "full_model_expert_bytes": whole.experts,
+        "reduction": round(whole.total / int(per_device.max()), 3),
+        "reduction_of_experts": round(whole.experts / max(1, int(experts.max())), 3),
+    }
+
+
+def communication_figures(model, trace, combine: str, counted: Collectives, ranks: int) -> dict:
+    """Bytes per token of both combines by formula; with ranks also what was counted at the calls."""
+    layers = moe_layers(model)
+    shard = layers[0].experts
+    shard = shard if isinstance(shard, ExpertShard) else shard.shards[0]
+    down = shard.experts["down_proj"] if "down_proj" in shard.experts else shard.experts["fc2"]
+    hidden = down.weight.shape[1]
+    kind = mx.float32 if mx.default_device().type == mx.cpu else mx.bfloat16
+    top_k, value = trace.experts.shape[2], kind.size
+    by_combine = {how: bytes_per_token(hidden, top_k, len(layers), value, how) for how in ("reduce", "gather")}
+    devices = len(shard._assignment.held)
+    used = "gather" if shard._gather_group is not None or combine == "gather" else "reduce"
+    result = {
+        "source": "modelled",
+        "combine": used,
+        "value_bytes": value,
+        "bytes_per_token": by_combine[used],
+        "bytes_per_token_by_combine": by_combine,
+        "ring_bytes_sent_per_token_and_rank": round(ring_traffic(by_combine[used], devices)),
+    }
+    if ranks > 1:
+        result["counted"] = {
+            "source": "measured at the calls, head and attention included where sharded",
+            "tokens": len(trace),
+            "calls": counted.calls,
+            "payload_bytes": counted.bytes,
+            "by_kind": counted.by_kind,
+            "payload_bytes_per_token": round(counted.bytes / max(1, len(trace)), 1),
+        }
+    return result

@@ -1,0 +1,330 @@
+"""Run a Mixture-of-Experts model with its experts spread over devices, and report what that does.
+
+    python qwen3_expert_parallel.py                               8 simulated devices, shipped model
+    python qwen3_expert_parallel.py --prompt "def main():" --devices 4
+    mpirun -np 2 python qwen3_expert_parallel.py                  2 real ranks, each holds its half
+    mlx.launch -n 2 --backend ring -- qwen3_expert_parallel.py    the same over sockets
+
+Every figure says whether it is measured, simulated or modelled.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+from mlx_lm.generate import stream_generate
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.sample_utils import make_sampler
+
+from expert_parallel import report
+from expert_parallel.measuring import count_collectives, time_parts
+from expert_parallel.memory import model_bytes
+from expert_parallel.model_files import SHIPPED, default_model, load_whole, resolve_model
+from expert_parallel.moe import moe_layers, num_experts, shard_model
+from expert_parallel.placement import Placement, place_experts
+from expert_parallel.ranks import agree, checkpoint_mark, follow_rank_0, gather_objects, start_group
+from expert_parallel.routing import RoutingTrace, record_routing
+from expert_parallel.run_figures import communication_figures, memory_figures, parity_figures, rank_figures
+from expert_parallel.watchdog import NoWatchdog, Watchdog
+
+CHAT_PROMPT = "Write a Python function that returns the n-th Fibonacci number."
+CODE_PROMPT = 'def read_lines(path):\n    """Return the lines of a text file."""\n'
+
+
+def setup_arg_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", help="folder or hub id (default: Qwen3-Coder-30B if it is in the hub cache, else the shipped model)")
+    add("--prompt", help="a text, a file, or - for standard input")
+    add("--max-tokens", type=int, default=64, help="tokens to generate (default: 64)")
+    add("--temp", type=float, default=0.0, help="sampling temperature, 0 takes the likeliest token (default: 0)")
+    add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability")
+    add("--seed", type=int, default=0, help="of sampling (default: 0)")
+    add("--devices", type=int, help="simulated devices (default: 8); with several ranks always their number")
+    add(
+        "--placement",
+        default="contiguous",
+        metavar="STRATEGY_OR_FILE",
+        help="contiguous, round-robin, balanced, replicated, affinity, or a placement file (default: contiguous)",
+    )
+    add(
+        "--placement-trace",
+        type=Path,
+        metavar="FILE",
+        help="trace that balanced, replicated and affinity are fitted on",
+    )
+    add("--redundant-experts", type=int, default=0, metavar="R", help="extra copies of hot experts per layer")
+    add(
+        "--combine",
+        choices=("auto", "reduce", "gather"),
+        default="auto",
+        help="how ranks bring outputs together: sum weighted outputs, or sum every slot's (default: auto)",
+    )
+    add(
+        "--attention",
+        choices=("replicated", "sharded"),
+        default="replicated",
+        help="with several ranks: all but the experts on each, or sharded by mlx-lm",
+    )
+    add(
+        "--dtype",
+        choices=("auto", "float32", "float16", "bfloat16"),
+        default="auto",
+        help="of activations (default: float32 on the CPU, the checkpoint's own on a GPU)",
+    )
+    add("--streams", action="store_true", help="give each simulated device a stream, so that they run side by side")
+    add(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="run stock mlx-lm beside it and compare (default: with the shipped model)",
+    )
+    add("--timeout", type=float, default=300, help="seconds until a rank that waits for others gives up (default: 300)")
+    add("--trace", type=Path, metavar="FILE", help="save the routing trace")
+    add("--save-placement", type=Path, metavar="FILE", help="save the placement as JSON")
+    add("--plots", type=Path, metavar="DIR", help="save pictures of the loads")
+    add("--json", type=Path, metavar="FILE", help="save all figures")
+    add("--quiet", action="store_true", help="print the answer alone")
+    return parser  # fmt: skip
+
+
+def check_arguments(args):
+    for name, low in (("max_tokens", 1), ("redundant_experts", 0), ("temp", 0), ("top_p", 0)):
+        if getattr(args, name) < low:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
+    if args.devices is not None and args.devices < 1:
+        raise ValueError(f"--devices must be at least 1, got {args.devices}")
+    for path in filter(None, (args.trace, args.save_placement, args.json)):
+        report.check_writable(path)
+    if args.plots:
+        report.check_writable(args.plots / "x" if args.plots.is_dir() else args.plots)
+
+
+def read_prompt(args, tokenizer, context):
+    """Prompt as token ids; ValueError if it is empty or fills the context."""
+    text = args.prompt
+    if text is None:
+        text = CHAT_PROMPT if tokenizer.has_chat_template else CODE_PROMPT
+    elif text == "-":
+        text = sys.stdin.read()
+    elif len(text) < 1000 and Path(text).is_file():
+        text = Path(text).read_text(encoding="utf-8")
+    if not text.strip():
+        raise ValueError("the prompt is empty")
+    if tokenizer.has_chat_template:
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
+    else:
+        ids = tokenizer.encode(text, verbose=False)  # too long a text is reported below
+    if context and len(ids) >= context:
+        raise ValueError(f"the prompt has {len(ids)} tokens, the model's context is {context}")
+    return list(ids), text
+
+
+def make_placement(args, model, num_devices):
+    """The placement that was asked for; by strategy, or from a file."""
+    layers = moe_layers(model)
+    if not layers:
+        raise ValueError("this model has no Mixture-of-Experts layers: there is nothing to spread")
+    shape = (len(layers), num_experts(layers[0].experts))
+    strategies = ("contiguous", "round-robin", "balanced", "replicated", "affinity")
+    if args.placement not in strategies:
+        if not Path(args.placement).is_file():
+            raise ValueError(f"--placement {args.placement}: neither {', '.join(strategies)} nor a file")
+        placement = Placement.load(args.placement, *shape)
+        if placement.num_devices != num_devices:
+            raise ValueError(f"{args.placement} places {placement.num_devices} devices, this run has {num_devices}")
+        return placement
+    loads, coactivation = [[1] * shape[1]] * shape[0], None
+    if args.placement in ("balanced", "replicated", "affinity"):
+        if args.placement_trace is None:
+            raise ValueError(f"--placement {args.placement} needs --placement-trace; record one with --trace FILE")
+        trace = RoutingTrace.load(args.placement_trace)
+        loads = trace.loads()
+        if loads.shape != shape:
+            raise ValueError(
+                f"{args.placement_trace} is of {list(loads.shape)} [layers, experts], the model {list(shape)}"
+            )
+        coactivation = trace.experts if args.placement == "affinity" else None
+    return place_experts(loads, num_devices, args.placement, args.redundant_experts, coactivation=coactivation)
+
+
+def generate(model, tokenizer, ids, args, group, watchdog, out):
+    """Stream the answer; (token ids, text, last response, prompt cache)."""
+    mx.random.seed(args.seed)
+    sampler = make_sampler(temp=args.temp, top_p=args.top_p if args.top_p < 1 else 0.0)
+    if group is not None and group.size() > 1:
+        sample_here = sampler
+
+        def sampler(logprobs):
+            return follow_rank_0(group, sample_here(logprobs))
+
+    cache = make_prompt_cache(model)
+    tokens, text, last = [], "", None
+    silence = f"no answer from the other ranks within {args.timeout:g} s (--timeout)"
+    watchdog.limit(args.timeout, silence)
+    # mlx-lm's own stream would run on while the next collective starts elsewhere: one stream keeps them in order.
+    options = {"sampler": sampler, "prompt_cache": cache, "stream": mx.default_stream(mx.default_device())}
+    for last in stream_generate(model, tokenizer, ids, args.max_tokens, **options):
+        watchdog.limit(args.timeout, silence)
+        if out:
+            print(last.text, end="", flush=True)
+        text += last.text
+        if last.finish_reason != "stop":
+            tokens.append(last.token)
+    watchdog.limit(None)
+    if out:
+        print(flush=True)
+    return tokens, text, last, cache
+
+
+def set_dtype(model, name):
+    """Activations and scales in the asked type; packed weights stay as they are."""
+    if name == "auto" and mx.default_device().type != mx.cpu:
+        return
+    model.set_dtype(mx.float32 if name == "auto" else getattr(mx, name))
+
+
+def prepare(args, group):
+    """Everything that can go wrong before ranks meet: files, model, prompt, placement."""
+    check_arguments(args)
+    folder, line = (resolve_model(args.model), None) if args.model else default_model()
+    model, tokenizer, config = load_whole(folder)
+    set_dtype(model, args.dtype)
+    context = config.get("max_position_embeddings")
+    ids, prompt = read_prompt(args, tokenizer, context)
+    if context and len(ids) + args.max_tokens > context:
+        args.max_tokens = context - len(ids)
+    devices = group.size() if group.size() > 1 else args.devices or 8
+    if group.size() > 1 and args.devices not in (None, group.size()):
+        raise ValueError(f"--devices {args.devices}, but there are {group.size()} ranks: each rank is a device")
+    placement = make_placement(args, model, devices)
+    return folder, line, model, tokenizer, config, ids, prompt, placement
+
+
+def run(args, watchdog):
+    # 1. Ranks meet; each prepares; all agree or all stop.
+    group = start_group(args.timeout, watchdog)
+    ranks, first = group.size(), group.rank() == 0
+    console = report.console(args.quiet or not first)
+    error, prepared = None, None
+    try:
+        prepared = prepare(args, group)
+    except (ValueError, OSError) as problem:
+        if ranks == 1:
+            raise
+        error = str(problem)
+    versions = report.environment()
+    facts = {"options or versions": {**vars(args), "json": 0, "mlx": versions["mlx"], "mlx_lm": versions["mlx_lm"]}}
+    if prepared:
+        folder, line, model, tokenizer, config, ids, prompt, placement = prepared
+        facts |= {"placement": placement.held.tobytes(), "prompt": ids, "config": config}
+        facts["weights"] = checkpoint_mark(folder) if ranks > 1 else ""
+    watchdog.limit(args.timeout, f"the other ranks did not finish loading within {args.timeout:g} s (--timeout)")
+    agree(group, facts, error)
+    if line:
+        console.print(line)
+
+    # 2. The experts go to their devices; nothing else of mlx-lm's model changes.
+    whole = model_bytes(model)
+    layer_numbers = [layer.number for layer in moe_layers(model)]
+    model = shard_model(model, placement, group, args.combine, args.attention, args.streams)
+    mx.eval(model.parameters())
+    agree(group, {})
+    about = {
+        "model": str(args.model or folder.name),
+        "MoE layers": f"{placement.num_layers} x {placement.num_experts} experts",
+        "devices": f"{ranks} ranks" if ranks > 1 else f"{placement.num_devices} simulated in one process",
+        "placement": repr(placement),
+        "running on": "{device}, {device_name}, {cores} cores, {system}".format(**versions),
+        "versions": f"mlx {versions['mlx']}, mlx-lm {versions['mlx_lm']}, Python {versions['python']}",
+    }
+    console.print(report.facts("What runs where", about))
+
+    # 3. The answer, with every routing decision recorded.
+    console.rule("answer", style="dim", align="left")
+    if first and not args.quiet:
+        print(prompt if not tokenizer.has_chat_template else "", end="", flush=True)
+    with record_routing(model, name=about["model"], prompt_tokens=len(ids)) as trace, count_collectives() as counted:
+        tokens, text, last, cache = generate(model, tokenizer, ids, args, group, watchdog, first)
+    console.rule(style="dim")
+
+    # 4. Where the time goes, on extra tokens; and the same run by stock mlx-lm.
+    watchdog.limit(args.timeout, f"no answer from the other ranks within {args.timeout:g} s (--timeout)")
+    with time_parts(group) as seconds:
+        for _ in range(4):
+            mx.eval(model(mx.array([tokens[-1:] or ids[-1:]]), cache=cache))
+    per_rank = gather_objects(group, rank_figures(model, seconds))
+    watchdog.limit(None)
+    verify = args.verify if args.verify is not None else folder.resolve() == SHIPPED.resolve()
+    parity = None
+    if verify:
+        parity = parity_figures(model, ids, tokens, args, group, lambda: stock_run(folder, ids, args))
+
+    # 5. The figures, once for programs and once for people.
+    if first:
+        figures = {
+            "model": {"name": about["model"], "config": config, "environment": versions},
+            "placement": {"strategy": placement.strategy, "devices": placement.num_devices, "ranks": ranks,
+                          "experts_per_device": placement.held.sum(axis=2).tolist()},
+            "generation": {"source": "measured", "prompt_tokens": len(ids), "text": text, "tokens": tokens,
+                           "prompt_tokens_per_second": last.prompt_tps, "tokens_per_second": last.generation_tps},
+            "parity": parity,
+            "routing": report.routing_figures(trace),
+            "balance": report.balance_figures(trace, placement),
+            "memory": memory_figures(whole, placement, cache, per_rank, ranks),
+            "communication": communication_figures(model, trace, args.combine, counted, ranks),
+            "ranks": per_rank if ranks > 1 else None,
+            "time": {"source": "measured with a stop after each part, 4 tokens", **vars(seconds)},
+        }  # fmt: skip
+        write_files(args, figures, trace, placement)
+        for part in report.all_tables(figures, layer_numbers):
+            console.print()
+            console.print(part)
+
+
+def stock_run(folder, ids, args):
+    """The same answer by stock mlx-lm: (token ids, model)."""
+    model, tokenizer, _ = load_whole(folder)
+    set_dtype(model, args.dtype)
+    tokens, *_ = generate(model, tokenizer, ids, args, None, NoWatchdog(), out=False)
+    return tokens, model
+
+
+def write_files(args, figures, trace, placement):
+    if args.trace:
+        trace.save(args.trace)
+    if args.save_placement:
+        placement.save(args.save_placement)
+    if args.json:
+        report.write_json(args.json, figures)
+    if args.plots:
+        from expert_parallel.plots import plot_loads
+
+        loads = trace.loads()
+        plot_loads(args.plots, loads, placement.device_loads(loads), figures["model"]["name"])
+
+
+def main():
+    args = setup_arg_parser().parse_args()
+    rank = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("MLX_RANK")
+    name = f"rank {rank}: " if rank else ""
+    watchdog = Watchdog(f"{name}error: ") if rank else NoWatchdog()
+    with report.exit_on_user_error(name):
+        try:
+            run(args, watchdog)
+        except RuntimeError as error:
+            if rank is None:
+                raise
+            # A peer is gone: what the backend still holds cannot be shut down in order.
+            sys.stdout.flush()
+            print(f"\n{name}error: lost another rank: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            watchdog.close()
+            os._exit(3)
+        finally:
+            watchdog.close()
+
+
+if __name__ == "__main__":
+    main()

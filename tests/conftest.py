@@ -1,0 +1,128 @@
+"""Shared by all tests: the shipped model, tiny models of any configuration, real ranks."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten, tree_map_with_path
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ROOT / "models" / "tiny-qwen3-moe"
+
+CONFIG = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 64,
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+
+
+def random_model(seed=0, quantize=False, **changes):
+    """A Qwen3-MoE of mlx-lm with random weights, float32; every projection strong enough to matter."""
+    import mlx.nn as nn
+    from mlx_lm.models.qwen3_moe import Model, ModelArgs
+
+    mx.random.seed(seed)
+    model = Model(ModelArgs.from_dict({**CONFIG, **changes}))
+    model.update(
+        tree_map_with_path(lambda _, a: mx.random.normal(a.shape) * (0.3 if a.ndim > 1 else 1.0), model.parameters())
+    )
+    if quantize:
+        nn.quantize(model, group_size=32, bits=4)
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def save_model(model, folder, **changes):
+    """Write a random model as a checkpoint with the shipped tokenizer files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **changes}))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(SHIPPED / name, folder)
+    return folder
+
+
+def run_script(*arguments, timeout=240, stdin="", **environment):
+    """A script of the project as a user runs it."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "80", "HF_HUB_OFFLINE": "1", **environment},
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def launch_command(backend, ranks, *arguments, tmp_path=None):
+    """(command, environment) pairs that start the ranks; one for MPI, one per rank for the ring."""
+    base = {**os.environ, "COLUMNS": "80", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    if backend == "mpi":
+        base |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        return [(["mpirun", "--oversubscribe", "-np", str(ranks), *command], base)]
+    import socket
+
+    sockets = [socket.socket() for _ in range(ranks)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    hosts = [[f"127.0.0.1:{s.getsockname()[1]}"] for s in sockets]
+    for s in sockets:
+        s.close()
+    hostfile = tmp_path / "hosts.json"
+    hostfile.write_text(json.dumps(hosts))
+    return [(command, {**base, "MLX_RANK": str(r), "MLX_HOSTFILE": str(hostfile)}) for r in range(ranks)]
+
+
+def launch(backend, ranks, *arguments, tmp_path, timeout=120):
+    """Run the ranks to their end; [(exit status, standard output, standard error)] per process started."""
+    if backend == "mpi" and not shutil.which("mpirun"):
+        pytest.skip("no mpirun on this machine: install Open MPI to run the MPI tests")
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for command, environment in launch_command(backend, ranks, *arguments, tmp_path=tmp_path)
+    ]
+    results = []
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=timeout)
+            results.append((process.returncode, out, err))
+    finally:
+        for process in processes:
+            process.kill()
+    return results
+
+
+@pytest.fixture(scope="session")
+def shipped():
+    return SHIPPED

@@ -1,0 +1,120 @@
+"""Traces: what the router decided, recorded without touching the answer."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import random_model
+from mlx_lm.models.cache import make_prompt_cache
+
+from expert_parallel import RoutingTrace, place_experts, record_routing, shard_model
+from expert_parallel.moe import moe_layers
+
+
+def router_choice(model, tokens):
+    """The chosen experts of every layer by the block's own formula, [T, L, k] with sorted ids."""
+    chosen = []
+    for layer in moe_layers(model):
+        block, seen = layer.block, []
+        original = type(block).__call__
+
+        def spy(self, x, block=block, seen=seen, original=original):
+            if self is block:
+                gates = mx.softmax(self.gate(x), axis=-1, precise=True)
+                seen.append(mx.argsort(-gates, axis=-1)[..., : self.top_k])
+            return original(self, x)
+
+        type(block).__call__ = spy
+        try:
+            mx.eval(model(tokens), seen)
+        finally:
+            type(block).__call__ = original
+        chosen.append(np.sort(np.array(seen[0]).reshape(-1, block.top_k), axis=-1))
+    return np.stack(chosen, axis=1)
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 4])
+def test_recorder_notes_the_routers_own_choice(top_k):
+    model = random_model(num_experts_per_tok=top_k)
+    tokens = mx.array([[5, 6, 7, 8, 9, 10]])
+    expected = router_choice(model, tokens)
+    plain = model(tokens)
+    with record_routing(model, "random") as trace:
+        assert mx.array_equal(model(tokens), plain)
+    assert trace.experts.dtype == np.uint16
+    assert np.array_equal(np.sort(trace.experts, axis=-1), expected)
+    assert trace.loads().sum() == 6 * 3 * top_k
+    assert trace.model == "random"
+
+
+def test_recording_a_sharded_model_sees_the_same_and_leaves_nothing_behind():
+    model = random_model()
+    tokens = mx.array([[5, 6, 7, 8]])
+    with record_routing(model) as stock:
+        mx.eval(model(tokens))
+    shard_model(model, place_experts(np.zeros((3, 16)), 5))
+    before = [layer.experts for layer in moe_layers(model)]
+    with record_routing(model) as sharded:
+        mx.eval(model(tokens))
+    assert np.array_equal(stock.experts, sharded.experts)
+    assert all(a.experts is b for a, b in zip(moe_layers(model), before, strict=True))
+
+
+def test_prefill_and_decode_are_told_apart_over_many_passes():
+    model = random_model()
+    cache = make_prompt_cache(model)
+    with record_routing(model) as trace:
+        mx.eval(model(mx.array([[1, 2, 3]]), cache=cache))
+        for token in range(70):  # more than one batch of notes
+            mx.eval(model(mx.array([[token]]), cache=cache))
+    assert trace.prefill.tolist() == [True] * 3 + [False] * 70
+    assert len(trace.phase("prefill")) == 3
+    assert len(trace.phase("decode")) == 70
+
+
+def test_memory_is_bounded_and_what_was_left_out_is_said():
+    model = random_model()
+    with record_routing(model, max_tokens=5) as trace:
+        mx.eval(model(mx.array([[1, 2, 3, 4]])))
+        mx.eval(model(mx.array([[1, 2, 3, 4]])))
+    assert len(trace) == 5
+    assert trace.metadata["dropped_tokens"] == 3
+
+
+def test_an_exception_in_the_block_restores_the_model():
+    model = random_model()
+    with pytest.raises(KeyError), record_routing(model):
+        raise KeyError
+    assert all(type(layer.experts).__name__ == "SwitchGLU" for layer in moe_layers(model))
+
+
+def test_save_load_cut_and_concatenate(tmp_path):
+    rng = np.random.default_rng(0)
+    trace = RoutingTrace(rng.integers(0, 9, (20, 2, 3)), 9, rng.random(20) < 0.5, "m", {"text": "häh"})
+    trace.save(tmp_path / "t.npz")
+    loaded = RoutingTrace.load(tmp_path / "t.npz")
+    assert np.array_equal(loaded.experts, trace.experts)
+    assert np.array_equal(loaded.prefill, trace.prefill)
+    assert (loaded.num_experts, loaded.model, loaded.metadata) == (9, "m", {"text": "häh"})
+    joined = RoutingTrace.concatenate([trace[:7], trace[7:]])
+    assert np.array_equal(joined.experts, trace.experts)
+    assert [p.name for p in tmp_path.iterdir()] == ["t.npz"]
+
+
+def test_damaged_and_foreign_files_are_refused_by_name(tmp_path):
+    (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 nothing")
+    with pytest.raises(ValueError, match="bad.npz"):
+        RoutingTrace.load(tmp_path / "bad.npz")
+    with pytest.raises(ValueError, match="none.npz"):
+        RoutingTrace.load(tmp_path / "none.npz")
+    np.savez(tmp_path / "other.npz", a=np.zeros(3))
+    with pytest.raises(ValueError, match="other.npz"):
+        RoutingTrace.load(tmp_path / "other.npz")
+
+
+def test_impossible_traces_are_refused():
+    with pytest.raises(ValueError, match="expert 9 does not exist"):
+        RoutingTrace(np.full((1, 1, 1), 9), 9)
+    with pytest.raises(ValueError, match="tokens, layers, chosen"):
+        RoutingTrace(np.zeros((4, 4)), 9)
+    with pytest.raises(ValueError, match="different models"):
+        RoutingTrace.concatenate([RoutingTrace(np.zeros((1, 2, 1)), 4), RoutingTrace(np.zeros((1, 3, 1)), 4)])

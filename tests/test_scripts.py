@@ -1,0 +1,172 @@
+"""The scripts as a user meets them: what they print, write, and refuse."""
+
+import json
+import shutil
+
+import pytest
+from conftest import ROOT, SHIPPED, random_model, run_script, save_model
+
+SCRIPT = "qwen3_expert_parallel.py"
+
+
+def refused(result, *words):
+    """One line on standard error, exit status 2, no traceback."""
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+def test_main_script_answers_reports_and_writes(tmp_path):
+    files = {name: tmp_path / f"out.{name}" for name in ("json", "npz", "placement")}
+    result = run_script(
+        SCRIPT, "--model", SHIPPED, "--prompt", "import os\n", "--max-tokens", 8, "--devices", 3,
+        "--json", files["json"], "--trace", files["npz"], "--save-placement", files["placement"],
+        "--plots", tmp_path / "plots",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    for heading in ("Parity", "Routing", "Balance", "Memory per device", "Communication", "Speed"):
+        assert heading in result.stdout
+    figures = json.loads(files["json"].read_text())
+    assert figures["parity"]["tokens_equal"] is True
+    assert figures["parity"]["max_abs_logit_difference"] == 0
+    assert len(figures["generation"]["tokens"]) == 8
+    assert sum(figures["memory"]["experts_per_device_bytes"]) == figures["memory"]["full_model_expert_bytes"]
+    assert figures["memory"]["experts_per_device_bytes"] == figures["memory"]["experts_per_device_bytes_modelled"]
+    assert figures["communication"]["bytes_per_token"] == 4 * 256 * 4  # layers, hidden, float32
+    prompt, layers, top_k = figures["generation"]["prompt_tokens"], 4, 8
+    assert sum(map(sum, figures["balance"]["device_loads"])) == (prompt + 8) * layers * top_k
+    assert sorted(p.name for p in (tmp_path / "plots").iterdir()) == ["device_loads.png", "expert_loads.png"]
+    again = run_script(
+        SCRIPT, "--model", SHIPPED, "--prompt", "import os\n", "--max-tokens", 8, "--devices", 3, "--quiet",
+        "--placement", files["placement"],
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.strip() == figures["generation"]["text"].strip()
+
+
+def test_prompts_from_file_and_standard_input(tmp_path):
+    (tmp_path / "prompt.txt").write_text("import sys\n")
+    common = ("--model", SHIPPED, "--max-tokens", 4, "--quiet", "--no-verify")
+    answers = [
+        run_script(SCRIPT, *common, "--prompt", prompt, stdin="import sys\n").stdout
+        for prompt in ("import sys\n", tmp_path / "prompt.txt", "-")
+    ]
+    assert answers[0]
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_sampling_with_a_seed_is_repeatable():
+    common = (SCRIPT, "--model", SHIPPED, "--max-tokens", 12, "--quiet", "--temp", 1, "--no-verify")
+    one, two, other = (run_script(*common, "--seed", seed).stdout for seed in (7, 7, 8))
+    assert one == two
+    assert one != other
+
+
+def test_minimal_example_runs():
+    result = run_script("minimal_qwen3_example.py")
+    assert result.returncode == 0, result.stderr
+    assert "balancedness" in result.stdout
+
+
+def test_default_model_comes_from_the_hub_cache_if_it_is_there(tmp_path):
+    """A folder in the hub's cache layout stands in for the downloaded model."""
+    snapshot = (
+        tmp_path / "hub/models--mlx-community--Qwen3-Coder-30B-A3B-Instruct-4bit/snapshots" / ("0" * 40)
+    )  # fmt: skip
+    save_model(random_model(vocab_size=4096), snapshot, vocab_size=4096)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs/main").write_text("0" * 40)
+    common = (SCRIPT, "--max-tokens", 2, "--prompt", "a b", "--devices", 2)
+    cached = run_script(*common, HF_HUB_CACHE=str(tmp_path / "hub"))
+    assert cached.returncode == 0, cached.stderr
+    assert "found in the local hub cache" in cached.stdout
+    empty = run_script(*common, HF_HUB_CACHE=str(tmp_path / "none"))
+    assert empty.returncode == 0, empty.stderr
+    assert "shipped with this project" in empty.stdout
+
+
+BAD_ARGUMENTS = {
+    "no such folder": (["--model", "./nowhere"], "nowhere"),
+    "hub out of reach": (["--model", "nobody/no-such-model"], "nobody/no-such-model"),
+    "more devices than experts": (["--devices", "129"], "129"),
+    "zero devices": (["--devices", "0"], "--devices"),
+    "negative devices": (["--devices", "-3"], "--devices"),
+    "empty prompt": (["--prompt", ""], "prompt is empty"),
+    "blank prompt": (["--prompt", " \n"], "prompt is empty"),
+    "no tokens": (["--max-tokens", "0"], "--max-tokens"),
+    "unknown placement": (["--placement", "random"], "random"),
+    "placement without a trace": (["--placement", "balanced"], "--placement-trace"),
+    "json into no folder": (["--json", "nowhere/x.json"], "nowhere"),
+    "json is a folder": (["--json", "tests"], "tests"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARGUMENTS, ids=str)
+def test_bad_arguments(case):
+    arguments, word = BAD_ARGUMENTS[case]
+    refused(
+        run_script(SCRIPT, "--model", SHIPPED, *arguments, "--max-tokens", *(["4"] if case != "no tokens" else ["0"])),
+        word,
+    )
+
+
+def test_a_prompt_longer_than_the_context():
+    refused(run_script(SCRIPT, "--model", SHIPPED, "--prompt", "x = 1\n" * 400), "context is 512")
+
+
+@pytest.fixture
+def broken(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(SHIPPED, folder)
+    return folder
+
+
+def test_a_dense_model(tmp_path):
+    changes = {"mlp_only_layers": [0, 1, 2], "vocab_size": 4096}
+    folder = save_model(random_model(**changes), tmp_path / "dense", **changes)
+    refused(run_script(SCRIPT, "--model", folder), "no Mixture-of-Experts layers")
+
+
+def test_a_truncated_weight_file_leaves_no_output(broken, tmp_path):
+    path = broken / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    refused(run_script(SCRIPT, "--model", broken, "--json", tmp_path / "o.json"), "model.safetensors", "truncated")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("content", [b"", b"1234", b"\xff" * 64], ids=["empty", "short", "garbage"])
+def test_a_damaged_weight_file(broken, content):
+    (broken / "model.safetensors").write_bytes(content)
+    refused(run_script(SCRIPT, "--model", broken), "model.safetensors")
+
+
+def test_a_missing_weight_file(broken):
+    (broken / "model.safetensors").unlink()
+    refused(run_script(SCRIPT, "--model", broken), "model.safetensors")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"model_type": "no_such_architecture"}'], ids=str)
+def test_a_bad_config(broken, text):
+    (broken / "config.json").write_text(text)
+    refused(run_script(SCRIPT, "--model", broken))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[1]", '{"every_layer": ["0-126"]}', '{"every_layer": ["0-63", "64-128"]}'], ids=str
+)
+def test_a_bad_placement_file(tmp_path, text):
+    path = tmp_path / "placement.json"
+    path.write_text(text)
+    refused(run_script(SCRIPT, "--model", SHIPPED, "--devices", 2, "--placement", path), "placement.json")
+
+
+def test_scripts_explain_themselves():
+    for script in sorted(ROOT.glob("*_*.py")):
+        if script.name != "minimal_qwen3_example.py":
+            result = run_script(script.name, "--help")
+            assert result.returncode == 0, result.stderr
+            assert "python " + script.name in result.stdout
