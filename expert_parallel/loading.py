@@ -89,7 +89,7 @@ def load_whole(path_or_repo, dtype=None, progress=None, tokenizer_config=None):
     _check_computable(moe_layers(lazy.model), dtype)
     tokenizer = tokenizer_of(folder, lazy.config, tokenizer_config)
     total = sum(_stored_bytes(module) for _, module in lazy.model.named_modules())
-    _read_rest(lazy.model, (), dtype, _Counter(progress, total), ReadReport())
+    _read_rest(lazy.model, (), dtype, _Counter(progress, total))
     return lazy.model, tokenizer, lazy.config
 
 
@@ -121,6 +121,8 @@ def load_sharded(
     Raises ValueError, FileNotFoundError or OSError in one line, before anything large is read.
     """
     began, report = time.perf_counter(), ReadReport()
+    if combine not in ("auto", "reduce", "gather") or attention not in ("replicated", "sharded"):
+        raise ValueError(f"combine is auto, reduce or gather, attention replicated or sharded: {combine}, {attention}")
     group = None if group is None or group.size() == 1 else group
     folder = resolve_model(path_or_repo)
     lazy, dtype = build_lazily(folder), activation_dtype(dtype)
@@ -133,10 +135,11 @@ def load_sharded(
     devices = [group.rank()] if group else list(range(placement.num_devices))
     paths = tuple(f"{layer.path}." for layer in layers)
     experts = [layer.experts for layer in layers]
-    total = sum(_stored_bytes(m) for path, m in model.named_modules() if not f"{path}.".startswith(paths))
+    rest = sum(_stored_bytes(m) for path, m in model.named_modules() if not f"{path}.".startswith(paths))
+    report.bytes_read_rest = total = rest  # read whole even where only a part is kept (attention="sharded")
     for held, stacked, sources in zip(placement.held, experts, lazy.sources, strict=True):
         share = held[devices].any(axis=0).mean() if sources else 1
-        total += round(share * sum(a.nbytes for _, m in switch_linears(stacked) for a in m.parameters().values()))
+        total += round(share * _layer_bytes(stacked))
     counter = _Counter(progress, total)
 
     if group and attention == "sharded":
@@ -152,7 +155,7 @@ def load_sharded(
             layer.experts = SimulatedDevices(shards, lanes)
         report.bytes_read_experts += size
         counter.add(size)
-    _read_rest(model, paths, dtype, counter, report)
+    _read_rest(model, paths, dtype, counter)
     report.seconds = time.perf_counter() - began
     return (model, tokenizer, report) if return_report else (model, tokenizer)
 
@@ -204,10 +207,10 @@ def _cut_experts(experts, _, held, devices, dtype):
             module.set_dtype(dtype)
         mx.eval(module.parameters())
         modules.append(module)
-    return modules, sum(a.nbytes for _, m in switch_linears(experts) for a in m.parameters().values())
+    return modules, _layer_bytes(experts)
 
 
-def _read_rest(model, expert_paths, dtype, counter, report):
+def _read_rest(model, expert_paths, dtype, counter):
     """Evaluate what is still lazy, a tensor at a time, so that only one is ever there in two dtypes."""
     for path, module in model.named_modules():
         if expert_paths and f"{path}.".startswith(expert_paths):
@@ -217,7 +220,6 @@ def _read_rest(model, expert_paths, dtype, counter, report):
                 size = module[name].nbytes
                 module[name] = _as(module[name], dtype)
                 mx.eval(module[name])
-                report.bytes_read_rest += size
                 counter.add(size)
     if dtype is not None:
         model.set_dtype(dtype)  # arrays in lists, which few architectures have
@@ -228,6 +230,10 @@ def _read_rest(model, expert_paths, dtype, counter, report):
 
 def _stored_bytes(module) -> int:
     return sum(v.nbytes for k, v in module.items() if isinstance(v, mx.array) and not k.startswith("_"))
+
+
+def _layer_bytes(experts) -> int:
+    return sum(array.nbytes for _, linear in switch_linears(experts) for array in linear.parameters().values())
 
 
 class _Counter:
