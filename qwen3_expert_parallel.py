@@ -14,15 +14,18 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+from mlx_lm import load
 from mlx_lm.generate import stream_generate
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
 from expert_parallel import report
+from expert_parallel.checkpoint import build_lazily, resolve_model, tokenizer_of
+from expert_parallel.default_model import SHIPPED, default_model
+from expert_parallel.loading import activation_dtype, load_sharded
 from expert_parallel.measuring import count_collectives, time_parts
 from expert_parallel.memory import model_bytes
-from expert_parallel.model_files import SHIPPED, default_model, load_whole, resolve_model
-from expert_parallel.moe import moe_layers, num_experts, shard_model
+from expert_parallel.moe import moe_layers, num_experts
 from expert_parallel.placement import Placement, place_experts
 from expert_parallel.ranks import agree, checkpoint_mark, follow_rank_0, gather_objects, start_group
 from expert_parallel.routing import RoutingTrace, record_routing
@@ -70,9 +73,8 @@ def setup_arg_parser():
     )
     add(
         "--dtype",
-        choices=("auto", "float32", "float16", "bfloat16"),
-        default="auto",
-        help="of activations (default: float32 on the CPU, the checkpoint's own on a GPU)",
+        choices=("float32", "float16", "bfloat16", "keep"),
+        help="of activations and scales (default: float32 on the CPU, the checkpoint's own on a GPU)",
     )
     add("--streams", action="store_true", help="give each simulated device a stream, so that they run side by side")
     add(
@@ -179,19 +181,15 @@ def generate(model, tokenizer, ids, args, group, watchdog, out):
     return tokens, text, last, cache
 
 
-def set_dtype(model, name):
-    """Activations and scales in the asked type; packed weights stay as they are."""
-    if name == "auto" and mx.default_device().type != mx.cpu:
-        return
-    model.set_dtype(mx.float32 if name == "auto" else getattr(mx, name))
-
-
 def prepare(args, group):
     """Everything that can go wrong before ranks meet: files, model, prompt, placement."""
     check_arguments(args)
     folder, line = (resolve_model(args.model), None) if args.model else default_model()
-    model, tokenizer, config = load_whole(folder)
-    set_dtype(model, args.dtype)
+    lazy = build_lazily(folder)  # shapes and bytes, no weights yet
+    model, config, dtype = lazy.model, lazy.config, activation_dtype(args.dtype)
+    if dtype is not None:
+        model.set_dtype(dtype)
+    tokenizer = tokenizer_of(folder, config)
     context = config.get("max_position_embeddings")
     ids, prompt = read_prompt(args, tokenizer, context)
     if context and len(ids) + args.max_tokens > context:
@@ -226,18 +224,27 @@ def run(args, watchdog):
     if line:
         console.print(line)
 
-    # 2. The experts go to their devices; nothing else of mlx-lm's model changes.
+    # 2. Every device reads its experts; nothing else of mlx-lm's model changes.
     whole = model_bytes(model)
     layer_numbers = [layer.number for layer in moe_layers(model)]
-    model = shard_model(model, placement, group, args.combine, args.attention, args.streams)
-    mx.eval(model.parameters())
-    agree(group, {})
+    try:
+        with report.progress_bar("reading", first and not args.quiet) as progress:
+            model, tokenizer, reading = load_sharded(
+                folder, placement=placement, group=group, dtype=args.dtype, combine=args.combine,
+                attention=args.attention, streams=args.streams, progress=progress, return_report=True,
+            )  # fmt: skip
+    except (ValueError, OSError) as problem:
+        if ranks == 1:
+            raise
+        error = str(problem)
+    agree(group, {}, error)
     about = {
         "model": str(args.model or folder.name),
         "MoE layers": f"{placement.num_layers} x {placement.num_experts} experts",
         "devices": f"{ranks} ranks" if ranks > 1 else f"{placement.num_devices} simulated in one process",
         "placement": repr(placement),
         "running on": "{device}, {device_name}, {cores} cores, {system}".format(**versions),
+        "read": f"{report.size(reading.bytes_read_experts + reading.bytes_read_rest)} in {reading.seconds:.1f} s",
         "versions": f"mlx {versions['mlx']}, mlx-lm {versions['mlx_lm']}, Python {versions['python']}",
     }
     console.print(report.facts("What runs where", about))
@@ -286,8 +293,10 @@ def run(args, watchdog):
 
 def stock_run(folder, ids, args):
     """The same answer by stock mlx-lm: (token ids, model)."""
-    model, tokenizer, _ = load_whole(folder)
-    set_dtype(model, args.dtype)
+    model, tokenizer = load(str(folder), lazy=True)
+    dtype = activation_dtype(args.dtype)
+    if dtype is not None:
+        model.set_dtype(dtype)
     tokens, *_ = generate(model, tokenizer, ids, args, None, NoWatchdog(), out=False)
     return tokens, model
 

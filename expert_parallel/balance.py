@@ -14,9 +14,11 @@ import numpy as np
 def _check(device_loads) -> np.ndarray:
     loads = np.asarray(device_loads, dtype=np.float64)
     if loads.ndim != 2 or 0 in loads.shape:
-        raise ValueError(f"device loads are [layers, devices], got {list(loads.shape)}")
-    if not np.isfinite(loads).all() or (loads < 0).any():
-        raise ValueError("device loads must be finite and not negative")
+        raise ValueError(f"loads are [layers, devices] or [layers, experts], got {list(loads.shape)}")
+    bad = np.argwhere(~np.isfinite(loads) | (loads < 0))
+    if len(bad):
+        layer, column = bad[0]
+        raise ValueError(f"loads must be finite and not negative: layer {layer} has {loads[layer, column]} at {column}")
     return loads
 
 
@@ -64,6 +66,22 @@ def min_max_ratio(device_loads) -> np.ndarray:
     return np.divide(loads.min(axis=1), highest, out=np.ones_like(highest), where=highest > 0)
 
 
+def lower_bound(loads, num_devices: int, redundant: int = 0) -> np.ndarray:
+    """[L]; load that the fullest device of no placement can go below, for expert loads [L, E].
+
+    max(mean device load, largest load per copy), where `redundant` copies were given, one after the
+    other, to the expert with the most load per copy: nothing makes the largest share smaller.
+    An expert has at most one copy per device. The bound itself is not always attainable.
+    """
+    loads = _check(loads)
+    copies = np.ones_like(loads)
+    rows = np.arange(len(loads))
+    for _ in range(redundant):
+        share = np.where(copies < num_devices, loads / copies, -1)
+        copies[rows, share.argmax(axis=1)] += 1
+    return np.maximum(loads.sum(axis=1) / num_devices, (loads / copies).max(axis=1))
+
+
 def routing_entropy(loads) -> np.ndarray:
     """[L]; entropy of the expert loads [L, E] over log E: 1 for uniform use, 0 for a single expert."""
     loads = _check(loads)
@@ -82,7 +100,11 @@ def fan_out(experts, held) -> np.ndarray:
     A copy counts where its expert's first holder is: a lower bound would need the choice made at run time.
     """
     experts = np.asarray(experts)
-    num_layers, num_devices, _ = held.shape
+    num_layers, num_devices, num_experts = held.shape
+    if experts.ndim != 3 or experts.shape[1] != num_layers:
+        raise ValueError(f"chosen experts are [tokens, {num_layers} layers, k], got {list(experts.shape)}")
+    if experts.size and experts.max() >= num_experts:
+        raise ValueError(f"expert {experts.max()} was chosen, the placement is for {num_experts}")
     result = np.zeros(num_layers)
     for layer in range(num_layers):
         device = held[layer].argmax(axis=0)[experts[:, layer]]  # [T, k]
@@ -97,6 +119,8 @@ def expected_fan_out(experts_per_device, num_experts: int, top_k: int) -> float:
 
     sum over devices of 1 - C(E - n_d, k) / C(E, k)
     """
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top-{top_k} of {num_experts} experts cannot be chosen")
     none = math.comb(num_experts, top_k)
     return sum(1 - math.comb(num_experts - n, top_k) / none for n in experts_per_device)
 
@@ -108,6 +132,10 @@ def expert_capacity(num_tokens: int, top_k: int, num_experts: int, factor: float
     deepspeed  max(4, ceil(T k / E f))    (DeepSpeed, sharded_moe.py; min_capacity 4)
     tutel      k int(f ceil(T / E))       (Tutel, fast_dispatch.py)
     """
+    if min(num_tokens, top_k, num_experts) < 1 or not factor > 0:
+        raise ValueError(
+            f"capacity needs positive numbers: {num_tokens} tokens, top-{top_k}, {num_experts} experts, factor {factor}"
+        )
     if rule == "megatron":
         return math.ceil(num_tokens * top_k / num_experts * factor)
     if rule == "deepspeed":

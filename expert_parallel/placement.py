@@ -14,7 +14,21 @@ from pathlib import Path
 
 import numpy as np
 
-FORMAT = "expert-placement/1"
+from .affinity import gather_by_affinity
+from .placement_files import FORMAT, held_from_document, ranges
+from .placement_search import device_times, divides_into_nodes, spread, spread_in_nodes
+
+
+def check_loads(loads) -> np.ndarray:
+    """Expert loads as float [L, E]; ValueError naming layer and expert if one is negative or not finite."""
+    loads = np.asarray(loads, dtype=np.float64)
+    if loads.ndim != 2 or 0 in loads.shape:
+        raise ValueError(f"loads are [layers, experts], got {list(loads.shape)}")
+    bad = np.argwhere(~np.isfinite(loads) | (loads < 0))
+    if len(bad):
+        layer, expert = bad[0]
+        raise ValueError(f"layer {layer}: expert {expert} has load {loads[layer, expert]}; loads are counts from 0 up")
+    return loads
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +44,7 @@ class Placement:
     metadata: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        held = np.asarray(self.held, dtype=bool)
+        held = np.array(self.held, dtype=bool)  # a copy: it becomes read-only
         if held.ndim != 3 or 0 in held.shape:
             raise ValueError(f"a placement is [layers, devices, experts], all at least 1, got {held.shape}")
         missing = np.argwhere(~held.any(axis=1))
@@ -87,11 +101,12 @@ class Placement:
             raise ValueError(
                 f"loads are {list(loads.shape)}, this placement is for [{self.num_layers}, {self.num_experts}]"
             )
+        check_loads(loads)
         return np.einsum("lde,le->ld", self.held, loads / self.copies)
 
     def save(self, path) -> None:
         """Write JSON that `load` and people can read; experts as ranges ("0-15") where they run on."""
-        layers = [[_ranges(self.experts_on(l, d)) for d in range(self.num_devices)] for l in range(self.num_layers)]
+        layers = [[ranges(self.experts_on(l, d)) for d in range(self.num_devices)] for l in range(self.num_layers)]
         same = all(layer == layers[0] for layer in layers)
         document = {
             "format": FORMAT,
@@ -125,74 +140,13 @@ class Placement:
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"cannot read placement file {path}: {error}") from None
         try:
-            return _from_document(document, num_layers, num_experts)
+            held = held_from_document(document, num_layers, num_experts)
+            return Placement(held, document.get("strategy", "custom"), document.get("metadata", {}))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"placement file {path}: {error}") from None
 
 
-def _ranges(experts):
-    """Ascending ids as text: [0, 1, 2, 7] is "0-2,7"."""
-    runs = []
-    for expert in experts:
-        if runs and expert == runs[-1][1] + 1:
-            runs[-1][1] = expert
-        else:
-            runs.append([expert, expert])
-    return ",".join(f"{a}-{b}" if b > a else f"{a}" for a, b in runs)
-
-
-def _experts(entry) -> list[int]:
-    """Expert ids of one device: both "0-2,7" and [0, "1-2", 7] are [0, 1, 2, 7]."""
-    if isinstance(entry, bool) or not isinstance(entry, (int, str, list)):
-        raise ValueError(f'expected experts such as [0, 1] or "0-15", got {entry!r}')
-    if isinstance(entry, int):
-        return [entry]
-    if isinstance(entry, list):
-        return [expert for part in entry for expert in _experts(part)]
-    experts = []
-    for part in filter(None, (p.strip() for p in entry.split(","))):
-        first, _, last = part.partition("-")
-        try:
-            first, last = int(first), int(last or first)
-        except ValueError:
-            raise ValueError(f'expected experts such as "0-15", got {part!r}') from None
-        experts += range(first, last + 1)
-    return experts
-
-
-def _from_document(document, num_layers, num_experts):
-    if not isinstance(document, dict) or ("every_layer" in document) == ("layers" in document):
-        raise ValueError('expected an object with either "every_layer" or "layers"')
-    if "every_layer" in document:
-        count = num_layers or document.get("num_layers")
-        if not count:
-            raise ValueError('"every_layer" needs "num_layers" beside it')
-        layers = [[_experts(entry) for entry in document["every_layer"]]] * count
-    else:
-        layers = [[_experts(entry) for entry in layer] for layer in document["layers"]]
-    widths = {len(layer) for layer in layers}
-    if len(widths) != 1:
-        raise ValueError(f"layers name different numbers of devices: {sorted(widths)}")
-    for l, layer in enumerate(layers):
-        for d, experts in enumerate(layer):
-            if len(set(experts)) < len(experts):
-                twice = next(e for e in experts if experts.count(e) > 1)
-                raise ValueError(f"layer {l}: device {d} names expert {twice} twice")
-    highest = max((e for layer in layers for experts in layer for e in experts), default=-1)
-    count = num_experts or document.get("num_experts") or highest + 1
-    lowest = min((e for layer in layers for experts in layer for e in experts), default=0)
-    if highest >= count or lowest < 0:
-        raise ValueError(f"expert {highest if highest >= count else lowest} does not exist: there are {count}")
-    held = np.zeros((len(layers), widths.pop(), count), dtype=bool)
-    for l, layer in enumerate(layers):
-        for d, experts in enumerate(layer):
-            held[l, d, experts] = True
-    for name, size in zip(("num_layers", "num_devices", "num_experts"), held.shape, strict=True):
-        if document.get(name, size) != size:
-            raise ValueError(f'"{name}" says {document[name]}, the lists say {size}')
-    if num_layers and num_layers != len(layers):
-        raise ValueError(f"it has {len(layers)} layers, the model has {num_layers} MoE layers")
-    return Placement(held, document.get("strategy", "custom"), document.get("metadata", {}))
+STRATEGIES = ("contiguous", "round-robin", "balanced", "replicated", "affinity")
 
 
 def place_experts(
@@ -203,32 +157,106 @@ def place_experts(
     num_nodes: int = 1,
     num_groups: int = 1,
     coactivation=None,
+    *,
+    device_capacity=None,
+    device_speed=None,
+    balance_bound: float = 0.05,
 ) -> Placement:
     """A placement of E experts on D devices, for every one of L layers.
 
-    loads        [L, E]; tokens sent to each expert. Only its shape counts for `contiguous`
-                 and `round-robin`.
-    num_devices  D, 1 to E
-    strategy     contiguous    experts 0..n on device 0, the next on device 1, ...
-                 round-robin   expert e on device e mod D
-    Slot counts of devices differ by at most one. Raises ValueError with the numbers.
+    loads         [L, E]; tokens sent to each expert. Only its shape counts for `contiguous` and `round-robin`
+    num_devices   D, 1 to E
+    strategy      contiguous    experts 0..n on device 0, the next on device 1, ...
+                  round-robin   expert e on device e mod D
+                  balanced      the fullest device as little loaded as a search can make it
+                  replicated    the same with `redundant` further copies per layer for hot experts
+                  affinity      experts chosen together put together: tokens go to fewer devices; the
+                                fullest device at most `balance_bound` above that of `balanced`
+    num_nodes, num_groups  balanced and replicated keep each group of experts (E / num_groups neighbours)
+                  inside one node where all divides, and are global otherwise (DeepSeek, EPLB)
+    coactivation  [L, E, E]; tokens that chose both experts, for `affinity` (see affinity.coactivation)
+    device_capacity  [D]; most experts of a layer on each device, for devices of unequal memory
+    device_speed     [D]; relative speeds: load over speed is levelled out, not load
+
+    Slot counts of devices differ by at most one unless `device_capacity` is given; no device holds two
+    copies of one expert. Raises ValueError with the numbers.
     """
     loads = np.asarray(loads)
     if loads.ndim != 2 or 0 in loads.shape:
         raise ValueError(f"loads are [layers, experts], got {list(loads.shape)}")
     num_layers, num_experts = loads.shape
-    if not 1 <= num_devices <= num_experts:
+    if num_devices != int(num_devices) or not 1 <= num_devices <= num_experts:
         raise ValueError(f"{num_devices} devices: needs 1 to {num_experts}, the number of experts in a layer")
-    if strategy == "contiguous":
+    num_devices = int(num_devices)
+    if strategy not in STRATEGIES:
+        raise ValueError(f"unknown placement strategy {strategy!r}: choose {', '.join(STRATEGIES)}")
+    if redundant and strategy != "replicated":
+        raise ValueError(f"{redundant} redundant experts: only the strategy replicated makes copies, not {strategy}")
+    if strategy in ("contiguous", "round-robin"):
+        if device_capacity is not None or device_speed is not None:
+            raise ValueError(f"the strategy {strategy} knows no device capacities or speeds: choose balanced")
         # Balanced cuts: np.array_split gives the first E mod D devices one expert more.
-        home = np.concatenate([np.full(len(part), d) for d, part in enumerate(_cut(num_experts, num_devices))])
-    elif strategy == "round-robin":
-        home = np.arange(num_experts) % num_devices
+        parts = np.array_split(np.arange(num_experts), num_devices)
+        home = np.repeat(np.arange(num_devices), [len(part) for part in parts])
+        if strategy == "round-robin":
+            home = np.arange(num_experts) % num_devices
+        held = home[None, :] == np.arange(num_devices)[:, None]
+        return Placement(np.repeat(held[None], num_layers, axis=0), strategy)
+
+    loads = check_loads(loads)
+    nothing = np.flatnonzero(loads.sum(axis=1) == 0)
+    if len(nothing):
+        raise ValueError(f"layer {nothing[0]} has no load at all: {strategy} needs a trace that covers every layer")
+    if redundant != int(redundant) or not 0 <= redundant <= num_experts * (num_devices - 1):
+        most = num_experts * (num_devices - 1)
+        raise ValueError(f"{redundant} redundant experts: needs 0 to {most} for {num_experts} on {num_devices} devices")
+    if min(num_nodes, num_groups) < 1:
+        raise ValueError(f"{num_nodes} nodes and {num_groups} groups: both are counts from 1 up")
+    redundant = int(redundant)
+    uneven = {"device_capacity": device_capacity, "device_speed": device_speed}
+    uneven = {name: _one_per_device(name, value, num_devices) for name, value in uneven.items() if value is not None}
+    if device_capacity is not None:
+        room = int(np.minimum(uneven["device_capacity"], num_experts).sum())
+        if room < num_experts + redundant:
+            raise ValueError(f"the devices have room for {room} experts of a layer, {num_experts + redundant} are due")
+    hierarchical = (
+        num_nodes > 1
+        and strategy != "affinity"
+        and not uneven
+        and divides_into_nodes(num_experts, num_devices, redundant, num_nodes, num_groups)
+    )
+    about = {name: value.tolist() for name, value in uneven.items()}
+    if hierarchical:
+        held = spread_in_nodes(loads, num_devices, redundant, num_nodes, num_groups)
     else:
-        raise ValueError(f"unknown placement strategy {strategy!r}: choose contiguous or round-robin")
-    held = home[None, :] == np.arange(num_devices)[:, None]
-    return Placement(np.repeat(held[None], num_layers, axis=0), strategy)
+        held = spread(loads, num_devices, redundant, **uneven)
+    if num_nodes > 1:
+        about["scope"] = f"hierarchical over {num_nodes} nodes" if hierarchical else "global"
+    if strategy == "affinity":
+        pairs = _check_pairs(coactivation, num_layers, num_experts)
+        speed = uneven.get("device_speed", np.ones(num_devices))
+        limit = device_times(loads, held, speed).max(axis=1) * (1 + balance_bound)
+        held = gather_by_affinity(loads, pairs, held, limit, speed)
+        about["balance_bound"] = balance_bound
+    return Placement(held, strategy, about)
 
 
-def _cut(num_experts, num_devices):
-    return np.array_split(np.arange(num_experts), num_devices)
+def _one_per_device(name, value, num_devices):
+    value = np.asarray(value)
+    if value.shape != (num_devices,) or not np.isfinite(value).all() or (value <= 0).any():
+        raise ValueError(f"{name} needs one positive number per device, {num_devices} in all, got {value.tolist()}")
+    if name == "device_capacity" and (value != value.astype(int)).any():
+        raise ValueError(f"device_capacity counts experts of a layer, got {value.tolist()}")
+    return value
+
+
+def _check_pairs(coactivation, num_layers, num_experts):
+    if coactivation is None:
+        raise ValueError("affinity needs to know which experts are chosen together: pass coactivation [L, E, E]")
+    pairs = np.asarray(coactivation, dtype=np.float32)
+    if pairs.shape != (num_layers, num_experts, num_experts):
+        expected = [num_layers, num_experts, num_experts]
+        raise ValueError(f"coactivation is {list(pairs.shape)}, the loads want {expected}")
+    if not np.isfinite(pairs).all() or (pairs < 0).any():
+        raise ValueError("coactivation must be finite and not negative")
+    return (pairs + pairs.transpose(0, 2, 1)) / 2

@@ -12,6 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 from rich.console import Console, Group
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -325,6 +326,16 @@ def console(quiet: bool = False) -> Console:
     """Where reports go: standard output, 80 columns where it is not a terminal."""
     width = None if sys.stdout.isatty() else 80
     return Console(quiet=quiet, width=width, highlight=False, soft_wrap=False)
+
+
+@contextlib.contextmanager
+def progress_bar(what: str, show: bool = True):
+    """A bar of bytes on standard error while the block runs, where that is a terminal; gives (done, total) -> None."""
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    show = show and sys.stderr.isatty()
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not show) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @contextlib.contextmanager

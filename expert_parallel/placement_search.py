@@ -1,0 +1,247 @@
+"""Placement search: how many copies of which expert go to which device. Numpy only.
+
+Dimensions: L layers, E experts, D devices, R redundant copies, S = E + R slots of a layer, C slots of
+a device. All layers are searched side by side: every step below is one numpy operation over [L, ...].
+
+    copies    one more for the expert with the largest load per copy, R times (DeepSeek EPLB)
+    start     longest first, each to the device that stays quickest and has room
+    search    swap a slot of the slowest device with one of another while that helps
+    again     from starts in other orders, as many as are cheap; the best one counts
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+START_BUDGET = 6_000_000  # of all starts together: layers x slots x devices
+SWAP_BUDGET = 300_000  # pairs of slots looked at per step of the search, over all layers and starts
+GOOD_ENOUGH = 1.002  # times what no placement goes below: no more starts for such a layer
+
+
+def spread(loads, num_devices: int, redundant: int = 0, device_capacity=None, device_speed=None) -> np.ndarray:
+    """bool [L, D, E]: slots spread so that the slowest device of each layer is as quick as can be found.
+
+    loads            [L, E]
+    redundant        R; E + R slots are given out, no two copies of an expert to one device
+    device_capacity  [D]; most experts of a layer on each device. None: counts differ by at most one
+    device_speed     [D]; a device's time is its load over its speed. None: all alike
+    """
+    loads = np.asarray(loads, dtype=np.float64)
+    num_experts = loads.shape[1]
+    speed = np.ones(num_devices) if device_speed is None else np.asarray(device_speed, dtype=np.float64)
+    capacity = None if device_capacity is None else np.minimum(device_capacity, num_experts).astype(int)
+    held = _longest_first(loads, replicate(loads, redundant, num_devices), 1, capacity, speed)
+    held = _swap_search(loads, held, capacity, speed)
+    time = device_times(loads, held, speed).max(axis=1)
+    # Layers that are not yet as good as can be: many more starts, and the best few of them searched.
+    layers = np.flatnonzero(time > GOOD_ENOUGH * _attainable(loads, redundant, capacity, speed))
+    if not len(layers):
+        return held
+    num_slots = num_experts + redundant
+    starts = int(np.clip(START_BUDGET // (len(layers) * num_slots * num_devices), 8, 1000))
+    longest = -(-num_slots // num_devices) if capacity is None else capacity.max()
+    few = int(np.clip(SWAP_BUDGET // (len(layers) * num_devices * longest**2), 1, starts))
+    many = np.repeat(loads[layers], starts, axis=0)
+    target = np.linspace(1, 0.4, starts) * loads[layers].sum(axis=1, keepdims=True) / speed.sum()
+    noise = np.random.default_rng(0).normal(1, 0.2, many.shape).clip(0.3, 1.7)
+    copies = replicate(many * noise**3, redundant, num_devices, target.ravel())
+    tried = _longest_first(many, copies, noise, capacity, speed)
+    times = device_times(many, tried, speed).max(axis=1).reshape(len(layers), starts)
+    floor = _pigeonhole(many, copies, num_devices).reshape(len(layers), starts)
+    chosen = np.lexsort((times, np.round(floor / floor.min(axis=1, keepdims=True), 2)), axis=1)[:, :few]
+    chosen = (np.arange(len(layers))[:, None] * starts + chosen).ravel()
+    tried = _swap_search(many[chosen], tried[chosen], capacity, speed)
+    times = device_times(many[chosen], tried, speed).max(axis=1).reshape(len(layers), few)
+    better = times.min(axis=1) < time[layers]
+    held[layers[better]] = tried.reshape(len(layers), few, *held.shape[1:])[better, times.argmin(axis=1)[better]]
+    return held
+
+
+def _attainable(loads, redundant, capacity, speed):
+    """[L]; a time that no placement goes below."""
+    largest = (loads / replicate(loads, redundant, len(speed))).max(axis=1) / speed.max()
+    bound = np.maximum(loads.sum(axis=1) / speed.sum(), largest)
+    if redundant == 0 and capacity is None:
+        # The hottest expert has company: as many more as a device holds, at best the coldest.
+        company = loads.shape[1] // len(speed) - 1
+        bound = np.maximum(bound, largest + np.sort(loads, axis=1)[:, :company].sum(axis=1) / speed.max())
+    return bound
+
+
+def _pigeonhole(loads, copies, num_devices):
+    """[L]; of the jD + 1 largest slots j + 1 share a device: load that these copies cannot go below."""
+    num_slots = int(copies[0].sum())
+    share = np.repeat((loads / copies).ravel(), copies.ravel()).reshape(len(loads), num_slots)
+    share = -np.sort(-share, axis=1)
+    bounds = [share[:, j * num_devices - j : j * num_devices + 1].sum(axis=1) for j in range(num_slots // num_devices)]
+    return np.max([loads.sum(axis=1) / num_devices, *bounds], axis=0)
+
+
+def spread_in_nodes(loads, num_devices: int, redundant: int, num_nodes: int, num_groups: int) -> np.ndarray:
+    """As `spread`, each group of experts with all copies inside one node (EPLB, hierarchical).
+
+    Groups go to nodes, as many to each; then each node is a problem of its own. The counts must divide:
+    see `divides_into_nodes`.
+    """
+    num_layers, num_experts = loads.shape
+    size = num_experts // num_groups
+    group_node = spread(loads.reshape(num_layers, num_groups, size).sum(axis=2), num_nodes)  # [L, nodes, groups]
+    experts_of = np.repeat(group_node, size, axis=2)  # [L, nodes, E]
+    ids = np.argsort(~experts_of, axis=2, kind="stable")[..., : num_experts // num_nodes]
+    rows = np.arange(num_layers)[:, None, None]
+    local_loads = loads[rows, ids].reshape(num_layers * num_nodes, -1)
+    local = spread(local_loads, num_devices // num_nodes, redundant // num_nodes)
+    local = local.reshape(num_layers, num_nodes, num_devices // num_nodes, -1)
+    held = np.zeros((num_layers, num_nodes, num_devices // num_nodes, num_experts), dtype=bool)
+    np.put_along_axis(held, np.broadcast_to(ids[:, :, None], local.shape), local, axis=3)
+    return held.reshape(num_layers, num_devices, num_experts)
+
+
+def divides_into_nodes(num_experts, num_devices, redundant, num_nodes, num_groups) -> bool:
+    """Whether groups fill nodes, experts groups, and devices and copies nodes without remainder."""
+    return (
+        num_groups % num_nodes == 0
+        and num_experts % num_groups == 0
+        and num_devices % num_nodes == 0
+        and redundant % num_nodes == 0
+    )
+
+
+def replicate(loads, redundant: int, num_devices: int, target=0) -> np.ndarray:
+    """Copies of each expert, int [L, E]: R times one more for the largest load per copy, at most D each.
+
+    target  [L]; once no copy has more load than this, copies go to cold experts, where they do no harm:
+            few copies near a device's mean load can be packed better than many of half that
+    """
+    loads = np.asarray(loads, dtype=np.float64)
+    copies = np.ones(loads.shape, dtype=np.int64)
+    rows = np.arange(len(loads))
+    target = np.broadcast_to(target, len(loads))
+    share = loads.copy()
+    for _ in range(redundant):
+        free = np.where(copies < num_devices, share, -1)
+        chosen = free.argmax(axis=1)
+        done = free[rows, chosen] <= target
+        if done.any():
+            cold = np.where(copies < num_devices, share, np.inf).argmin(axis=1)
+            chosen = np.where(done, cold, chosen)
+        copies[rows, chosen] += 1
+        share[rows, chosen] = loads[rows, chosen] / copies[rows, chosen]
+    return copies
+
+
+def device_times(loads, held, speed=1.0) -> np.ndarray:
+    """[L, D]: load over speed, an expert's load shared equally by its copies."""
+    shares = loads / held.sum(axis=1)
+    return np.matmul(held, shares[..., None])[..., 0] / speed
+
+
+def _longest_first(loads, copies, noise, capacity, speed):
+    """bool [L, D, E]; `noise` [L, E] disturbs the order and makes other starts."""
+    num_layers, num_experts = loads.shape
+    num_devices, num_slots = len(speed), int(copies[0].sum())
+    rows = np.arange(num_layers)
+    share = loads / copies
+    # Slots by share, largest first; an expert stands there once per copy.
+    order = np.argsort(-share * noise, axis=1, kind="stable")
+    order = np.repeat(order.ravel(), np.take_along_axis(copies, order, axis=1).ravel()).reshape(num_layers, num_slots)
+    least, extra = divmod(num_slots, num_devices)
+    held = np.zeros((num_layers, num_devices, num_experts), dtype=bool)
+    load = np.zeros((num_layers, num_devices))
+    count = np.zeros((num_layers, num_devices), dtype=np.int64)
+    for slot, expert in enumerate(order.T):
+        if capacity is None:
+            longer = (count > least).sum(axis=1, keepdims=True)
+            room = (count < least) | ((count == least) & (longer < extra))
+        else:
+            room = count < capacity
+            empty = count == 0
+            must = empty.sum(axis=1, keepdims=True) >= num_slots - slot  # every device is to get one
+            room &= empty | ~must
+        free = room & ~held[rows, :, expert]
+        weight = share[rows, expert]
+        device = np.where(free, (load + weight[:, None]) / speed, np.inf).argmin(axis=1)
+        stuck = np.flatnonzero(~free.any(axis=1))
+        if len(stuck):
+            # Only devices that hold this expert have room: such a slot takes another one's copy.
+            device[stuck] = room[stuck].argmax(axis=1)
+            others = np.where(held[stuck, device[stuck]], -1, share[stuck])
+            expert = expert.copy()
+            expert[stuck] = others.argmax(axis=1)
+            weight = share[rows, expert]
+        held[rows, device, expert] = True
+        load[rows, device] += weight
+        count[rows, device] += 1
+    return held
+
+
+def _slots(held, capacity):
+    """int [L, D, C]: expert of each slot; E is a slot left empty, E + 1 one that does not exist."""
+    num_layers, num_devices, num_experts = held.shape
+    count = held.sum(axis=2)
+    longest = int(count.max()) if capacity is None else int(capacity.max())
+    ids = np.argsort(~held, axis=2, kind="stable")[..., :longest]
+    if longest > num_experts:
+        raise AssertionError("a device cannot hold more than all experts")
+    ids = np.where(np.arange(longest) < count[..., None], ids, num_experts)
+    if capacity is not None:
+        ids = np.where(np.arange(longest) < capacity[:, None], ids, num_experts + 1)
+    return ids
+
+
+def _swap_search(loads, held, capacity, speed):
+    """Swaps between the slowest device and another one, the best of all each time, until none helps."""
+    num_layers, num_devices, num_experts = held.shape
+    empty, nowhere = num_experts, num_experts + 1
+    slots = _slots(held, capacity)
+    longest = slots.shape[2]
+    shares = np.zeros((num_layers, num_experts + 2))
+    shares[:, :num_experts] = loads / held.sum(axis=1)
+    holds = np.zeros((num_layers, num_devices, num_experts + 2), dtype=bool)
+    holds[..., :num_experts] = held
+    if capacity is None:  # counts may differ by one: an empty slot at most per device
+        holds[..., empty] = (slots == empty).any(axis=2)
+    weight = np.take_along_axis(shares[:, None], slots, axis=2)  # [L, D, C]
+    load = weight.sum(axis=2)
+    active = np.arange(num_layers)
+    owner = np.repeat(np.arange(num_devices), longest)  # [D C]
+    while len(active):
+        time = load[active] / speed
+        full = time.argmax(axis=1)
+        now = time.max(axis=1)
+        mine = slots[active, full]  # [n, C]
+        theirs = slots[active].reshape(len(active), -1)  # [n, D C]
+        give = weight[active, full]
+        take = weight[active].reshape(len(active), -1)
+        gain = give[:, :, None] - take[:, None, :]  # [n, C, D C]; what the slowest device gets rid of
+        after = np.maximum(
+            (load[active, full][:, None, None] - gain) / speed[full][:, None, None],
+            (load[active][:, owner][:, None, :] + gain) / speed[owner],
+        )
+        # No device may get what it holds, or a slot that is none.
+        there = np.moveaxis(holds[active[:, None], :, mine], 1, 1)  # [n, C, D]
+        barred = np.repeat(there, longest, axis=2)
+        barred |= (holds[active[:, None], full[:, None], theirs] | (theirs == nowhere))[:, None, :]
+        barred |= (mine == nowhere)[:, :, None]
+        if capacity is not None:  # a device keeps at least one expert
+            last = (mine < empty).sum(axis=1) == 1
+            barred |= (last[:, None] & (theirs == empty))[:, None, :]
+        after[barred] = np.inf
+        after = after.reshape(len(active), -1)
+        best = after.argmin(axis=1)
+        helps = after[np.arange(len(active)), best] < now * (1 - 1e-9)
+        active, full, best = active[helps], full[helps], best[helps]
+        a, b = np.divmod(best, len(owner))
+        other, c = owner[b], b % longest
+        one, two = slots[active, full, a], slots[active, other, c]
+        delta = weight[active, full, a] - weight[active, other, c]
+        slots[active, full, a], slots[active, other, c] = two, one
+        weight[active, full, a] -= delta
+        weight[active, other, c] += delta
+        load[active, full] -= delta
+        load[active, other] += delta
+        holds[active, full, one] = holds[active, other, two] = False
+        holds[active, full, two] = holds[active, other, one] = True
+        if capacity is not None:
+            holds[..., empty:] = False
+    return holds[..., :num_experts].copy()

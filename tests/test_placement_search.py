@@ -1,0 +1,289 @@
+"""Searched placements: against EPLB, against brute force, and the promises that hold for every one."""
+
+import itertools
+import time
+
+import numpy as np
+import pytest
+from eplb_oracle import rebalance_experts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from expert_parallel import place_experts
+from expert_parallel.affinity import coactivation
+from expert_parallel.balance import balancedness_per_layer, fan_out, lower_bound
+from expert_parallel.placement_search import device_times, divides_into_nodes, replicate
+
+# EPLB's README: the example, and what it prints for it.
+WEIGHT = np.array(
+    [[90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86], [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27]]
+)
+PHY2LOG = [[5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1], [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1]]
+LOGCNT = [[1, 2, 1, 1, 2, 2, 1, 1, 1, 1, 2, 1], [1, 2, 1, 1, 1, 2, 2, 1, 2, 1, 1, 1]]
+
+
+def check_promises(placement, num_slots):
+    counts = placement.held.sum(axis=2)
+    assert (counts.sum(axis=1) == num_slots).all()  # no copy doubled on a device: held is a set
+    assert (counts.max(axis=1) - counts.min(axis=1) <= 1).all()
+    assert placement.held.any(axis=1).all()
+
+
+def eplb_device_loads(loads, redundant, num_devices, num_groups=1, num_nodes=1):
+    loads = np.asarray(loads, dtype=float)
+    phy2log, copies = rebalance_experts(loads, loads.shape[1] + redundant, num_groups, num_nodes, num_devices)
+    slots = np.take_along_axis(loads / copies, phy2log, axis=1)
+    return slots.reshape(len(loads), num_devices, -1).sum(axis=2)
+
+
+def zipf(num_layers, num_experts, exponent, seed):
+    random = np.random.default_rng(seed)
+    rows = [random.permutation(1e5 / np.arange(1, num_experts + 1) ** exponent) for _ in range(num_layers)]
+    return np.stack(rows) * random.uniform(0.7, 1.3, (num_layers, num_experts))
+
+
+# --- EPLB ------------------------------------------------------------------------------------------
+
+
+def test_the_oracle_prints_what_eplb_prints():
+    phy2log, copies = rebalance_experts(WEIGHT, 16, num_groups=4, num_nodes=2, num_gpus=8)
+    assert phy2log.tolist() == PHY2LOG
+    assert copies.tolist() == LOGCNT
+    hierarchical = balancedness_per_layer(eplb_device_loads(WEIGHT, 4, 8, num_groups=4, num_nodes=2))
+    assert hierarchical == pytest.approx([0.828, 0.805], abs=5e-4)
+    assert balancedness_per_layer(eplb_device_loads(WEIGHT, 4, 8)) == pytest.approx([0.932, 0.840], abs=5e-4)
+
+
+def test_replicated_on_the_eplb_example():
+    in_nodes = place_experts(WEIGHT, 8, "replicated", redundant=4, num_nodes=2, num_groups=4)
+    check_promises(in_nodes, 16)
+    assert in_nodes.metadata["scope"] == "hierarchical over 2 nodes"
+    for layer in range(2):
+        for group in np.arange(12).reshape(4, 3):
+            nodes = {device // 4 for expert in group for device in in_nodes.devices_of(layer, expert)}
+            assert len(nodes) == 1
+    assert (in_nodes.device_loads(WEIGHT).max(axis=1) <= eplb_device_loads(WEIGHT, 4, 8, 4, 2).max(axis=1) + 1e-9).all()
+
+    everywhere = place_experts(WEIGHT, 8, "replicated", redundant=4)
+    check_promises(everywhere, 16)
+    # 136 and 172 are the optimum: all choices of 4 copies tried, two slots a device pair largest with smallest.
+    assert everywhere.device_loads(WEIGHT).max(axis=1) == pytest.approx([136, 172])
+
+
+@pytest.mark.parametrize("num_experts, num_devices, redundant", [(128, 8, 8), (64, 16, 16), (256, 32, 32)])
+@pytest.mark.parametrize("exponent", [None, 0.6, 1.0, 1.4])
+def test_never_fuller_than_eplb(num_experts, num_devices, redundant, exponent):
+    """108 tables: 9 layers for each of 3 geometries and 4 kinds, uniformly random or Zipf."""
+    seed = num_experts + redundant
+    if exponent is None:
+        loads = np.random.default_rng(seed).integers(0, 1000, (9, num_experts))
+    else:
+        loads = zipf(9, num_experts, exponent, seed)
+    placement = place_experts(loads, num_devices, "replicated", redundant=redundant)
+    check_promises(placement, num_experts + redundant)
+    ours = placement.device_loads(loads).max(axis=1)
+    assert (ours >= lower_bound(loads, num_devices, redundant) * (1 - 1e-9)).all()
+    assert (ours <= eplb_device_loads(loads, redundant, num_devices).max(axis=1) * (1 + 1e-9)).all()
+    balanced = place_experts(loads, num_devices, "balanced").device_loads(loads).max(axis=1)
+    assert (balanced <= eplb_device_loads(loads, 0, num_devices).max(axis=1) * (1 + 1e-9)).all()
+
+
+def test_large_tables_in_well_under_a_second():
+    loads = zipf(58, 256, 1.0, seed=1)
+    start = time.process_time()
+    placement = place_experts(loads, 32, "replicated", redundant=32)
+    assert time.process_time() - start < 2  # measured: 0.1 to 0.2 s; room for a slow machine
+    ratio = placement.device_loads(loads).max(axis=1) / lower_bound(loads, 32, 32)
+    assert ratio.max() < 1.005
+
+
+# --- brute force ------------------------------------------------------------------------------------
+
+
+def partitions(items, sizes):
+    """All ways to deal `items` to devices with `sizes` slots; devices of one size are interchangeable."""
+    if not items:
+        yield []
+        return
+    for size in sorted(set(sizes)):
+        rest_sizes = list(sizes)
+        rest_sizes.remove(size)
+        for others in itertools.combinations(items[1:], size - 1):
+            part = [items[0], *others]
+            rest = [item for item in items[1:] if item not in others]
+            yield from ([part, *more] for more in partitions(rest, rest_sizes))
+
+
+@pytest.mark.parametrize("num_experts, num_devices", [(6, 2), (7, 3), (8, 4), (9, 3), (10, 3), (10, 4)])
+def test_balanced_against_all_partitions(num_experts, num_devices):
+    random = np.random.default_rng(num_experts * 10 + num_devices)
+    loads = np.concatenate(
+        [random.integers(1, 100, (10, num_experts)), random.zipf(1.8, (10, num_experts)).clip(max=99)]
+    )
+    least, extra = divmod(num_experts, num_devices)
+    all_ways = list(partitions(list(range(num_experts)), [least + 1] * extra + [least] * (num_devices - extra)))
+    best = np.array([min(max(row[part].sum() for part in way) for way in all_ways) for row in loads])
+    placement = place_experts(loads, num_devices, "balanced")
+    check_promises(placement, num_experts)
+    ours = placement.device_loads(loads).max(axis=1)
+    assert (ours >= best - 1e-9).all()
+    assert (ours / best).mean() <= 1.02
+    if num_experts % num_devices == 0:
+        assert (ours <= eplb_device_loads(loads, 0, num_devices).max(axis=1) + 1e-9).all()
+
+
+# --- promises ---------------------------------------------------------------------------------------
+
+
+@st.composite
+def problems(draw):
+    num_experts = draw(st.integers(2, 40))
+    num_devices = draw(st.integers(1, num_experts))
+    redundant = draw(st.integers(0, min(20, num_experts * (num_devices - 1))))
+    seed, exponent = draw(st.integers(0, 999)), draw(st.sampled_from([0.0, 1.0, 2.5]))
+    return zipf(2, num_experts, exponent, seed), num_devices, redundant
+
+
+@given(problems())
+@settings(max_examples=60, deadline=None)
+def test_replicated_keeps_its_promises(problem):
+    loads, num_devices, redundant = problem
+    placement = place_experts(loads, num_devices, "replicated", redundant=redundant)
+    check_promises(placement, loads.shape[1] + redundant)
+    if not redundant:  # copies that must go somewhere can hurt: two experts on two devices need none
+        contiguous = place_experts(loads, num_devices).device_loads(loads)
+        assert (placement.device_loads(loads).max(axis=1) <= contiguous.max(axis=1) * (1 + 1e-9)).all()
+
+
+@given(problems(), st.integers(0, 999))
+@settings(max_examples=40, deadline=None)
+def test_capacities_and_speeds_are_kept(problem, seed):
+    loads, num_devices, redundant = problem
+    random = np.random.default_rng(seed)
+    num_experts = loads.shape[1]
+    capacity = random.integers(1, num_experts + 1, num_devices)
+    speed = random.choice([1.0, 2.0, 4.0], num_devices)
+    room = np.minimum(capacity, num_experts).sum()
+    if room < num_experts + redundant:
+        with pytest.raises(ValueError, match=f"room for {room} experts"):
+            place_experts(loads, num_devices, "replicated", redundant, device_capacity=capacity)
+        return
+    placement = place_experts(loads, num_devices, "replicated", redundant, device_capacity=capacity, device_speed=speed)
+    counts = placement.held.sum(axis=2)
+    assert (counts <= capacity).all() and (counts >= 1).all()
+    assert (counts.sum(axis=1) == num_experts + redundant).all()
+    assert placement.metadata == {"device_capacity": capacity.tolist(), "device_speed": speed.tolist()}
+
+
+def test_a_faster_device_gets_more():
+    loads = zipf(3, 64, 0.8, seed=5)
+    placement = place_experts(loads, 4, "balanced", device_capacity=[40, 16, 16, 16], device_speed=[4, 1, 1, 1])
+    device_loads = placement.device_loads(loads)
+    # 4 of 7 parts to the first: its time equals that of the others.
+    assert device_loads[:, 0] / loads.sum(axis=1) == pytest.approx(np.full(3, 4 / 7), rel=0.01)
+    alike = place_experts(loads, 4, "balanced", device_speed=[4, 1, 1, 1])
+    check_promises(alike, 64)  # without capacities counts stay equal, only the loads differ
+    assert alike.device_loads(loads)[:, 0].min() > loads.sum(axis=1).max() / 4
+
+
+def test_copies_go_where_the_load_per_copy_is_largest():
+    # 60 -> 30 30 -> 20 20 20 (30 > 25), then 25 -> 12.5 12.5.
+    assert replicate([[60, 25, 10, 5]], 3, 4).tolist() == [[3, 2, 1, 1]]
+    assert replicate([[60, 25, 10, 5]], 3, 2).tolist() == [[2, 2, 2, 1]]  # two devices: two copies at most
+    # Once no copy exceeds 30 the others go to the coldest expert.
+    assert replicate([[60, 25, 10, 5]], 3, 4, target=[30]).tolist() == [[2, 1, 1, 3]]
+
+
+def test_device_times_by_hand():
+    held = np.array([[[1, 1, 0], [1, 0, 1]]], dtype=bool)
+    assert device_times(np.array([[8.0, 2.0, 3.0]]), held, np.array([1.0, 2.0])).tolist() == [[6.0, 3.5]]
+
+
+def test_groups_that_do_not_divide_are_placed_globally():
+    assert not divides_into_nodes(12, 8, 4, num_nodes=2, num_groups=1)
+    assert not divides_into_nodes(12, 8, 4, num_nodes=2, num_groups=5)
+    assert not divides_into_nodes(12, 7, 4, num_nodes=2, num_groups=4)
+    assert not divides_into_nodes(12, 8, 3, num_nodes=2, num_groups=4)
+    assert divides_into_nodes(12, 8, 4, num_nodes=2, num_groups=4)
+    placement = place_experts(WEIGHT, 8, "replicated", redundant=4, num_nodes=2, num_groups=3)
+    assert placement.metadata["scope"] == "global"
+    assert placement == place_experts(WEIGHT, 8, "replicated", redundant=4)
+
+
+# --- affinity ---------------------------------------------------------------------------------------
+
+
+def test_coactivation_by_hand():
+    experts = np.array([[[0, 1]], [[1, 2]], [[0, 1]]], dtype=np.uint16)
+    assert coactivation(experts, 4)[0].tolist() == [[0, 2, 0, 0], [2, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
+    thinned = coactivation(np.tile(experts, (1000, 1, 1)), 4, max_tokens=1000)
+    assert thinned.sum() == 2 * 1000
+    with pytest.raises(ValueError, match="there are 2"):
+        coactivation(experts, 2)
+
+
+def test_affinity_finds_the_families():
+    """Every token chooses four of one family of eight; members are scattered over the numbers."""
+    random = np.random.default_rng(3)
+    family = random.permutation(64).reshape(8, 8)
+    picks = random.random((4000, 8)).argsort(axis=1)[:, :4]
+    experts = family[random.integers(0, 8, 4000)][np.arange(4000)[:, None], picks][:, None].astype(np.uint16)
+    loads = np.bincount(experts.ravel(), minlength=64)[None]
+    balanced = place_experts(loads, 8, "balanced")
+    together = place_experts(loads, 8, "affinity", coactivation=coactivation(experts, 64), balance_bound=0.15)
+    check_promises(together, 64)
+    assert fan_out(experts, balanced.held)[0] > 3
+    assert fan_out(experts, together.held)[0] == 1  # the least there is
+    limit = balanced.device_loads(loads).max() * 1.15
+    assert together.device_loads(loads).max() <= limit + 1e-6
+
+
+@pytest.mark.parametrize("bound", [0.0, 0.02, 0.1])
+def test_affinity_stays_within_its_bound(bound):
+    random = np.random.default_rng(4)
+    scores = random.gumbel(size=(3000, 2, 48)) + 2 * random.normal(size=(1, 2, 48))
+    experts = scores.argsort(axis=2)[..., :6].astype(np.uint16)
+    loads = np.stack([np.bincount(experts[:, l].ravel(), minlength=48) for l in range(2)])
+    balanced = place_experts(loads, 5, "balanced")
+    together = place_experts(loads, 5, "affinity", coactivation=coactivation(experts, 48), balance_bound=bound)
+    check_promises(together, 48)
+    limit = balanced.device_loads(loads).max(axis=1) * (1 + bound)
+    assert (together.device_loads(loads).max(axis=1) <= limit * (1 + 1e-9)).all()
+
+
+# --- errors -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (-1, {}, "layer 1: expert 2 has load -1"),
+        (np.nan, {}, "layer 1: expert 2 has load nan"),
+        (None, {"redundant": 9}, "needs 0 to 8 for 8 on 2 devices"),
+        (None, {"redundant": -1}, "-1 redundant"),
+        (None, {"redundant": 1.5}, "1.5 redundant"),
+        (None, {"num_nodes": 0}, "0 nodes"),
+        (None, {"device_capacity": [8]}, "one positive number per device, 2 in all"),
+        (None, {"device_capacity": [8, 0]}, "one positive number per device"),
+        (None, {"device_capacity": [8, 1.5]}, "counts experts"),
+        (None, {"device_capacity": [3, 4]}, "room for 7 experts of a layer, 8 are due"),
+        (None, {"device_speed": [1, np.inf]}, "one positive number per device"),
+        (None, {"strategy": "affinity"}, "pass coactivation"),
+        (None, {"strategy": "affinity", "coactivation": np.ones((2, 7, 8))}, r"\[2, 7, 8\].*\[2, 8, 8\]"),
+        (None, {"strategy": "affinity", "coactivation": -np.ones((2, 8, 8))}, "not negative"),
+        (None, {"strategy": "balanced", "redundant": 1}, "only the strategy replicated"),
+        (None, {"strategy": "contiguous", "device_speed": [1, 2]}, "choose balanced"),
+    ],
+)
+def test_what_cannot_be_placed(change, options, message):
+    loads = np.ones((2, 8))
+    if change is not None:
+        loads[1, 2] = change
+    with pytest.raises(ValueError, match=message):
+        place_experts(loads, 2, **{"strategy": "replicated", **options})
+
+
+@pytest.mark.parametrize("strategy", ["balanced", "replicated", "affinity"])
+def test_a_layer_without_any_load(strategy):
+    with pytest.raises(ValueError, match="layer 1 has no load at all"):
+        place_experts([[1, 2, 3], [0, 0, 0]], 2, strategy, coactivation=np.zeros((2, 3, 3)))
