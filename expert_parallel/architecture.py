@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, RotatingKVCache, make_prompt_cache
 
 from .lazy_model import Configuration, build_model, quantise
 from .memory import ModelBytes, array_bytes, model_bytes
 from .moe import MoELayer, moe_layers, switch_linears
+from .projection import Demand
 from .ranks import shard_rest
 from .routing import Recorder
 
@@ -53,6 +55,7 @@ class Layer:
     """One decoder layer.
 
     attention  its kind, e.g. "full, 32 heads, 4 of keys and values"
+    width      query heads times head size, 0 where the layer does not attend
     parts      {"attention", "router", "experts", "shared experts", "dense", "other": Part}
     """
 
@@ -60,6 +63,7 @@ class Layer:
     moe: bool
     attention: str
     parts: dict[str, Part]
+    width: int = 0
     cache: tuple[CacheEntry, ...] = ()
 
     @property
@@ -74,6 +78,7 @@ class Architecture:
     outside        {"embeddings", "head", "other": Part}, all that is in no layer
     expert_shapes  {"gate_proj.weight": ("[128, 768, 256]", "uint32"), ...} of the first MoE layer
     chosen         k
+    model          the lazy model itself
     """
 
     name: str
@@ -86,6 +91,7 @@ class Architecture:
     outside: dict[str, Part]
     expert_shapes: dict[str, tuple[str, str]]
     cache: list[CacheEntry] = field(default_factory=list)
+    model: nn.Module | None = field(default=None, repr=False)
 
     @property
     def num_experts(self) -> int:
@@ -122,6 +128,26 @@ class Architecture:
             -experts.bytes // self.num_experts * idle,
         )
 
+    @property
+    def demand(self) -> Demand:
+        """For `projection`."""
+        read, chosen = self.read_per_token, self.chosen
+        moe = [layer.parts["experts"] for layer in self.layers if layer.moe]
+        parameters = np.array([part.parameters // self.num_experts for part in moe], dtype=np.int64)
+        return Demand(
+            num_layers=len(self.layers),
+            hidden=self.hidden,
+            chosen=chosen,
+            num_experts=self.num_experts,
+            expert_bytes=self.bytes.expert_bytes,
+            expert_parameters=parameters,
+            rest_bytes=read.bytes - int(self.bytes.expert_bytes.sum()) * chosen,
+            rest_parameters=read.parameters - int(parameters.sum()) * chosen,
+            head_parameters=self.outside.get("head", self.outside.get("embeddings", Part())).parameters,
+            cache_per_token=self.cache_per_token,
+            attention=tuple((l.width, l.cache[0].limit if l.cache else None) for l in self.layers if l.width),
+        )
+
     def cache_bytes_at(self, tokens: int) -> int:
         return sum(entry.bytes_at(tokens) for entry in self.cache)
 
@@ -148,6 +174,7 @@ def describe(configuration: Configuration, bits=None, group_size=None, mode="aff
             number in numbers,
             _attention(layer, cache[number] if aligned else None),
             parts[number],
+            _width(layer, cache[number] if aligned else None),
             _cache_entries(cache[number]) if aligned else (),
         )
         for number, layer in enumerate(model.layers)
@@ -168,6 +195,7 @@ def describe(configuration: Configuration, bits=None, group_size=None, mode="aff
         outside=parts[None],
         expert_shapes={name: (str(list(array.shape)), _dtype(array)) for name, array in stacked},
         cache=[entry for one in cache for entry in _cache_entries(one)],
+        model=model,
     )
 
 
@@ -184,15 +212,27 @@ class PretendGroup:
         return 0
 
 
-def hybrid_rest_bytes(configuration: Configuration, num_devices: int, bits=None, group_size=None, mode="affine") -> int:
-    """Bytes on one device of all but the routed experts, when mlx-lm shards that over the devices.
+def hybrid_rest_bytes(model: nn.Module, num_devices: int) -> int:
+    """Bytes on the fullest device of all but the routed experts, when mlx-lm shards that over the devices.
 
-    Raises ValueError where it cannot, e.g. 4 heads over 8 devices.
+    The model itself stays as it is. Raises ValueError where mlx-lm cannot, e.g. 4 heads over 8 devices.
     """
-    model = quantise(build_model(configuration.config), configuration.config, bits, group_size, mode)
-    shard_rest(model, moe_layers(model), PretendGroup(num_devices))
-    stand_ins = sum(array_bytes(layer.experts) for layer in moe_layers(model))
-    return array_bytes(model) - stand_ins
+    copy = _copy_of(model)
+    shard_rest(copy, moe_layers(copy), PretendGroup(num_devices))
+    stand_ins = sum(array_bytes(layer.experts) for layer in moe_layers(copy))
+    return array_bytes(copy) - stand_ins
+
+
+def _copy_of(part):
+    """A module tree again, sharing its arrays."""
+    if isinstance(part, nn.Module):
+        copy = type(part).__new__(type(part))
+        copy.__dict__.update(part.__dict__)
+        dict.update(copy, {name: _copy_of(child) for name, child in part.items()})
+        return copy
+    if isinstance(part, list | tuple):
+        return type(part)(map(_copy_of, part))
+    return {name: _copy_of(child) for name, child in part.items()} if isinstance(part, dict) else part
 
 
 # --- looking at a model -----------------------------------------------------------------------
@@ -270,8 +310,7 @@ def _layer_part(path: str, inner: str, experts: list[str]) -> str:
 
 def _attention(layer, cache) -> str:
     """Kind of attention, from the cache that it asks for and its numbers of heads."""
-    children = layer.children().items()
-    module = next((m for name, m in children if ("attn" in name or "attention" in name) and "norm" not in name), None)
+    module = _attention_module(layer)
     if module is None or isinstance(cache, ArraysCache):
         return "linear or state space" if isinstance(cache, ArraysCache) else "none"
     kind = "full"
@@ -286,13 +325,30 @@ def _attention(layer, cache) -> str:
     return f"{kind}, {heads} heads, {groups} of keys and values" if heads else kind
 
 
+def _attention_module(layer):
+    children = layer.children().items()
+    return next((m for name, m in children if ("attn" in name or "attention" in name) and "norm" not in name), None)
+
+
+def _width(layer, cache) -> int:
+    """Query heads times head size: what the last projection of the attention takes in."""
+    module = _attention_module(layer)
+    projection = _first(module, "o_proj", "out_proj", "dense", "wo")
+    if projection is None or isinstance(cache, ArraysCache):
+        return 0
+    if "scales" in projection:
+        return projection.scales.shape[-1] * projection.group_size
+    return projection.weight.shape[-1]
+
+
 def _first(module, *names):
     return next((value for name in names if (value := getattr(module, name, None))), None)
 
 
 def stacked_hidden(layer: MoELayer) -> int:
     """H of a MoE layer: what its last projection puts out."""
-    return switch_linears(layer.experts)[-1][1].output_dims
+    linears = dict(switch_linears(layer.experts))
+    return (linears["down_proj"] if "down_proj" in linears else linears["fc2"]).output_dims
 
 
 def _quantisation(model) -> str:

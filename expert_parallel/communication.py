@@ -11,7 +11,7 @@ Dimensions: T tokens, L MoE layers, E experts, k chosen, D devices, H hidden.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -100,6 +100,8 @@ class Link:
     algorithm         ring   2 (N - 1) steps, 2 (N - 1) / N of the payload
                       tree   2 ceil(log2 N) steps of the whole payload each
                       mesh   everybody sends everything to everybody at once: 1 step, N - 1 payloads
+                      switch a fabric that connects all with all: 1 step, 2 (N - 1) / N of the payload
+                      auto   mesh or ring, whichever takes less
     """
 
     latency_seconds: float
@@ -109,8 +111,8 @@ class Link:
     def __post_init__(self):
         if self.latency_seconds < 0 or not self.bytes_per_second > 0:
             raise ValueError(f"a link has latency >= 0 and bandwidth > 0, got {self}")
-        if self.algorithm not in ("ring", "tree", "mesh"):
-            raise ValueError(f"a link's algorithm is ring, tree or mesh, got {self.algorithm!r}")
+        if self.algorithm not in ("ring", "tree", "mesh", "switch", "auto"):
+            raise ValueError(f"a link's algorithm is ring, tree, mesh, switch or auto, got {self.algorithm!r}")
 
     def send_time(self, num_bytes: float) -> float:
         """Seconds to send one message to a neighbour."""
@@ -121,11 +123,15 @@ class Link:
         _check_devices(num_devices)
         if num_devices == 1:
             return 0.0, 0.0
+        if self.algorithm == "auto":
+            both = [replace(self, algorithm=name).all_sum_parts(payload, num_devices) for name in ("mesh", "ring")]
+            return min(both, key=sum)
         levels = math.ceil(math.log2(num_devices))
         steps, sent = {
             "ring": (2 * (num_devices - 1), ring_traffic(payload, num_devices)),
             "tree": (2 * levels, 2 * levels * payload),
             "mesh": (1, (num_devices - 1) * payload),
+            "switch": (1, ring_traffic(payload, num_devices)),
         }[self.algorithm]
         return steps * self.latency_seconds, sent / self.bytes_per_second
 

@@ -91,7 +91,7 @@ def _fetch_config(repo: str) -> Path:
 
     for offline in (True, False):
         with contextlib.suppress(Exception):  # requests, httpx and the hub each raise their own
-            return Path(hf_hub_download(repo, "config.json", local_files_only=offline))
+            return Path(hf_hub_download(repo, "config.json", local_files_only=offline, etag_timeout=5))
     raise ValueError(
         f"model {repo}: its config.json is not in the hub cache and could not be fetched; without a network"
         f" give a folder, a config.json, or a bundled name: {', '.join(bundled_names())}"
@@ -195,6 +195,8 @@ def _quantise_as_configured(model, quantization, tensors):
         mode=quantization.get("mode", "affine"),
         class_predicate=decide,
     )
+    if not any("scales" in module for _, module in model.named_modules()):
+        raise ValueError(f"groups of {quantization['group_size']} divide no weight of this model")
 
 
 def tensors_of(model: nn.Module) -> dict[str, mx.array]:

@@ -60,6 +60,32 @@ class ModelBytes:
         return self.per_device(placement) + self.rest
 
 
+def fullest_device_bytes(weighed: ModelBytes, num_devices: int, rest: int | None = None, redundant: int = 0) -> int:
+    """Bytes of the device that holds most: experts and copies cut as evenly as they go, and the rest.
+
+    rest       bytes of everything else on one device; None: replicated whole
+    redundant  copies in each layer beyond one of each expert
+    """
+    slots = -(-(weighed.num_experts + redundant) // num_devices)
+    if slots > weighed.num_experts or not 1 <= num_devices <= weighed.num_experts:
+        raise ValueError(
+            f"{weighed.num_experts} experts and {redundant} copies do not go on {num_devices} devices:"
+            f" 1 to {weighed.num_experts} devices, and no device takes two copies of one expert"
+        )
+    return slots * int(weighed.expert_bytes.sum()) + (weighed.rest if rest is None else rest)
+
+
+def fewest_devices(weighed: ModelBytes, device_bytes: float, besides: int = 0) -> int | None:
+    """The smallest number of devices of a size that holds the model, the rest replicated; None if none does.
+
+    besides  bytes that each device needs on top, e.g. for caches
+    """
+    for num_devices in range(1, weighed.num_experts + 1):
+        if fullest_device_bytes(weighed, num_devices) + besides <= device_bytes:
+            return num_devices
+    return None
+
+
 def model_bytes(model: nn.Module) -> ModelBytes:
     """Weigh a model that is lazily built, loaded, or already sharded (then `rest` is what is here).
 

@@ -69,11 +69,15 @@ def test_times_of_a_collective_by_hand():
     assert ring.all_sum_time(4000, 4) == pytest.approx(6e-3 + 6e-3)
     assert Link(1e-3, 1e6, "tree").all_sum_time(4000, 4) == pytest.approx(4e-3 + 16e-3)
     assert Link(1e-3, 1e6, "mesh").all_sum_time(4000, 4) == pytest.approx(1e-3 + 12e-3)
+    assert Link(1e-3, 1e6, "switch").all_sum_time(4000, 4) == pytest.approx(1e-3 + 6e-3)
+    auto = Link(1e-3, 1e6, "auto")
+    assert auto.all_sum_time(100, 4) == pytest.approx(1e-3 + 0.3e-3)  # as the mesh
+    assert auto.all_sum_time(40_000, 4) == pytest.approx(6e-3 + 60e-3)  # as the ring
     assert ring.send_time(1000) == pytest.approx(2e-3)
     assert ring.all_to_all_time([[0, 3000], [1000, 0]]) == pytest.approx(1e-3 + 3e-3)
 
 
-@pytest.mark.parametrize("algorithm", ["ring", "tree", "mesh"])
+@pytest.mark.parametrize("algorithm", ["ring", "tree", "mesh", "switch"])
 @pytest.mark.parametrize("num_devices", [2, 3, 8])
 def test_fitting_a_link_finds_it_again(algorithm, num_devices):
     truth = Link(50e-6, 1.25e9, algorithm)

@@ -1,0 +1,102 @@
+"""What is in a Mixture-of-Experts model, what it needs, and what it would do on your hardware.
+
+    python model_analysis.py                                       Qwen3-Coder-30B, without its weights
+    python model_analysis.py --model deepseek-v3 --device-memory 512 --hardware m3-ultra
+    python model_analysis.py --model path/or/hub-id --bits 8 --context 131072
+    python model_analysis.py --model models/tiny-qwen3-moe --forward --prompt "def main():"
+
+--model takes a bundled name, a folder, a config.json or a hub id. Every figure says whether it is
+measured, simulated or modelled.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+# transformers imports torch where it is installed, 180 MB that nothing here needs.
+sys.modules.setdefault("torch", None)
+
+from expert_parallel import analysis_figures, analysis_tables, report  # noqa: E402
+from expert_parallel.architecture import describe  # noqa: E402
+from expert_parallel.checkpoint_check import check_checkpoint  # noqa: E402
+from expert_parallel.hardware import LINKS, MACHINES, USUAL_LINK, find  # noqa: E402
+from expert_parallel.lazy_model import bundled_names, load_configuration, quantization_of  # noqa: E402
+from expert_parallel.routing import RoutingTrace  # noqa: E402
+
+
+def setup_arg_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="qwen3-coder-30b", help=f"folder, config.json, hub id, or: {', '.join(bundled_names())}")
+    add("--bits", type=int, choices=(2, 3, 4, 5, 6, 8, 16), help="quantise to so many bits; 16: not at all")
+    add("--group-size", type=int, help="of the quantisation (default: 64)")
+    add("--mode", default="affine", choices=("affine", "mxfp4", "nvfp4", "mxfp8"), help="of the quantisation")
+    add("--context", type=int, default=32768, help="tokens in the cache (default: 32768)")
+    add("--device-memory", type=float, metavar="GB", help="how many devices of this size hold the model?")
+    add("--redundant-experts", type=int, default=0, metavar="R", help="extra copies per layer")
+    add("--hardware", default="m4-max", help=f"project onto: {', '.join(MACHINES)} (default: m4-max)")
+    add("--link", help=f"between devices: {', '.join(LINKS)}")
+    add("--trace", type=Path, metavar="FILE", help="routing of the projection (default: uniform)")
+    add("--json", type=Path, metavar="FILE", help="save all figures")
+    add("--quiet", action="store_true", help="print nothing")
+    return parser
+
+
+def run(args):
+    console = report.console(args.quiet)
+
+    def show(tables):
+        for part in tables:
+            console.print(part)
+            console.print()
+
+    if args.json:
+        report.check_writable(args.json)
+
+    # 1. What is in it
+    configuration = load_configuration(args.model)
+    bits = args.bits
+    if bits is None and configuration.bundled and quantization_of(configuration.config) is None:
+        bits = 4
+    described = describe(configuration, bits, args.group_size, args.mode)
+    figures = {"architecture": analysis_figures.architecture_figures(described, configuration, args.context)}
+    show(analysis_tables.model_tables(figures["architecture"]))
+
+    # 2. Memory per device
+    figures["memory"] = analysis_figures.memory_figures(described, args.redundant_experts)
+    figures["fit"] = None
+    if args.device_memory:
+        figures["fit"] = analysis_figures.fit_figures(described, args.device_memory * 1e9, args.context)
+    show(analysis_tables.memory_tables(figures["memory"], figures["fit"]))
+
+    # 3. What it would do
+    machine = find("hardware", args.hardware, MACHINES)
+    link = args.link or USUAL_LINK[args.hardware.lower()]
+    wire, link_source = find("link", link, LINKS)
+    trace = RoutingTrace.load(args.trace) if args.trace else None
+    figures["projection"] = analysis_figures.projection_figures(
+        described, machine, wire, args.context, trace, args.redundant_experts, figures["memory"]
+    ) | {"link": link, "link_source": link_source}
+    figures["original_claims"] = analysis_figures.original_cases(described.demand)
+    show(analysis_tables.projection_tables(figures["projection"], figures["original_claims"]))
+
+    # 4. The files, where there are any
+    figures["checkpoint"] = None
+    if configuration.folder and any(configuration.folder.glob("model*.safetensors")):
+        figures["checkpoint"] = check_checkpoint(configuration).figures()
+        show(analysis_tables.checkpoint_tables(figures["checkpoint"]))
+
+    if args.json:
+        report.write_json(args.json, figures)
+    return 0 if figures["checkpoint"] is None or figures["checkpoint"]["ok"] else 1
+
+
+def main():
+    args = setup_arg_parser().parse_args()
+    with report.exit_on_user_error():
+        status = run(args)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()
