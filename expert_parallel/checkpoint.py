@@ -80,6 +80,20 @@ def _line(error) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
+def read_config(folder: Path) -> dict:
+    """config.json of a model folder. ValueError if it cannot be read or names no model_type."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"model {folder}: it has no config.json")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {_line(error)}") from None
+    if not isinstance(config, dict) or not config.get("model_type"):
+        raise ValueError(f"{path} names no model_type")
+    return config
+
+
 # --- the model, with nothing read ----------------------------------------------------------------
 
 
@@ -98,12 +112,7 @@ class LazyModel:
 
 def build_lazily(folder: Path) -> LazyModel:
     """The model of a folder after all checks; no weight is read. ValueError or FileNotFoundError in one line."""
-    try:
-        model_type = json.loads((folder / "config.json").read_text()).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{folder / 'config.json'} cannot be read: {_line(error)}") from None
-    if not model_type:
-        raise ValueError(f"{folder / 'config.json'} names no model_type")
+    model_type = read_config(folder)["model_type"]
     tensors = checkpoint_tensors(folder)
     arrays = {}
 

@@ -19,7 +19,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.utils import _compressed_tensors_quantization, _get_classes, infer_quant_config, quantize_model
 
-from .model_files import SHIPPED, read_config
+from .checkpoint import read_config
+from .default_model import SHIPPED
 from .moe import moe_layers
 
 BUNDLED = Path(__file__).resolve().parent / "configs"

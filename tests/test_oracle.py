@@ -63,5 +63,5 @@ def test_sharded_logits_agree_with_transformers(changes):
     shape = (len(moe_layers(model)), config["num_experts"])
     shard_model(model, place_experts(np.zeros(shape), 3))
     logits = np.array(model(mx.array(tokens)))
-    assert np.abs(logits - expected).max() < 1e-3 * max(1.0, np.abs(expected).max())
+    assert np.abs(logits - expected).max() < 1e-3
     assert np.abs(expected).max() > 1  # logits that say something
