@@ -89,7 +89,9 @@ def read_config(folder: Path) -> dict:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {_line(error)}") from None
-    if not isinstance(config, dict) or not config.get("model_type"):
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} cannot be read: it holds no object")
+    if not config.get("model_type"):
         raise ValueError(f"{path} names no model_type")
     return config
 
