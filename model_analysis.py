@@ -16,11 +16,13 @@ from pathlib import Path
 # transformers imports torch where it is installed, 180 MB that nothing here needs.
 sys.modules.setdefault("torch", None)
 
-from expert_parallel import analysis_figures, analysis_tables, report  # noqa: E402
+from expert_parallel import analysis_figures, analysis_tables, forward_pass, report  # noqa: E402
 from expert_parallel.architecture import describe  # noqa: E402
 from expert_parallel.checkpoint_check import check_checkpoint  # noqa: E402
 from expert_parallel.hardware import LINKS, MACHINES, USUAL_LINK, find  # noqa: E402
-from expert_parallel.lazy_model import bundled_names, load_configuration, quantization_of  # noqa: E402
+from expert_parallel.lazy_model import BUNDLED, bundled_names, load_configuration, quantization_of  # noqa: E402
+from expert_parallel.loading import load_whole  # noqa: E402
+from expert_parallel.moe import moe_layers  # noqa: E402
 from expert_parallel.routing import RoutingTrace  # noqa: E402
 
 
@@ -37,6 +39,9 @@ def setup_arg_parser():
     add("--hardware", default="m4-max", help=f"project onto: {', '.join(MACHINES)} (default: m4-max)")
     add("--link", help=f"between devices: {', '.join(LINKS)}")
     add("--trace", type=Path, metavar="FILE", help="routing of the projection (default: uniform)")
+    add("--forward", action="store_true", help="run texts through the model (needs its weights)")
+    add("--prompt", nargs="+", metavar="[NAME=]TEXT", help="texts or files for --forward, e.g. code=a.py prose=b.txt")
+    add("--prompt-tokens", type=int, default=256, help="at most so many tokens of each text (default: 256)")
     add("--json", type=Path, metavar="FILE", help="save all figures")
     add("--quiet", action="store_true", help="print nothing")
     return parser
@@ -86,9 +91,52 @@ def run(args):
         figures["checkpoint"] = check_checkpoint(configuration).figures()
         show(analysis_tables.checkpoint_tables(figures["checkpoint"]))
 
+    # 5. Real text through the real weights
+    figures["forward"] = None
+    if args.forward or args.prompt:
+        figures["forward"] = forward_figures(args.model, texts_of(args.prompt), args.prompt_tokens)
+        show(analysis_tables.forward_tables(figures["forward"]))
+
     if args.json:
         report.write_json(args.json, figures)
     return 0 if figures["checkpoint"] is None or figures["checkpoint"]["ok"] else 1
+
+
+def texts_of(prompts):
+    """{name: text}; without prompts code, prose and data that come with the project."""
+    if not prompts:
+        here = Path(__file__).resolve().parent
+        files = {"code": here / "model_analysis.py", "prose": here / "README.md", "data": BUNDLED / "deepseek-v3.json"}
+        return {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
+    texts = {}
+    for number, prompt in enumerate(prompts, start=1):
+        name, separator, value = prompt.partition("=")
+        if not separator or not name.isidentifier() or len(name) > 12:
+            name, value = f"text {number}", prompt
+        if len(value) < 1000 and Path(value).is_file():
+            value = Path(value).read_text(encoding="utf-8")
+        if not value.strip():
+            raise ValueError(f"--prompt {prompt!r} is empty")
+        texts[name] = value
+    return texts
+
+
+def forward_figures(name, texts, most):
+    """Everything of forward_pass on each text; the first text is timed."""
+    if name.lower() in bundled_names():
+        raise ValueError(f"--forward needs weights: {name} is a configuration alone, give a folder or a hub id")
+    if most < 1:
+        raise ValueError(f"--prompt-tokens must be at least 1, got {most}")
+    model, tokenizer, _ = load_whole(name)
+    numbers = [layer.number for layer in moe_layers(model)]
+    tokens = {title: tokenizer.encode(text[: 20 * most])[:most] for title, text in texts.items()}
+    passes = {title: forward_pass.run_text(model, ids, title) for title, ids in tokens.items()}
+    return {
+        "texts": {title: forward_pass.pass_figures(one, numbers) for title, one in passes.items()},
+        "domains": forward_pass.domain_figures(passes),
+        "experts": forward_pass.expert_similarity(model),
+        "seconds": vars(forward_pass.time_layers(model, next(iter(tokens.values())))),
+    }
 
 
 def main():

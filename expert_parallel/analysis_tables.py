@@ -156,3 +156,47 @@ def checkpoint_tables(figures: dict, most: int = 20) -> list:
         rows += [("...", f"{len(problems) - most} more, see --json")] if len(problems) > most else []
         result.append(table("Problems", "", "", rows=rows, names=True))
     return result
+
+
+def forward_tables(figures: dict) -> list:
+    """Of `forward_pass`: {"texts": {name: pass_figures}, "domains", "experts", "seconds"}."""
+
+    def shown(value, form):
+        return "-" if value is None else format(value, form)
+
+    result = []
+    for name, text in figures["texts"].items():
+        rows = [
+            (
+                row["layer"],
+                f"{row['entropy']:.3f}",
+                shown(row["margin_median"], ".3f"),
+                shown(row["margin_lowest_tenth"], ".3f"),
+                shown(row["overlap_with_token_before"], ".2f"),
+                f"{shown(row['foretold_by_layer_before'], '.2f')} ({shown(row['foretold_by_popularity'], '.2f')})",
+                "-" if row["strongest_pair_lift"] is None else "#{} #{}".format(*row["strongest_pair"]),
+            )
+            for row in text["layers"]
+        ]
+        columns = ("layer", "entropy", "margin", "lowest 10%", "as before", "foretold (by use)", "strongest pair")
+        title = f"Routing of {name} (measured, {text['tokens']} tokens; by chance {text['overlap_by_chance']:.2f} as before)"
+        result.append(table(title, *columns, rows=rows))
+    if len(figures["texts"]) > 1:
+        names = list(figures["texts"])
+        alike = figures["domains"]["similarity"]
+        rows = [(a, *(f"{alike[a][b]:.2f}" for b in names)) for a in names]
+        result.append(table("How alike texts use the experts (cosine of loads, measured)", "", *names, rows=rows))
+    first = next(iter(figures["texts"].values()))
+    by_number = {row["layer"]: row for row in first["layers"]}
+    alike = {row["layer"]: row for row in figures["experts"]}
+    rows = []
+    for number, (prompt, token) in enumerate(zip(*figures["seconds"].values(), strict=True)):
+        row, experts = by_number.get(number), alike.get(number)
+        sizes = ["-"] * 4
+        if row:
+            sizes = [f"{row[k]:.3g}" for k in ("input_rms", "input_max", "output_rms", "output_max")]
+        cosine = f"{experts['mean_cosine']:.3f} ({experts['most_alike_cosine']:.2f})" if experts else "-"
+        rows.append((number, *sizes, cosine, f"{1e3 * prompt:.1f}", f"{1e3 * token:.2f}"))
+    columns = ("layer", "input", "largest", "output", "largest", "experts alike", "prompt ms", "token ms")
+    result.append(table("Activations, experts and time (measured)", *columns, rows=rows))
+    return result

@@ -19,7 +19,6 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.utils import _compressed_tensors_quantization, _get_classes, infer_quant_config, quantize_model
 
-from .checkpoint import read_config
 from .default_model import SHIPPED
 from .moe import moe_layers
 
@@ -62,7 +61,9 @@ def load_configuration(name: str) -> Configuration:
         name = str(SHIPPED)
     path = Path(name).expanduser()
     if path.is_dir():
-        return Configuration(path.resolve().name, read_config(path), folder=path)
+        if not (path / "config.json").is_file():
+            raise ValueError(f"model {name}: it has no config.json")
+        return Configuration(path.resolve().name, _read_file(path / "config.json"), folder=path)
     if path.is_file():
         return Configuration(path.resolve().parent.name or path.stem, _read_file(path))
     if name.lower() in bundled_names():
