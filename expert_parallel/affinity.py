@@ -24,13 +24,14 @@ def coactivation(experts, num_experts: int, max_tokens: int = 100_000) -> np.nda
     if experts.size and not 0 <= experts.min() <= experts.max() < num_experts:
         raise ValueError(f"experts run from {experts.min()} to {experts.max()}, there are {num_experts}")
     experts = experts[:: -(-len(experts) // max_tokens) or 1]
-    pairs = np.zeros((experts.shape[1], num_experts, num_experts), dtype=np.float32)
+    num_layers, top_k = experts.shape[1:]
+    one, other = np.triu_indices(top_k, 1)
+    pairs = np.zeros((num_layers, num_experts, num_experts), dtype=np.float32)
     for l, of_layer in enumerate(pairs):
-        for start in range(0, len(experts), 8192):  # bounded memory
-            rows = experts[start : start + 8192, l]
-            chosen = np.zeros((len(rows), num_experts), dtype=np.float32)
-            np.put_along_axis(chosen, rows.astype(np.int64), 1, axis=1)
-            of_layer += chosen.T @ chosen
+        chosen = experts[:, l].astype(np.int64)
+        codes = chosen[:, one] * num_experts + chosen[:, other]
+        counts = np.bincount(codes.ravel(), minlength=num_experts**2).reshape(num_experts, num_experts)
+        of_layer += counts + counts.T
         np.fill_diagonal(of_layer, 0)
     return pairs
 

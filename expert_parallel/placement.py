@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .affinity import coactivation as count_pairs
 from .affinity import gather_by_affinity
 from .placement_files import FORMAT, held_from_document, ranges
 from .placement_search import device_times, divides_into_nodes, spread, spread_in_nodes
@@ -174,7 +175,7 @@ def place_experts(
                                 fullest device at most `balance_bound` above that of `balanced`
     num_nodes, num_groups  balanced and replicated keep each group of experts (E / num_groups neighbours)
                   inside one node where all divides, and are global otherwise (DeepSeek, EPLB)
-    coactivation  [L, E, E]; tokens that chose both experts, for `affinity` (see affinity.coactivation)
+    coactivation  for `affinity`: [L, E, E] tokens that chose both experts, or a trace's experts [T, L, k]
     device_capacity  [D]; most experts of a layer on each device, for devices of unequal memory
     device_speed     [D]; relative speeds: load over speed is levelled out, not load
 
@@ -252,8 +253,11 @@ def _one_per_device(name, value, num_devices):
 
 def _check_pairs(coactivation, num_layers, num_experts):
     if coactivation is None:
-        raise ValueError("affinity needs to know which experts are chosen together: pass coactivation [L, E, E]")
-    pairs = np.asarray(coactivation, dtype=np.float32)
+        raise ValueError("affinity needs to know which experts are chosen together: pass coactivation, or a trace")
+    pairs = np.asarray(coactivation)
+    if pairs.ndim == 3 and pairs.dtype.kind in "ui" and pairs.shape[1] == num_layers and pairs.shape[2] != num_experts:
+        return count_pairs(pairs, num_experts)
+    pairs = pairs.astype(np.float32)
     if pairs.shape != (num_layers, num_experts, num_experts):
         expected = [num_layers, num_experts, num_experts]
         raise ValueError(f"coactivation is {list(pairs.shape)}, the loads want {expected}")

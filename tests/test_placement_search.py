@@ -236,6 +236,7 @@ def test_affinity_finds_the_families():
     assert fan_out(experts, together.held)[0] == 1  # the least there is
     limit = balanced.device_loads(loads).max() * 1.15
     assert together.device_loads(loads).max() <= limit + 1e-6
+    assert place_experts(loads, 8, "affinity", coactivation=experts, balance_bound=0.15) == together
 
 
 @pytest.mark.parametrize("bound", [0.0, 0.02, 0.1])
