@@ -179,7 +179,7 @@ def forward_tables(figures: dict) -> list:
             for row in text["layers"]
         ]
         columns = ("layer", "entropy", "margin", "lowest 10%", "as before", "foretold (by use)", "strongest pair")
-        title = f"Routing of {name} (measured, {text['tokens']} tokens; by chance {text['overlap_by_chance']:.2f} as before)"
+        title = f"Routing of {name} (measured, {text['tokens']} tokens; by chance {text['overlap_by_chance']:.2f})"
         result.append(table(title, *columns, rows=rows))
     if len(figures["texts"]) > 1:
         names = list(figures["texts"])
