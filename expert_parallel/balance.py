@@ -82,6 +82,26 @@ def lower_bound(loads, num_devices: int, redundant: int = 0) -> np.ndarray:
     return np.maximum(loads.sum(axis=1) / num_devices, (loads / copies).max(axis=1))
 
 
+def hot_experts(loads, factor: float = 4.0, sigmas: float = 3.0) -> np.ndarray:
+    """bool [L, E]: experts with more than `factor` times the mean load, for expert loads [L, E] in slots.
+
+    A count of n slots is uncertain by sqrt(n): n - sigmas sqrt(n) must exceed factor x mean, so that a few
+    tokens make no hot expert. An expert above the mean load of a device, sum / D, is a straggler under every
+    placement without copies.
+    """
+    loads = _check(loads)
+    return loads - sigmas * np.sqrt(loads) > factor * loads.mean(axis=1, keepdims=True)
+
+
+def tokens_until_hot(experts, expert: int, num_experts: int, factor: float = 4.0, sigmas: float = 3.0) -> int | None:
+    """Tokens of one layer, experts [T, k], after which the rule of `hot_experts` first holds; None: never."""
+    experts = np.asarray(experts)
+    count = (experts == expert).any(axis=1).cumsum()
+    mean = np.arange(1, len(experts) + 1) * experts.shape[1] / num_experts
+    hot = count - sigmas * np.sqrt(count) > factor * mean
+    return int(hot.argmax()) + 1 if hot.any() else None
+
+
 def routing_entropy(loads) -> np.ndarray:
     """[L]; entropy of the expert loads [L, E] over log E: 1 for uniform use, 0 for a single expert."""
     loads = _check(loads)

@@ -189,7 +189,13 @@ def _slots(held, capacity):
     return ids
 
 
-def _swap_search(loads, held, capacity, speed):
+def swap_search(loads, held, device_speed=None, most_swaps: int | None = None) -> np.ndarray:
+    """`held` bool [L, D, E] after at most so many swaps per layer, the best first; counts and copies stay."""
+    speed = np.ones(held.shape[1]) if device_speed is None else np.asarray(device_speed, dtype=np.float64)
+    return _swap_search(np.asarray(loads, dtype=np.float64), held, None, speed, most_swaps)
+
+
+def _swap_search(loads, held, capacity, speed, most_swaps=None):
     """Swaps between the slowest device and another one, the best of all each time, until none helps."""
     num_layers, num_devices, num_experts = held.shape
     empty, nowhere = num_experts, num_experts + 1
@@ -205,7 +211,9 @@ def _swap_search(loads, held, capacity, speed):
     load = weight.sum(axis=2)
     active = np.arange(num_layers)
     owner = np.repeat(np.arange(num_devices), longest)  # [D C]
-    while len(active):
+    swaps = 0
+    while len(active) and swaps != most_swaps:
+        swaps += 1
         time = load[active] / speed
         full = time.argmax(axis=1)
         now = time.max(axis=1)

@@ -146,14 +146,13 @@ def record_routing(model: nn.Module, name: str = "", prompt_tokens: int | None =
         raise ValueError("this model has no Mixture-of-Experts layers: there is no routing to record")
     trace = RoutingTrace(np.zeros((0, len(layers), 0)), num_experts(layers[0].experts), model=name)
     notes = _Notes(len(layers), max_tokens)
-    originals = [layer.experts for layer in layers]
     for l, layer in enumerate(layers):
-        layer.experts = Recorder(originals[l], notes.taker(l))
+        layer.experts = Recorder(layer.experts, notes.taker(l))
     try:
         yield trace
     finally:
-        for layer, experts in zip(layers, originals, strict=True):
-            layer.experts = experts
+        for layer in layers:  # what is behind the recorder may have been exchanged meanwhile
+            layer.experts = layer.experts.experts
         experts, prefill = notes.finish()
         if prompt_tokens is not None:
             prefill = np.arange(len(experts)) < prompt_tokens
