@@ -11,6 +11,7 @@ Every figure says whether it is measured, simulated or modelled.
 import argparse
 import os
 import sys
+from math import inf
 from pathlib import Path
 
 import mlx.core as mx
@@ -83,7 +84,12 @@ def setup_arg_parser():
         default=None,
         help="run stock mlx-lm beside it and compare (default: with the shipped model)",
     )
-    add("--timeout", type=float, default=300, help="seconds until a rank that waits for others gives up (default: 300)")
+    add(
+        "--timeout",
+        type=float,
+        default=300,
+        help="with several ranks: seconds until one that waits for others gives up (default: 300)",
+    )
     add("--trace", type=Path, metavar="FILE", help="save the routing trace")
     add("--save-placement", type=Path, metavar="FILE", help="save the placement as JSON")
     add("--plots", type=Path, metavar="DIR", help="save pictures of the loads")
@@ -92,27 +98,44 @@ def setup_arg_parser():
     return parser  # fmt: skip
 
 
-def check_arguments(args):
-    for name, low in (("max_tokens", 1), ("redundant_experts", 0), ("temp", 0), ("top_p", 0)):
-        if getattr(args, name) < low:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
+def check_numbers(args):
+    """What no file and no rank is needed for, the timeout of the first meeting included."""
+    limits = {"max_tokens": (1, inf), "redundant_experts": (0, inf), "temp": (0, 1e6), "top_p": (1e-6, 1)}
+    limits |= {"seed": (0, 2**64 - 1), "timeout": (0.1, 1e9)}
+    for name, (low, high) in limits.items():
+        value, option = getattr(args, name), f"--{name.replace('_', '-')}"
+        if not low <= value <= high:  # not a number fails too
+            limit = f"at least {low}" if high == inf else f"between {low} and {high}"
+            raise ValueError(f"{option} must be {limit}, got {value}")
     if args.devices is not None and args.devices < 1:
         raise ValueError(f"--devices must be at least 1, got {args.devices}")
+
+
+def check_files(args):
     for path in filter(None, (args.trace, args.save_placement, args.json)):
         report.check_writable(path)
     if args.plots:
-        report.check_writable(args.plots / "x" if args.plots.is_dir() else args.plots)
+        if args.plots.exists() and not args.plots.is_dir():
+            raise ValueError(f"cannot write {args.plots}: it is a file, --plots takes a folder")
+        report.check_writable(args.plots / "expert_loads.png" if args.plots.is_dir() else args.plots)
+
+
+def read_standard_input() -> str:
+    """All of it; bytes that are no UTF-8 come as surrogates, which `read_prompt` refuses."""
+    return sys.stdin.buffer.read().decode("utf-8", "surrogateescape") if sys.stdin else ""
 
 
 def read_prompt(args, tokenizer, context):
-    """Prompt as token ids; ValueError if it is empty or fills the context."""
+    """Prompt as token ids; ValueError if it is empty, no text, or fills the context."""
     text = args.prompt
     if text is None:
         text = CHAT_PROMPT if tokenizer.has_chat_template else CODE_PROMPT
     elif text == "-":
-        text = sys.stdin.read()
-    elif len(text) < 1000 and Path(text).is_file():
-        text = Path(text).read_text(encoding="utf-8")
+        text = args.standard_input
+    elif os.path.isfile(text):  # noqa: PTH113, pathlib's raises for a text too long for a file name
+        text = Path(text).read_text(encoding="utf-8", errors="surrogateescape")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError("the prompt is not UTF-8 text: give a text file, or convert it (iconv -t UTF-8)")
     if not text.strip():
         raise ValueError("the prompt is empty")
     if tokenizer.has_chat_template:
@@ -183,8 +206,8 @@ def generate(model, tokenizer, ids, args, group, watchdog, out):
 
 def prepare(args, group):
     """Everything that can go wrong before ranks meet: files, model, prompt, placement."""
-    check_arguments(args)
-    folder, line = (resolve_model(args.model), None) if args.model else default_model()
+    check_files(args)
+    folder, line = (resolve_model(args.model), None) if args.model is not None else default_model()
     lazy = build_lazily(folder)  # shapes and bytes, no weights yet
     model, config, dtype = lazy.model, lazy.config, activation_dtype(args.dtype)
     if dtype is not None:
@@ -203,9 +226,12 @@ def prepare(args, group):
 
 def run(args, watchdog):
     # 1. Ranks meet; each prepares; all agree or all stop.
+    check_numbers(args)
     group = start_group(args.timeout, watchdog)
     ranks, first = group.size(), group.rank() == 0
     console = report.console(args.quiet or not first)
+    # A launcher passes its standard input to rank 0 alone.
+    args.standard_input = gather_objects(group, read_standard_input() if first and args.prompt == "-" else None)[0]
     error, prepared = None, None
     try:
         prepared = prepare(args, group)

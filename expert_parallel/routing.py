@@ -44,6 +44,10 @@ class RoutingTrace:
         if experts.size and (experts.min() < 0 or experts.max() >= self.num_experts):
             bad = experts.max() if experts.max() >= self.num_experts else experts.min()
             raise ValueError(f"expert {bad} does not exist: the trace is of {self.num_experts} experts")
+        if experts.dtype.kind not in "iu" and not np.array_equal(experts, np.floor(experts)):  # nan is not nan
+            raise ValueError("a trace holds expert numbers, got some that are not whole")
+        if self.num_experts > 1 << 16:
+            raise ValueError(f"a trace holds at most {1 << 16} experts, got {self.num_experts}")
         self.experts = experts.astype(np.uint16, copy=False)
         if self.prefill is None:
             self.prefill = np.zeros(len(experts), dtype=bool)
@@ -146,13 +150,14 @@ def record_routing(model: nn.Module, name: str = "", prompt_tokens: int | None =
         raise ValueError("this model has no Mixture-of-Experts layers: there is no routing to record")
     trace = RoutingTrace(np.zeros((0, len(layers), 0)), num_experts(layers[0].experts), model=name)
     notes = _Notes(len(layers), max_tokens)
-    for l, layer in enumerate(layers):
-        layer.experts = Recorder(layer.experts, notes.taker(l))
+    recorders = [Recorder(layer.experts, notes.taker(l)) for l, layer in enumerate(layers)]
+    for layer, recorder in zip(layers, recorders, strict=True):
+        layer.experts = recorder
     try:
         yield trace
     finally:
-        for layer in layers:  # what is behind the recorder may have been exchanged meanwhile
-            layer.experts = layer.experts.experts
+        for layer, recorder in zip(layers, recorders, strict=True):
+            layer.experts = recorder.experts  # other ones than before if the block sharded the model
         experts, prefill = notes.finish()
         if prompt_tokens is not None:
             prefill = np.arange(len(experts)) < prompt_tokens

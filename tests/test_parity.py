@@ -188,3 +188,12 @@ def test_one_device_is_the_untouched_module():
     for layer, original in zip(moe_layers(model), originals, strict=True):
         assert isinstance(layer.experts, SimulatedDevices)
         assert layer.experts.shards[0].experts is original
+
+
+def test_a_second_sharding_is_refused_and_changes_nothing():
+    model = random_model()
+    expected = prefill_and_decode(model)
+    shard_model(model, placed(model, 3))
+    with pytest.raises(ValueError, match="spread already"):
+        shard_model(model, placed(model, 2))
+    assert_identical(prefill_and_decode(model), expected)

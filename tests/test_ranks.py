@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -129,3 +130,15 @@ def test_a_killed_rank_ends_the_others_with_a_line(backend, tmp_path):
 
 def test_one_process_is_the_same_code_path():
     assert run_script(*RUN, "--devices", 2).returncode == 0
+
+
+def test_standard_input_reaches_every_rank():
+    """mpirun hands it to rank 0 alone."""
+    command = ["mpirun", "--oversubscribe", "-np", "2", sys.executable, SCRIPT, "--model", str(SHIPPED)]
+    command += ["--prompt", "-", "--max-tokens", "4", "--quiet", "--no-verify"]
+    environment = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, input="import os\n", capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()

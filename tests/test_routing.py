@@ -118,3 +118,29 @@ def test_impossible_traces_are_refused():
         RoutingTrace(np.zeros((4, 4)), 9)
     with pytest.raises(ValueError, match="different models"):
         RoutingTrace.concatenate([RoutingTrace(np.zeros((1, 2, 1)), 4), RoutingTrace(np.zeros((1, 3, 1)), 4)])
+
+
+def test_sharding_while_recording_stays():
+    model = random_model()
+    tokens = mx.array([[5, 6, 7]])
+    expected = model(tokens)
+    layers = moe_layers(model)
+    placement = place_experts(np.zeros((len(layers), layers[0].experts.gate_proj.weight.shape[0])), 3, "contiguous")
+    with record_routing(model) as outer, record_routing(model) as inner:
+        shard_model(model, placement)
+        assert mx.array_equal(model(tokens), expected)
+    assert len(outer) == len(inner) == 3
+    assert [len(layer.experts.shards) for layer in moe_layers(model)] == [3] * len(layers)
+
+
+@pytest.mark.parametrize(
+    ("experts", "count", "word"),
+    [
+        (np.full((1, 1, 1), 1.5), 4, "not whole"),
+        (np.full((1, 1, 1), np.nan), 4, "not whole"),
+        (np.full((1, 1, 1), 69999), 70000, "65536"),
+    ],
+)
+def test_a_trace_refuses_what_its_integers_cannot_hold(experts, count, word):
+    with pytest.raises(ValueError, match=word):
+        RoutingTrace(experts, count)

@@ -170,3 +170,23 @@ def test_scripts_explain_themselves():
             result = run_script(script.name, "--help")
             assert result.returncode == 0, result.stderr
             assert "python " + script.name in result.stdout
+
+
+def test_a_long_prompt_is_no_file_name():
+    result = run_script(
+        SCRIPT, "--model", SHIPPED, "--max-tokens", 1, "--quiet", "--no-verify", "--prompt", "x = 1; " * 60
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--seed", -1), ("--seed", 1 << 64), ("--temp", "nan"), ("--top-p", 2), ("--timeout", -1)]
+)
+def test_numbers_out_of_range_are_refused(option, value):
+    refused(run_script(SCRIPT, "--model", SHIPPED, option, value), option, str(value))
+
+
+def test_prompts_that_are_no_text_and_plots_into_a_file_are_refused(tmp_path):
+    (tmp_path / "prompt").write_bytes(b"\xff\xfe\x00abc")
+    refused(run_script(SCRIPT, "--model", SHIPPED, "--prompt", tmp_path / "prompt"), "UTF-8")
+    refused(run_script(SCRIPT, "--model", SHIPPED, "--plots", tmp_path / "prompt"), "--plots takes a folder")
