@@ -235,8 +235,6 @@ def check_placement(model: nn.Module, placement: Placement) -> list[MoELayer]:
     layers = moe_layers(model)
     if not layers:
         raise ValueError("this model has no Mixture-of-Experts layers: there is nothing to spread")
-    if any(isinstance(layer.experts, (ExpertShard, SimulatedDevices)) for layer in layers):
-        raise ValueError("this model's experts are spread already: load the model again to place them anew")
     counts = {num_experts(layer.experts) for layer in layers}
     if len(counts) > 1:
         raise ValueError(f"layers with different numbers of experts are not supported: {sorted(counts)}")
@@ -265,6 +263,8 @@ def shard_model(
     combine    how outputs come together: reduce, gather, or auto
     attention  replicated, or sharded by mlx-lm's own tensor parallelism
     """
+    if any(isinstance(layer.experts, (ExpertShard, SimulatedDevices)) for layer in moe_layers(model)):
+        raise ValueError("this model's experts are spread already: load the model again to place them anew")
     if group is not None and group.size() > 1:
         from .ranks import shard_over_ranks
 
