@@ -1,167 +1,147 @@
-"""What does skewed routing cost on several devices, and what helps? No model needed.
+"""Skewed routing: what does it cost, and what helps? One MoE layer, no model needed.
 
-    python expert_parallel_poc.py
-    python expert_parallel_poc.py --devices 4 --experts 60 --top-k 4
-    python expert_parallel_poc.py --trace run.npz            routing recorded from a real model
+    python expert_parallel_poc.py                            five scenarios on 8 simulated devices
+    python expert_parallel_poc.py --scenarios hot,drifting --devices 16
+    python expert_parallel_poc.py --trace trace.npz          a recorded trace: own, vLLM's or Megatron's
+    python expert_parallel_poc.py --trace code.npz --test-trace prose.npz
 
-One MoE layer with real (random) weights; D devices that hold their experts and compute on
-streams of their own, checked bit for bit against the whole layer. Loads and times are
-measured on this machine, routing is synthetic unless it comes from a trace. Placements are
-fitted on the first half of the tokens and judged on the second.
+A layer with real (random) weights runs over D devices, each with its own experts and its own stream,
+and is checked against mlx-lm's layer and against a dense computation. Geometry: Qwen3-Coder's 128
+experts, top-8, at an eighth of its width. Remedies are fitted on the first half of the tokens and
+judged on the second, in batches of 256 that wait for their fullest device.
 """
 
 import argparse
-import time
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.switch_layers import SwitchGLU
 
-from expert_parallel import RoutingTrace, balance, place_experts, report
-from expert_parallel.moe import ExpertShard, SimulatedDevices
-from expert_parallel.scenarios import SCENARIOS, synthesise
+from expert_parallel import report
+from expert_parallel.communication import Link
+from expert_parallel.phases import SmallLayer
+from expert_parallel.placement import place_experts
+from expert_parallel.poc_figures import MEASURED, study, tables
+from expert_parallel.remedies import BATCH, Choices
+from expert_parallel.scenarios import SCENARIOS, preferences
+from expert_parallel.trace_import import fit_and_test, read_trace, without_warm_up
+
+MOST_TRACED = 65_536  # tokens of a longer trace are thinned to so many, whole batches
 
 
 def setup_arg_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--devices", type=int, default=8)
-    add("--experts", type=int, default=128, help="as in Qwen3-Coder-30B (default: 128)")
-    add("--top-k", type=int, default=8)
-    add("--hidden", type=int, default=256, help="Qwen3-Coder has 2048 (default: 256, to be quick)")
-    add("--expert-width", type=int, default=128, help="Qwen3-Coder has 768 (default: 128)")
-    add("--tokens", type=int, default=512)
-    add("--redundant-experts", type=int, default=16, help="copies for the replicated placement (default: 16)")
-    add("--scenario", choices=[*SCENARIOS, "all"], default="all")
-    add("--trace", type=Path, metavar="FILE", help="a recorded trace instead of scenarios; its first layer is computed")
+    add("--scenarios", metavar="LIST", help=f"of {', '.join(SCENARIOS)} (default: all; with --trace none)")
+    add(
+        "--trace", type=Path, metavar="FILE", help="recorded routing: .npz, .npy [tokens, layers, k], Megatron's .jsonl"
+    )
+    add("--test-trace", type=Path, metavar="FILE", help="judge remedies on this trace, fitted on the other")
+    add("--devices", type=int, default=8, help="simulated devices (default: 8)")
+    add("--redundant-experts", type=int, metavar="R", help="copies of hot experts per layer (default: one per device)")
+    add("--experts", type=int, default=128, help="experts in the layer (default: 128; a trace says it itself)")
+    add("--top-k", type=int, default=8, help="experts chosen per token (default: 8)")
+    add("--hidden", type=int, default=256, help="width of a token (default: 256, Qwen3-Coder has 2048)")
+    add("--expert-width", type=int, default=96, help="width of an expert (default: 96, Qwen3-Coder has 768)")
+    add("--tokens", type=int, default=8192, help="tokens routed per scenario (default: 8192)")
+    add("--bandwidth", type=float, default=5.0, help="GB/s of each device's link, for modelled times (default: 5)")
+    add("--latency", type=float, default=20.0, help="microseconds of a message, for modelled times (default: 20)")
     add("--seed", type=int, default=0)
-    add("--json", type=Path, metavar="FILE")
-    add("--quiet", action="store_true")
+    add("--json", type=Path, metavar="FILE", help="save all figures")
+    add("--quiet", action="store_true", help="print nothing")
     return parser
 
 
-def make_experts(args, num_experts):
-    """A whole layer's experts, 4-bit as in the published checkpoints."""
-    mx.random.seed(args.seed)
-    experts = SwitchGLU(args.hidden, args.expert_width, num_experts)
-    nn.quantize(experts, group_size=64, bits=4)
-    experts.set_dtype(mx.float32)
-    mx.eval(experts.parameters())
-    return experts
+def check_arguments(args):
+    """Names of the scenarios asked for; ValueError for what cannot be."""
+    for name, low in (("experts", 1), ("top_k", 1), ("hidden", 1), ("expert_width", 1), ("tokens", 2 * MEASURED)):
+        if getattr(args, name) < low:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
+    if args.top_k > args.experts:
+        raise ValueError(f"--top-k {args.top_k}: there are {args.experts} experts to choose from")
+    if not args.bandwidth > 0 or args.latency < 0:
+        raise ValueError(f"--bandwidth {args.bandwidth}, --latency {args.latency}: needs more than 0 and at least 0")
+    if args.test_trace and not args.trace:
+        raise ValueError("--test-trace needs --trace, the trace to fit on")
+    if args.json:
+        report.check_writable(args.json)
+    names = [] if args.trace and args.scenarios is None else (args.scenarios or ",".join(SCENARIOS)).split(",")
+    for name in names:
+        preferences(name, 1, 1)
+    return names
 
 
-def milliseconds(compute, rounds=5):
-    """Median time of a computation, after one to warm up."""
-    times = []
-    for _ in range(rounds + 1):
-        begin = time.perf_counter()
-        mx.eval(compute())
-        times.append(1e3 * (time.perf_counter() - begin))
-    return float(np.median(times[1:]))
+def synthetic(name, layer, args):
+    """(fit, test, x, preference of x): a scenario's tokens through the layer's own router."""
+    wish = preferences(name, args.tokens, args.experts, args.seed)
+    x = mx.random.normal((args.tokens, args.hidden), key=mx.random.key(args.seed + 1))
+    gates, experts, _ = layer.route(x, mx.array(wish))
+    choices = Choices(np.array(experts)[:, None], args.experts, np.array(gates)[:, None])
+    half = args.tokens // 2
+    rows = half + np.linspace(0, args.tokens - half - 1, MEASURED).astype(int)  # evenly from those that judge
+    return choices.part(slice(0, half)), choices.part(slice(half, None)), x[mx.array(rows)], wish[rows]
 
 
-def compute_layer(experts, held, ids, x):
-    """Measured on one layer: exactness, time of the whole layer, of each device alone, of all on streams."""
-    indices = mx.array(ids.astype(np.uint32))
-    streams = [mx.new_stream(mx.default_device()) for _ in held]
-    devices = SimulatedDevices([ExpertShard.cut(experts, held, d) for d in range(len(held))], streams)
-    serving = devices.shards[0]._assignment.devices(ids).reshape(-1)
-    slots = [np.flatnonzero(serving == d) for d in range(len(held))]
-    alone = [milliseconds(lambda d=d: devices.shards[d].rows(x, ids, slots[d]), 3) for d in range(len(held))]
-    return {
-        "exact": bool(mx.array_equal(devices(x, indices), experts(x, indices))),
-        "whole_layer_ms": milliseconds(lambda: experts(x, indices)),
-        "on_streams_ms": milliseconds(lambda: devices(x, indices)),
-        "device_ms": alone,
-        "slots": [len(s) for s in slots],
-    }
-
-
-def remedies(args, fit, test):
-    """Placements against each other: fitted on one half, balancedness and fan-out on the other."""
-    pairs = fit.experts
-    options = {
-        "contiguous": {},
-        "round-robin": {},
-        "balanced": {},
-        "replicated": {"redundant": args.redundant_experts},
-        "affinity": {"coactivation": pairs},
-    }
-    rows = {}
-    for strategy, extra in options.items():
-        placement = place_experts(fit.loads(), args.devices, strategy, **extra)
-        loads = placement.device_loads(test.loads())
-        rows[strategy] = {
-            "balancedness": balance.balancedness(loads),
-            "fitted": balance.balancedness(placement.device_loads(fit.loads())),
-            "fullest_over_mean": float(1 + balance.imbalance_ratio(loads).mean()),
-            "fan_out": float(balance.fan_out(test.experts, placement.held).mean()),
-        }
-    return rows
-
-
-def examine(name, trace, args):
-    """All figures of one scenario."""
-    half = len(trace) // 2
-    fit, test = trace[:half], trace[half:]
-    placement = place_experts(trace.loads(), args.devices)
-    ids = test.experts[: args.tokens, 0]
-    x = mx.random.normal((len(ids), args.hidden))
-    measured = compute_layer(make_experts(args, trace.num_experts), placement.held[0], ids, x)
-    if not measured["exact"]:
-        raise AssertionError("the devices' sum differs from the whole layer")
-    busiest, mean = max(measured["device_ms"]), float(np.mean(measured["device_ms"]))
-    return {"scenario": name, "measured": measured, "straggler": busiest / mean, "remedies": remedies(args, fit, test)}
+def recorded(args, console):
+    """(fit, test) of --trace, and of --test-trace where given; warm-up rows left out."""
+    parts = []
+    for path in filter(None, (args.trace, args.test_trace)):
+        trace = without_warm_up(read_trace(path))
+        if "warm_up_rows" in trace.metadata:
+            console.print(f"{path.name}: left out {trace.metadata['warm_up_rows']} warm-up rows, all alike")
+        if len(trace) > MOST_TRACED:
+            console.print(
+                f"{path.name}: every {len(trace) / MOST_TRACED:.1f}th batch of its {len(trace)} tokens is taken"
+            )
+            starts = np.linspace(0, len(trace) - BATCH, MOST_TRACED // BATCH).astype(int)
+            trace = trace[(starts[:, None] + np.arange(BATCH)).ravel()]
+        parts.append(trace)
+    if len({(part.experts.shape[1:], part.num_experts) for part in parts}) > 1:
+        raise ValueError(f"{args.trace} and {args.test_trace} are of different models: {parts[0]}, {parts[1]}")
+    if min(map(len, parts)) < 2 * MEASURED:
+        raise ValueError(f"{args.trace}: {min(map(len, parts))} tokens, at least {2 * MEASURED} are needed")
+    fit, test = parts if len(parts) == 2 else fit_and_test(parts[0])
+    return tuple(Choices(part.experts.astype(np.int64), part.num_experts) for part in (fit, test))
 
 
 def main():
     args = setup_arg_parser().parse_args()
     with report.exit_on_user_error():
-        for name in ("devices", "experts", "top_k", "hidden", "expert_width", "tokens"):
-            if getattr(args, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-        if args.hidden % 64 or args.expert_width % 64:
-            raise ValueError("--hidden and --expert-width must be multiples of 64, the quantisation group")
-        if args.json:
-            report.check_writable(args.json)
-        # 1. Routing: recorded, or synthetic scenarios.
-        if args.trace:
-            traces = {str(args.trace): RoutingTrace.load(args.trace)}
-        else:
-            names = SCENARIOS if args.scenario == "all" else [args.scenario]
-            shape = (2 * args.tokens, args.experts, args.top_k)
-            traces = {name: synthesise(name, *shape, seed=args.seed) for name in names}
-        if min(map(len, traces.values())) < 2:
-            raise ValueError("a trace of at least 2 tokens is needed: one half to fit, one to judge")
-        # 2. Real weights on real shards, measured; placements compared on tokens they were not fitted on.
-        console, results = report.console(args.quiet), []
-        for name, trace in traces.items():
-            figures = examine(name, trace, args)
-            results.append(figures)
-            measured = figures["measured"]
-            console.rule(f"{name}: {SCENARIOS.get(name, 'recorded routing')}", style="dim", align="left")
-            items = {
-                "slots per device": " ".join(map(str, measured["slots"])),
-                "same as the whole layer": "bit for bit" if measured["exact"] else "NO",
-                "whole layer at once": f"{measured['whole_layer_ms']:.1f} ms",
-                "devices on streams": f"{measured['on_streams_ms']:.1f} ms",
-                "slowest device alone": f"{max(measured['device_ms']):.1f} ms, {figures['straggler']:.2f}x the mean: "
-                + ("the straggler is the bottleneck" if figures["straggler"] > 1.25 else "devices are even"),
-            }
-            console.print(report.facts(f"One layer, contiguous placement, {len(trace) // 2} tokens (measured)", items))
-            rows = [
-                (strategy, f"{r['balancedness']:.3f}", f"{r['fitted']:.3f}", f"{r['fullest_over_mean']:.2f}x",
-                 f"{r['fan_out']:.2f}")
-                for strategy, r in figures["remedies"].items()
-            ]  # fmt: skip
-            columns = ("placement", "balancedness", "where fitted", "fullest / mean", "fan-out")
-            title = f"Remedies, judged on tokens they were not fitted on ({args.devices} devices, simulated)"
-            console.print(report.table(title, *columns, rows=rows))
+        # 1. What to study, and the layer to study it on.
+        names, console = check_arguments(args), report.console(args.quiet)
+        trace = recorded(args, console) if args.trace else None
+        if trace:
+            args.experts, args.top_k = trace[0].num_experts, trace[0].experts.shape[2]
+        redundant = args.redundant_experts
+        if redundant is None:
+            redundant = args.devices if args.devices > 1 else 0
+        place_experts(np.ones((1, args.experts)), args.devices, "replicated", redundant)  # mistakes are said now
+        layer = SmallLayer(args.hidden, args.expert_width, args.experts, args.top_k, args.seed)
+        link = Link(args.latency * 1e-6, args.bandwidth * 1e9)
+        about = report.environment()
+        console.print(
+            f"{args.experts} experts, top-{args.top_k}, hidden {args.hidden}, expert width {args.expert_width}, float32"
+            f"\n{about['device']}, {about['cores']} cores, mlx {about['mlx']};"
+            f" link {args.bandwidth:g} GB/s, {args.latency:g} us (assumed)\n"
+        )
+
+        # 2. Each scenario, and the trace with its own choices on random tokens.
+        results = {}
+        for name in [*names, *([args.trace.name] if trace else [])]:
+            if name in SCENARIOS:
+                parts = synthetic(name, layer, args)
+            else:
+                parts = (*trace, mx.random.normal((MEASURED, args.hidden), key=mx.random.key(args.seed + 1)), None)
+            results[name] = study(layer, *parts, args.devices, redundant, link)
+            console.rule(f"{name}: {SCENARIOS.get(name, 'recorded trace')}", style="dim", align="left")
+            for part in tables(results[name]):
+                console.print(part)
+            console.print()
+
         # 3. The same figures for programs.
         if args.json:
-            report.write_json(args.json, {"environment": report.environment(), "scenarios": results})
+            options = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
+            report.write_json(args.json, {"environment": about, "options": options, "results": results})
 
 
 if __name__ == "__main__":

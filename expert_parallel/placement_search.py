@@ -13,18 +13,19 @@ from __future__ import annotations
 
 import numpy as np
 
-START_BUDGET = 6_000_000  # of all starts together: layers x slots x devices
-SWAP_BUDGET = 300_000  # pairs of slots looked at per step of the search, over all layers and starts
-GOOD_ENOUGH = 1.002  # times what no placement goes below: no more starts for such a layer
+START_BUDGET = 10_000_000  # of all starts together: layers x slots x devices
+SWAP_BUDGET = 700_000  # pairs of slots looked at per step of the search, over all layers and starts
+GOOD_ENOUGH = 2e-5  # x L: gap to what no placement goes below with which a layer is left alone
 
 
-def spread(loads, num_devices: int, redundant: int = 0, device_capacity=None, device_speed=None) -> np.ndarray:
+def spread(loads, num_devices: int, redundant: int = 0, device_capacity=None, device_speed=None, effort=1.0):
     """bool [L, D, E]: slots spread so that the slowest device of each layer is as quick as can be found.
 
     loads            [L, E]
     redundant        R; E + R slots are given out, no two copies of an expert to one device
     device_capacity  [D]; most experts of a layer on each device. None: counts differ by at most one
     device_speed     [D]; a device's time is its load over its speed. None: all alike
+    effort           share of the usual time spent on layers that do not come out even at once
     """
     loads = np.asarray(loads, dtype=np.float64)
     num_experts = loads.shape[1]
@@ -34,20 +35,20 @@ def spread(loads, num_devices: int, redundant: int = 0, device_capacity=None, de
     held = _swap_search(loads, held, capacity, speed)
     time = device_times(loads, held, speed).max(axis=1)
     # Layers that are not yet as good as can be: many more starts, and the best few of them searched.
-    layers = np.flatnonzero(time > GOOD_ENOUGH * _attainable(loads, redundant, capacity, speed))
+    layers = np.flatnonzero(time > (1 + GOOD_ENOUGH * len(loads)) * _attainable(loads, redundant, capacity, speed))
     if not len(layers):
         return held
     num_slots = num_experts + redundant
-    starts = int(np.clip(START_BUDGET // (len(layers) * num_slots * num_devices), 8, 1000))
+    starts = int(np.clip(effort * START_BUDGET // (len(layers) * num_slots * num_devices), 8, 1000))
     longest = -(-num_slots // num_devices) if capacity is None else capacity.max()
-    few = int(np.clip(SWAP_BUDGET // (len(layers) * num_devices * longest**2), 1, starts))
+    few = int(np.clip(effort * SWAP_BUDGET // (len(layers) * num_devices * longest**2), 1, starts))
     many = np.repeat(loads[layers], starts, axis=0)
     target = np.linspace(1, 0.4, starts) * loads[layers].sum(axis=1, keepdims=True) / speed.sum()
     noise = np.random.default_rng(0).normal(1, 0.2, many.shape).clip(0.3, 1.7)
-    copies = replicate(many * noise**3, redundant, num_devices, target.ravel())
-    tried = _longest_first(many, copies, noise, capacity, speed)
+    slots = replicate(many * noise**3, redundant, num_devices, target.ravel())
+    tried = _longest_first(many, slots, noise, capacity, speed)
     times = device_times(many, tried, speed).max(axis=1).reshape(len(layers), starts)
-    floor = _pigeonhole(many, copies, num_devices).reshape(len(layers), starts)
+    floor = _pigeonhole(many, slots, num_devices).reshape(len(layers), starts)
     chosen = np.lexsort((times, np.round(floor / floor.min(axis=1, keepdims=True), 2)), axis=1)[:, :few]
     chosen = (np.arange(len(layers))[:, None] * starts + chosen).ravel()
     tried = _swap_search(many[chosen], tried[chosen], capacity, speed)
@@ -59,7 +60,8 @@ def spread(loads, num_devices: int, redundant: int = 0, device_capacity=None, de
 
 def _attainable(loads, redundant, capacity, speed):
     """[L]; a time that no placement goes below."""
-    largest = (loads / replicate(loads, redundant, len(speed))).max(axis=1) / speed.max()
+    copies = count_copies(replicate(loads, redundant, len(speed)), loads.shape[1])
+    largest = (loads / copies).max(axis=1) / speed.max()
     bound = np.maximum(loads.sum(axis=1) / speed.sum(), largest)
     if redundant == 0 and capacity is None:
         # The hottest expert has company: as many more as a device holds, at best the coldest.
@@ -68,10 +70,10 @@ def _attainable(loads, redundant, capacity, speed):
     return bound
 
 
-def _pigeonhole(loads, copies, num_devices):
+def _pigeonhole(loads, slots, num_devices):
     """[L]; of the jD + 1 largest slots j + 1 share a device: load that these copies cannot go below."""
-    num_slots = int(copies[0].sum())
-    share = np.repeat((loads / copies).ravel(), copies.ravel()).reshape(len(loads), num_slots)
+    num_slots = slots.shape[1]
+    share = np.take_along_axis(loads / count_copies(slots, loads.shape[1]), slots, axis=1)
     share = -np.sort(-share, axis=1)
     bounds = [share[:, j * num_devices - j : j * num_devices + 1].sum(axis=1) for j in range(num_slots // num_devices)]
     return np.max([loads.sum(axis=1) / num_devices, *bounds], axis=0)
@@ -85,8 +87,18 @@ def spread_in_nodes(loads, num_devices: int, redundant: int, num_nodes: int, num
     """
     num_layers, num_experts = loads.shape
     size = num_experts // num_groups
-    group_node = spread(loads.reshape(num_layers, num_groups, size).sum(axis=2), num_nodes)  # [L, nodes, groups]
-    experts_of = np.repeat(group_node, size, axis=2)  # [L, nodes, E]
+    groups = loads.reshape(num_layers, num_groups, size).sum(axis=2)
+    every = np.broadcast_to(np.arange(num_groups), groups.shape)
+    # Even nodes are not always the best start for even devices: EPLB's own packing is tried too.
+    packings = [spread(groups, num_nodes), _longest_first(groups, every, 1, None, np.ones(num_nodes))]
+    tried = np.stack([_spread_nodes(loads, num_devices, redundant, np.repeat(p, size, axis=2)) for p in packings])
+    times = np.stack([device_times(loads, held).max(axis=1) for held in tried])
+    return tried[times.argmin(axis=0), np.arange(num_layers)]
+
+
+def _spread_nodes(loads, num_devices, redundant, experts_of):
+    """bool [L, D, E], each node's experts, `experts_of` bool [L, nodes, E], inside it."""
+    num_layers, num_nodes, num_experts = experts_of.shape
     ids = np.argsort(~experts_of, axis=2, kind="stable")[..., : num_experts // num_nodes]
     rows = np.arange(num_layers)[:, None, None]
     local_loads = loads[rows, ids].reshape(num_layers * num_nodes, -1)
@@ -108,7 +120,9 @@ def divides_into_nodes(num_experts, num_devices, redundant, num_nodes, num_group
 
 
 def replicate(loads, redundant: int, num_devices: int, target=0) -> np.ndarray:
-    """Copies of each expert, int [L, E]: R times one more for the largest load per copy, at most D each.
+    """Expert of each slot, int [L, S]: one each, then R times one more for the largest load per copy.
+
+    No expert gets more than D copies.
 
     target  [L]; once no copy has more load than this, copies go to cold experts, where they do no harm:
             few copies near a device's mean load can be packed better than many of half that
@@ -118,7 +132,9 @@ def replicate(loads, redundant: int, num_devices: int, target=0) -> np.ndarray:
     rows = np.arange(len(loads))
     target = np.broadcast_to(target, len(loads))
     share = loads.copy()
-    for _ in range(redundant):
+    slots = np.empty((len(loads), loads.shape[1] + redundant), dtype=np.int64)
+    slots[:, : loads.shape[1]] = np.arange(loads.shape[1])
+    for slot in range(loads.shape[1], slots.shape[1]):
         free = np.where(copies < num_devices, share, -1)
         chosen = free.argmax(axis=1)
         done = free[rows, chosen] <= target
@@ -127,7 +143,14 @@ def replicate(loads, redundant: int, num_devices: int, target=0) -> np.ndarray:
             chosen = np.where(done, cold, chosen)
         copies[rows, chosen] += 1
         share[rows, chosen] = loads[rows, chosen] / copies[rows, chosen]
-    return copies
+        slots[:, slot] = chosen
+    return slots
+
+
+def count_copies(slots, num_experts: int) -> np.ndarray:
+    """Copies of each expert, int [L, E], for the experts of slots [L, S]."""
+    offset = np.arange(len(slots))[:, None] * num_experts
+    return np.bincount((slots + offset).ravel(), minlength=len(slots) * num_experts).reshape(len(slots), -1)
 
 
 def device_times(loads, held, speed=1.0) -> np.ndarray:
@@ -136,15 +159,17 @@ def device_times(loads, held, speed=1.0) -> np.ndarray:
     return np.matmul(held, shares[..., None])[..., 0] / speed
 
 
-def _longest_first(loads, copies, noise, capacity, speed):
-    """bool [L, D, E]; `noise` [L, E] disturbs the order and makes other starts."""
+def _longest_first(loads, slots, noise, capacity, speed):
+    """bool [L, D, E] for the experts of slots [L, S]; `noise` [L, E] disturbs the order: other starts.
+
+    Without noise, and where it would put no two copies together, the same as EPLB down to ties.
+    """
     num_layers, num_experts = loads.shape
-    num_devices, num_slots = len(speed), int(copies[0].sum())
+    num_devices, num_slots = len(speed), slots.shape[1]
     rows = np.arange(num_layers)
-    share = loads / copies
-    # Slots by share, largest first; an expert stands there once per copy.
-    order = np.argsort(-share * noise, axis=1, kind="stable")
-    order = np.repeat(order.ravel(), np.take_along_axis(copies, order, axis=1).ravel()).reshape(num_layers, num_slots)
+    share = loads / count_copies(slots, num_experts)
+    order = np.take_along_axis(-share * noise, slots, axis=1).argsort(axis=1, kind="stable")
+    order = np.take_along_axis(slots, order, axis=1)
     least, extra = divmod(num_slots, num_devices)
     held = np.zeros((num_layers, num_devices, num_experts), dtype=bool)
     load = np.zeros((num_layers, num_devices))
@@ -197,6 +222,9 @@ def swap_search(loads, held, device_speed=None, most_swaps: int | None = None) -
 
 def _swap_search(loads, held, capacity, speed, most_swaps=None):
     """Swaps between the slowest device and another one, the best of all each time, until none helps."""
+    if len(held) > 64:  # what is looked at in a step should fit a processor's cache
+        rows = [slice(start, start + 64) for start in range(0, len(held), 64)]
+        return np.concatenate([_swap_search(loads[r], held[r], capacity, speed, most_swaps) for r in rows])
     num_layers, num_devices, num_experts = held.shape
     empty, nowhere = num_experts, num_experts + 1
     slots = _slots(held, capacity)
@@ -227,7 +255,7 @@ def _swap_search(loads, held, capacity, speed, most_swaps=None):
             (load[active][:, owner][:, None, :] + gain) / speed[owner],
         )
         # No device may get what it holds, or a slot that is none.
-        there = np.moveaxis(holds[active[:, None], :, mine], 1, 1)  # [n, C, D]
+        there = holds[active[:, None], :, mine]  # [n, C, D]
         barred = np.repeat(there, longest, axis=2)
         barred |= (holds[active[:, None], full[:, None], theirs] | (theirs == nowhere))[:, None, :]
         barred |= (mine == nowhere)[:, :, None]

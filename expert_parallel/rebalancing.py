@@ -5,7 +5,8 @@ Dimensions: L MoE layers, E experts, D devices, k chosen per token.
     watch     a moving average of the expert loads (LoadAverage)
     trigger   every so many tokens, or balancedness under a threshold
     propose   layer by layer: no change, a few swaps, many, or a placement searched anew
-    decide    the time it saves until the next look against the pause to read the experts that move
+    decide    the time it would have saved on the newest tokens, which it was not fitted on, against the
+              pause to read the experts that move
 What is moved is moved by moving.py in one process; ranks read their own.
 """
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from .balance import balancedness
 from .placement import Placement, check_loads
-from .placement_search import device_times, replicate, spread, swap_search
+from .placement_search import count_copies, device_times, replicate, spread, swap_search
 
 
 @dataclass(frozen=True)
@@ -121,10 +122,22 @@ def renumber(old_held, new_held) -> np.ndarray:
     return result
 
 
-def propose(current: Placement, loads, costs: Costs, horizon_tokens: int, device_speed=None) -> Plan:
+def propose(
+    current: Placement,
+    loads,
+    costs: Costs,
+    horizon_tokens: int,
+    device_speed=None,
+    fresh=None,
+    fresh_tokens: int | None = None,
+) -> Plan:
     """The best change for each layer alone, by seconds saved over `horizon_tokens` minus the pause.
 
-    loads  [L, E], slots of a mean token (LoadAverage.loads)
+    loads   [L, E], slots of a mean token (LoadAverage.loads): what candidates are fitted on
+    fresh   [L, E], the same of `fresh_tokens` other tokens: what gains are judged on, for a search fits
+            noise and passing topics too. Of D devices with m slots per token each, the fullest of n tokens
+            seems sqrt(2 ln D) sqrt(m / n) fuller than it is: that much of a gain is not counted.
+            A gain must show in both and counts as the smaller. None: `loads` are taken as exact
     A layer's time is that of its slowest device; copies share a load equally. Considered are: to stay;
     1, 2, 4, 8 and any number of swaps; copies of other experts, with and without swaps; all searched anew.
     Counts and copies per layer stay, groups inside nodes (`num_nodes`) do not.
@@ -143,12 +156,18 @@ def propose(current: Placement, loads, costs: Costs, horizon_tokens: int, device
     counts = held.sum(axis=2)
     slots = set(counts.sum(axis=1).tolist())
     if (counts.max(axis=1) - counts.min(axis=1) <= 1).all() and len(slots) == 1:
-        anew = spread(loads, current.num_devices, slots.pop() - current.num_experts, device_speed=device_speed)
+        anew = spread(loads, current.num_devices, slots.pop() - current.num_experts, None, device_speed, effort=0.1)
         candidates.append(renumber(held, anew) if device_speed is None else anew)
-    before = device_times(loads, held, speed).max(axis=1)
+    judges, noise = [loads], [0.0]
+    if fresh is not None:
+        judges.append(check_loads(fresh))
+        mean = loads.sum(axis=1) / current.num_devices
+        noise.append(np.sqrt(2 * np.log(current.num_devices) * mean / fresh_tokens) / speed.mean())
+    before = [device_times(of, held, speed).max(axis=1) - less for of, less in zip(judges, noise, strict=True)]
     best, best_gain, best_net = held.copy(), np.zeros(len(held)), np.zeros(len(held))
     for candidate in candidates:
-        gain = (before - device_times(loads, candidate, speed).max(axis=1)) * horizon_tokens * costs.seconds_per_slot
+        after = [device_times(of, candidate, speed).max(axis=1) for of in judges]
+        gain = np.subtract(before, after).min(axis=0) * horizon_tokens * costs.seconds_per_slot
         net = gain - costs.pause(held, candidate)
         better = net > best_net
         best[better], best_gain[better], best_net[better] = candidate[better], gain[better], net[better]
@@ -160,8 +179,8 @@ def propose(current: Placement, loads, costs: Costs, horizon_tokens: int, device
         bytes=len(moves) * costs.expert_bytes,
         pause_seconds=float(costs.pause(held, best).sum()),
         gain_seconds=float(best_gain.sum()),
-        balancedness_before=balancedness(current.device_loads(loads)),
-        balancedness_after=balancedness(placement.device_loads(loads)),
+        balancedness_before=balancedness(current.device_loads(judges[-1])),
+        balancedness_after=balancedness(placement.device_loads(judges[-1])),
     )
 
 
@@ -171,7 +190,7 @@ def _recopy(loads, held):
     num_devices = held.shape[1]
     for of_layer, load in zip(held, loads, strict=True):
         have = of_layer.sum(axis=0)
-        want = replicate(load[None], int(have.sum()) - len(load), num_devices)[0]
+        want = count_copies(replicate(load[None], int(have.sum()) - len(load), num_devices), len(load))[0]
         for expert in np.argsort(-load, kind="stable"):
             while have[expert] < want[expert]:
                 spare = of_layer & (have > want) & ~of_layer[:, [expert]]  # [D, E]
@@ -187,10 +206,11 @@ def _recopy(loads, held):
 
 @dataclass
 class Rebalancer:
-    """Watches loads and says when to move what.
+    """Watches loads and says when to move what. A plan is fitted on the average up to the look before and
+    judged on the tokens since; so the first look only learns.
 
     every_tokens    looks that often
-    threshold       looks too when the balancedness of the moving average is under it (after MIN_TOKENS)
+    threshold       looks too when the balancedness since the last look is under it (after MIN_TOKENS)
     half_life       of the moving average, in tokens
     horizon_tokens  over which a gain must repay the pause; None: until the next look
     """
@@ -211,17 +231,26 @@ class Rebalancer:
             raise ValueError(f"rebalancing every {self.every_tokens} tokens: needs at least 1")
         if self.threshold is not None and not 0 < self.threshold <= 1:
             raise ValueError(f"a balancedness threshold lies between 0 and 1, got {self.threshold}")
-        self._average, self._since = LoadAverage(self.half_life), 0
+        self._average = LoadAverage(self.half_life)
+        self._fresh, self._since = 0, 0
+
+    def learn(self, loads, tokens: int) -> None:
+        """Slots [L, E] of tokens that came before, as from a trace."""
+        self._average.add(loads, tokens)
 
     def observe(self, loads, tokens: int) -> Plan | None:
         """Slots [L, E] of the last tokens; a plan if it is time and a change would pay, else None."""
-        self._average.add(loads, tokens)
+        self._fresh = self._fresh + check_loads(loads)
         self._since += tokens
         if not self._due():
             return None
-        self._since = 0
+        known, fresh, tokens = self._average.loads, self._fresh, self._since
+        self._average.add(fresh, tokens)
+        self._fresh, self._since = 0, 0
+        if known is None:
+            return None
         horizon = self.horizon_tokens or self.every_tokens
-        plan = propose(self.placement, self._average.loads, self.costs, horizon, self.device_speed)
+        plan = propose(self.placement, known, self.costs, horizon, self.device_speed, fresh / tokens, tokens)
         self.looks.append(plan)
         if not plan.worthwhile:
             return None
@@ -233,4 +262,4 @@ class Rebalancer:
             return True
         if self.threshold is None or self._since < self.MIN_TOKENS:
             return False
-        return balancedness(self.placement.device_loads(self._average.loads)) < self.threshold
+        return balancedness(self.placement.device_loads(self._fresh)) < self.threshold

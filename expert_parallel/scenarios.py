@@ -1,56 +1,45 @@
-"""Scenarios: synthetic routing with a known kind of imbalance. Numpy only, apart from the trace's class.
+"""Scenarios: what a router's preferences can look like, without a model. Numpy only.
 
-Dimensions: T tokens, L MoE layers, E experts, k chosen per token.
+Dimensions: T tokens, E experts.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from .routing import RoutingTrace
-
 SCENARIOS = {
-    "balanced": "every expert equally likely",
-    "skewed": "popularity by Zipf's law, exponent 1",
-    "hot": "one expert is among the chosen of nearly every token",
-    "drifting": "popular experts move along the expert numbers over time",
-    "correlated": "eight topics, each with favourite experts; topics come in runs",
+    "balanced": "no expert is preferred",
+    "skewed": "popularity falls as 1 / rank (Zipf)",
+    "hot": "one expert is wanted by most tokens",
+    "drifting": "Zipf, and who is popular changes from the first token to the last",
+    "correlated": "each text keeps to a topic, each topic to a family of experts",
 }
 
 
-def synthesise(
-    scenario: str, num_tokens: int, num_experts: int, top_k: int, num_layers: int = 1, seed: int = 0
-) -> RoutingTrace:
-    """A trace of a scenario: top-k of log popularity plus Gumbel noise, i.e. drawn without replacement.
-
-    Raises ValueError for an unknown scenario or top_k over num_experts.
-    """
+def preferences(scenario: str, num_tokens: int, num_experts: int, seed: int = 0) -> np.ndarray:
+    """float32 [T, E]: what is added to the logits of a router without preferences of its own."""
     if scenario not in SCENARIOS:
-        raise ValueError(f"unknown scenario {scenario!r}: choose one of {', '.join(SCENARIOS)}")
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(f"top-{top_k} needs 1 to {num_experts}, the number of experts")
-    rng = np.random.default_rng(seed)
-    layers = []
-    for _ in range(num_layers):
-        logits = _popularity(scenario, num_tokens, num_experts, rng)
-        noise = rng.gumbel(size=(num_tokens, num_experts))
-        layers.append(np.argpartition(-(logits + noise), top_k - 1, axis=1)[:, :top_k])
-    experts = np.stack(layers, axis=1).astype(np.uint16)
-    return RoutingTrace(experts, num_experts, np.ones(num_tokens, dtype=bool), f"synthetic {scenario}")
-
-
-def _popularity(scenario, num_tokens, num_experts, rng):
-    """Log popularity [T, E] (or [E]) of one layer; which experts are popular is drawn."""
-    order = rng.permutation(num_experts)
-    zipf = -np.log1p(np.arange(num_experts))
+        raise ValueError(f"unknown scenario {scenario!r}: choose {', '.join(SCENARIOS)}")
+    random = np.random.default_rng(seed)
+    zipf = -np.log(np.arange(1, num_experts + 1))
     if scenario == "balanced":
-        return np.zeros(num_experts)
-    if scenario == "skewed":
-        return zipf[order]
-    if scenario == "hot":
-        return np.where(np.arange(num_experts) == order[0], 8.0, 0.0)
-    if scenario == "drifting":
-        shift = np.arange(num_tokens)[:, None] * num_experts // max(1, num_tokens)
-        return zipf[(np.arange(num_experts)[None, :] - shift) % num_experts]
-    topics = np.stack([zipf[rng.permutation(num_experts)] * 1.5 for _ in range(8)])
-    return topics[np.repeat(rng.integers(8, size=num_tokens // 32 + 1), 32)[:num_tokens]]
+        one_for_all = np.zeros(num_experts)
+    elif scenario == "skewed":
+        one_for_all = random.permutation(zipf)
+    elif scenario == "hot":
+        one_for_all = np.zeros(num_experts)
+        one_for_all[random.integers(num_experts)] = 3
+    elif scenario == "drifting":
+        early, late = random.permutation(zipf), random.permutation(zipf)
+        return np.linspace(early, late, num_tokens, dtype=np.float32)
+    else:
+        return _topics(num_tokens, num_experts, random)
+    return np.broadcast_to(one_for_all, (num_tokens, num_experts)).astype(np.float32)
+
+
+def _topics(num_tokens, num_experts, random, tokens_of_a_text=64):
+    count = min(8, num_experts)
+    topic_of_expert = random.permutation(np.arange(num_experts) % count)  # families are scattered over numbers
+    texts = random.integers(0, count, -(-num_tokens // tokens_of_a_text))
+    topic_of_token = np.repeat(texts, tokens_of_a_text)[:num_tokens]
+    return np.where(topic_of_expert == topic_of_token[:, None], 2.5, 0).astype(np.float32)

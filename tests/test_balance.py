@@ -15,10 +15,12 @@ from expert_parallel.balance import (
     expected_fan_out,
     expert_capacity,
     fan_out,
+    hot_experts,
     imbalance_ratio,
     lower_bound,
     min_max_ratio,
     routing_entropy,
+    tokens_until_hot,
 )
 
 # EPLB's README: loads of 2 layers x 12 experts and where its 16 copies go, two to each of 8 GPUs.
@@ -128,6 +130,23 @@ def test_lower_bound_by_hand():
     assert lower_bound(loads, 4, redundant=2).tolist() == [25, 25]  # 60/3 = 20 < the mean
     # Never more copies than devices: at 3 copies on 3 devices the rest goes elsewhere.
     assert lower_bound([[90, 3]], 3, redundant=5).tolist() == [31]
+
+
+def test_hot_experts_by_hand():
+    # Four times the mean is 100 and 90: 140 - 3 x 11.8 = 104.5 is over it, 120 - 3 x 11.0 = 87.1 is not.
+    loads = np.full((2, 8), 60 / 7)
+    loads[:, 3] = [140, 120]
+    assert hot_experts(loads).nonzero()[0].tolist() == [0]
+    assert hot_experts(loads).nonzero()[1].tolist() == [3]
+    assert hot_experts(loads, sigmas=0)[1, 3]
+    assert not hot_experts([[4, 0, 0, 0, 0, 0, 0, 0]], factor=4).any()  # four tokens prove nothing
+
+
+def test_tokens_until_an_expert_is_seen_to_be_hot():
+    """Top-1 of 100, always expert 7: n - 3 sqrt(n) > 0.04 n first holds at n = 10 (10 - 9.49 = 0.51 > 0.4)."""
+    assert tokens_until_hot(np.full((50, 1), 7), 7, 100) == 10
+    assert tokens_until_hot(np.full((9, 1), 7), 7, 100) is None
+    assert tokens_until_hot(np.full((50, 1), 7), 6, 100) is None
 
 
 @given(arrays(np.int64, (2, 12), elements=st.integers(0, 1000)), st.integers(1, 12))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from expert_parallel import place_experts
 from expert_parallel.affinity import coactivation
 from expert_parallel.balance import balancedness_per_layer, fan_out, lower_bound
-from expert_parallel.placement_search import device_times, divides_into_nodes, replicate
+from expert_parallel.placement_search import count_copies, device_times, divides_into_nodes, replicate
 
 # EPLB's README: the example, and what it prints for it.
 WEIGHT = np.array(
@@ -188,10 +188,11 @@ def test_a_faster_device_gets_more():
 
 def test_copies_go_where_the_load_per_copy_is_largest():
     # 60 -> 30 30 -> 20 20 20 (30 > 25), then 25 -> 12.5 12.5.
-    assert replicate([[60, 25, 10, 5]], 3, 4).tolist() == [[3, 2, 1, 1]]
-    assert replicate([[60, 25, 10, 5]], 3, 2).tolist() == [[2, 2, 2, 1]]  # two devices: two copies at most
+    assert replicate([[60, 25, 10, 5]], 3, 4).tolist() == [[0, 1, 2, 3, 0, 0, 1]]
+    assert replicate([[60, 25, 10, 5]], 3, 2).tolist() == [[0, 1, 2, 3, 0, 1, 2]]  # two devices: two copies at most
     # Once no copy exceeds 30 the others go to the coldest expert.
-    assert replicate([[60, 25, 10, 5]], 3, 4, target=[30]).tolist() == [[2, 1, 1, 3]]
+    assert replicate([[60, 25, 10, 5]], 3, 4, target=[30]).tolist() == [[0, 1, 2, 3, 0, 3, 3]]
+    assert count_copies(np.array([[0, 1, 2, 0], [2, 2, 1, 0]]), 3).tolist() == [[2, 1, 1], [1, 1, 2]]
 
 
 def test_device_times_by_hand():
@@ -288,3 +289,51 @@ def test_what_cannot_be_placed(change, options, message):
 def test_a_layer_without_any_load(strategy):
     with pytest.raises(ValueError, match="layer 1 has no load at all"):
         place_experts([[1, 2, 3], [0, 0, 0]], 2, strategy, coactivation=np.zeros((2, 3, 3)))
+
+
+# --- the shipped model ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def held_out_traces():
+    """(fit, test): routing of the shipped model over held-out Python, one part of the file and the next."""
+    import mlx.core as mx
+    from conftest import SHIPPED
+    from mlx_lm import load
+
+    from expert_parallel import record_routing
+
+    model, tokenizer = load(str(SHIPPED))
+    model.set_dtype(mx.float32)
+    ids = tokenizer.encode((SHIPPED / "held-out" / "python.txt").read_text(), verbose=False)
+    traces = []
+    for start in (0, 768):
+        with record_routing(model, "tiny-qwen3-moe") as trace:
+            for window in range(start, start + 768, 384):
+                mx.eval(model(mx.array([ids[window : window + 384]])))
+        traces.append(trace)
+    return traces
+
+
+def test_replicated_on_the_shipped_models_trace(held_out_traces):
+    for trace in held_out_traces:
+        loads = trace.loads()
+        placement = place_experts(loads, 8, "replicated", redundant=8)
+        check_promises(placement, 136)
+        ours = placement.device_loads(loads).max(axis=1)
+        assert (ours <= eplb_device_loads(loads, 8, 8).max(axis=1) * (1 + 1e-9)).all()
+        assert (ours / lower_bound(loads, 8, 8)).max() < 1.01
+        contiguous = place_experts(loads, 8).device_loads(loads)
+        assert balancedness_per_layer(contiguous).mean() < 0.75  # the model's own skew is real
+
+
+def test_affinity_lowers_fan_out_on_text_it_was_not_fitted_on(held_out_traces):
+    fit, test = held_out_traces
+    balanced = place_experts(fit.loads(), 8, "balanced")
+    together = place_experts(fit.loads(), 8, "affinity", coactivation=fit.experts, balance_bound=0.05)
+    check_promises(together, 128)
+    limit = balanced.device_loads(fit.loads()).max(axis=1) * 1.05
+    assert (together.device_loads(fit.loads()).max(axis=1) <= limit * (1 + 1e-9)).all()
+    before, after = fan_out(test.experts, balanced.held), fan_out(test.experts, together.held)
+    assert (after < before).all()
+    assert after.mean() < 0.85 * before.mean()

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from expert_parallel import balancedness, place_experts, shard_model
 from expert_parallel.capacity import adaptive_capacity, limit_slots
-from expert_parallel.router_control import Capacity, control_router, fit_bias, load_bias, save_bias
+from expert_parallel.router_bias import fit_bias, load_bias, save_bias
+from expert_parallel.router_control import Capacity, control_router
 
 # --- capacity -----------------------------------------------------------------------------------
 
