@@ -48,6 +48,10 @@ class Costs:
     seconds_per_layer: float = 0.0
     side_by_side: bool = False
 
+    def __post_init__(self):
+        if not self.bytes_per_second > 0 or min(self.expert_bytes, self.seconds_per_slot, self.seconds_per_layer) < 0:
+            raise ValueError(f"costs are not negative and bytes per second positive, got {self}")
+
     def pause(self, old_held, new_held) -> np.ndarray:
         """Seconds [L] for the change from old to new, bool [L, D, E]; 0 for a layer that stays."""
         arrivals = (new_held & ~old_held).sum(axis=2)  # [L, D]
@@ -73,7 +77,7 @@ class Plan:
 
 
 class LoadAverage:
-    """Expert loads [L, E] as shares of a layer, older tokens counting half after each `half_life` tokens."""
+    """Expert loads [L, E] of a mean token; older tokens count half after each `half_life` tokens."""
 
     def __init__(self, half_life: float):
         if not half_life > 0:

@@ -323,3 +323,36 @@ def test_models_that_cannot_be_rebalanced():
     model = shard_model(random_model(), place_experts(np.ones((3, 16)), 2))
     with pytest.raises(ValueError, match="over 2 devices, the placement over 4"):
         move_experts(model, place_experts(np.ones((3, 16)), 4))
+
+
+# --- the shipped model ------------------------------------------------------------------------------
+
+
+def test_shipped_model_under_every_placement_and_moved_while_it_writes(shipped):
+    from mlx_lm import load
+
+    def fresh():
+        model, tokenizer = load(str(shipped))
+        model.set_dtype(mx.float32)
+        return model, tokenizer
+
+    stock, tokenizer = fresh()
+    prompt = tokenizer.encode("def read_lines(path):\n    with open(path) as file:\n")
+    with record_routing(stock) as trace:
+        tokens, last = run(stock, prompt, 24)
+    placements = [
+        place_experts(trace.loads(), 8, "balanced"),
+        place_experts(trace.loads(), 8, "replicated", redundant=8),
+        place_experts(trace.loads(), 8, "replicated", redundant=11),  # 139 slots: some devices hold one more
+        place_experts(trace.loads(), 8, "affinity", coactivation=trace.experts),
+    ]
+    model = shard_model(fresh()[0], place_experts(trace.loads(), 8))
+    moved = []
+
+    def between(step):
+        if step % 5 == 4 and placements:
+            moved.append(move_experts(model, placements.pop(0)).experts)
+
+    answer, logits = run(model, prompt, 24, between)
+    assert answer == tokens and np.array_equal(logits, last)
+    assert len(moved) == 4 and min(moved) > 0

@@ -235,3 +235,30 @@ def test_models_whose_routers_are_others():
     )
     with pytest.raises(ValueError, match="OlmoeSparseMoeBlock is no qwen3_moe block"), control_router(olmoe):
         pass
+
+
+def test_device_bias_evens_the_shipped_model_and_keeps_its_perplexity(shipped):
+    """Fitted on one part of a held-out file and judged on the next; benchmarks/quality_against_balance.py has more."""
+    import mlx.nn as nn
+    from mlx_lm import load
+
+    model, tokenizer = load(str(shipped))
+    model.set_dtype(mx.float32)
+    ids = tokenizer.encode((shipped / "held-out" / "python.txt").read_text(), verbose=False)
+    fit, test = (mx.array([ids[start : start + 385]]) for start in (0, 385))
+
+    def read(text, **options):
+        with control_router(model, **options) as control:
+            loss = nn.losses.cross_entropy(model(text[:, :-1]), text[:, 1:], reduction="mean").item()
+        return loss, control
+
+    placement = place_experts(np.ones((4, 128)), 8)
+    bias = fit_bias(read(fit)[1].loads, 1.0, placement)
+    before, stock = read(test)
+    after, steered = read(test, bias=bias)
+    assert (
+        balancedness(placement.device_loads(steered.loads)) > balancedness(placement.device_loads(stock.loads)) + 0.08
+    )
+    assert after - before < 0.03  # 3% of perplexity
+    dropped, limited = read(test, capacity=Capacity(1.0))
+    assert dropped - before > 0.1 and limited.shares()["dropped"] > 0.2  # what a hard limit costs instead
