@@ -7,6 +7,9 @@ a device. All layers are searched side by side: every step below is one numpy op
     start     longest first, each to the device that stays quickest and has room
     search    swap a slot of the slowest device with one of another while that helps
     again     from starts in other orders, as many as are cheap; the best one counts
+
+Against EPLB's own packing the fullest device came out up to 4% fuller on a few small tables (12 experts
+on 8 devices, 10 on 3), where EPLB puts two copies of one expert on the same device, which is ruled out here.
 """
 
 from __future__ import annotations
