@@ -42,6 +42,7 @@ def setup_arg_parser():
     add("--forward", action="store_true", help="run texts through the model (needs its weights)")
     add("--prompt", nargs="+", metavar="[NAME=]TEXT", help="texts or files for --forward, e.g. code=a.py prose=b.txt")
     add("--prompt-tokens", type=int, default=256, help="at most so many tokens of each text (default: 256)")
+    add("--measure", action="store_true", help="fit the projection's constants on this machine, a few minutes")
     add("--json", type=Path, metavar="FILE", help="save all figures")
     add("--quiet", action="store_true", help="print nothing")
     return parser
@@ -63,7 +64,8 @@ def run(args):
     bits = args.bits
     if bits is None and configuration.bundled and quantization_of(configuration.config) is None:
         bits = 4
-    described = describe(configuration, bits, args.group_size, args.mode)
+    quantisation = {"bits": bits, "group_size": args.group_size, "mode": args.mode}
+    described = describe(configuration, **quantisation)
     figures = {"architecture": analysis_figures.architecture_figures(described, configuration, args.context)}
     show(analysis_tables.model_tables(figures["architecture"]))
 
@@ -84,6 +86,17 @@ def run(args):
     ) | {"link": link, "link_source": link_source}
     figures["original_claims"] = analysis_figures.original_cases(described.demand)
     show(analysis_tables.projection_tables(figures["projection"], figures["original_claims"]))
+
+    figures["this_machine"] = None
+    if args.measure:
+        here = analysis_figures.measure_here(configuration, described, quantisation)
+        figures["this_machine"] = here["figures"]
+        show(analysis_tables.machine_tables(here["figures"]))
+        for name, local in here["links"].items():
+            projected = analysis_figures.projection_figures(described, here["machine"], local, args.context, trace)
+            here["figures"]["links"][name]["projection"] = projected
+            shown = projected | {"link": name, "link_source": "all-sums of 2 processes on this machine"}
+            show(analysis_tables.projection_tables(shown, None))
 
     # 4. The files, where there are any
     figures["checkpoint"] = None

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
+
 import numpy as np
 
-from .architecture import Architecture, Part, hybrid_rest_bytes
+from .architecture import Architecture, Part, describe, hybrid_rest_bytes
 from .communication import Link
 from .hardware import LINKS, MACHINES
-from .lazy_model import Configuration
+from .lazy_model import Configuration, fill_randomly, shortened
+from .link_probe import measure_link
+from .loading import activation_dtype
+from .machine_fit import measure_machine
 from .memory import fewest_devices, fullest_device_bytes
 from .placement import place_experts
 from .projection import (
@@ -232,3 +238,40 @@ def _load(demand: Demand, num_devices: int, batch: int, trace=None, redundant: i
     length = min(batch, len(trace))
     found = fullest_device(trace.experts, placement.held, length)
     return Fullest(found.experts, found.slots * batch / length)
+
+
+# --- this machine -------------------------------------------------------------------------------
+
+
+def measure_here(configuration: Configuration, described: Architecture, quantisation: dict, most_bytes=2e9) -> dict:
+    """Constants of this machine, fitted on the first layers of the model with random weights, and local links.
+
+    {"machine": Machine, "links": {backend: Link}, "figures": for --json}
+    """
+    dense = next(layer.number for layer in described.layers if layer.moe)
+    each = described.layers[dense].whole.bytes
+    layers = dense + max(1, min(4, int(most_bytes // each)))
+    short = Configuration(configuration.name, shortened(configuration.config, layers))
+    small = describe(short, **quantisation)
+    model = fill_randomly(small.model)
+    if (dtype := activation_dtype()) is not None:
+        model.set_dtype(dtype)
+    head = small.outside.get("head") or small.outside["embeddings"]
+    machine = measure_machine(model, small.demand, head.bytes)
+    machine = replace(machine, memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    links, rows = {}, {}
+    for backend in ("ring", "mpi"):
+        try:
+            links[backend], rows[backend] = measure_link(backend)
+        except ValueError as error:
+            rows[backend] = str(error)
+    constants = {name: value for name, value in vars(machine).items() if name != "memory_bytes"}
+    figures = {
+        "source": "measured",
+        "layers": layers,
+        "machine": constants,
+        "links": {name: {"latency_seconds": l.latency_seconds, "bytes_per_second": l.bytes_per_second,
+                         "measured": rows[name]} for name, l in links.items()},
+        "links_not_measured": {name: row for name, row in rows.items() if isinstance(row, str)},
+    }  # fmt: skip
+    return {"machine": machine, "links": links, "figures": figures}

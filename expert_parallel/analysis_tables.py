@@ -179,7 +179,8 @@ def forward_tables(figures: dict) -> list:
             for row in text["layers"]
         ]
         columns = ("layer", "entropy", "margin", "lowest 10%", "as before", "foretold (by use)", "strongest pair")
-        title = f"Routing of {name} (measured, {text['tokens']} tokens; by chance {text['overlap_by_chance']:.2f})"
+        chance = f"by chance {text['overlap_by_chance']:.2f} as before"
+        title = f"Routing of {name} (measured, {text['tokens']} tokens; {chance})"
         result.append(table(title, *columns, rows=rows))
     if len(figures["texts"]) > 1:
         names = list(figures["texts"])
@@ -200,3 +201,19 @@ def forward_tables(figures: dict) -> list:
     columns = ("layer", "input", "largest", "output", "largest", "experts alike", "prompt ms", "token ms")
     result.append(table("Activations, experts and time (measured)", *columns, rows=rows))
     return result
+
+
+def machine_tables(figures: dict) -> list:
+    """Of `measure_here`."""
+    machine = figures["machine"]
+    rest, experts = size(machine["bytes_per_second"]), size(machine["expert_bytes_per_second"])
+    items = {
+        "weights moved": f"{rest}/s, of experts {experts}/s",
+        "arithmetic": f"{machine['operations_per_second'] / 1e9:.2f} GFLOP/s",
+        "fixed cost of a layer": f"{1e6 * machine['layer_seconds']:.0f} us",
+    }
+    for name, link in figures["links"].items():
+        latency, bandwidth = 1e6 * link["latency_seconds"], size(link["bytes_per_second"])
+        items[f"link {name}, 2 processes"] = f"{latency:.0f} us a step, {bandwidth}/s"
+    items |= {f"link {name}": why for name, why in figures["links_not_measured"].items()}
+    return [facts(f"This machine (measured on {figures['layers']} layers with random weights)", items)]

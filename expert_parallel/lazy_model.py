@@ -11,6 +11,7 @@ import fnmatch
 import inspect
 import io
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -199,6 +200,33 @@ def _quantise_as_configured(model, quantization, tensors):
     )
     if not any("scales" in module for _, module in model.named_modules()):
         raise ValueError(f"groups of {quantization['group_size']} divide no weight of this model")
+
+
+def shortened(config: dict, num_layers: int) -> dict:
+    """The configuration with its first layers only; lists with an entry per layer are cut too."""
+    inner = config if "num_hidden_layers" in config else config.get("text_config", {})
+    whole = inner.get("num_hidden_layers")
+    if whole is None:
+        raise ValueError(f'the "{config["model_type"]}" configuration has no num_hidden_layers: it cannot be shortened')
+    cut = {k: v[:num_layers] if isinstance(v, list) and len(v) == whole else v for k, v in inner.items()}
+    cut["num_hidden_layers"] = min(num_layers, whole)
+    return cut if inner is config else {**config, "text_config": cut}
+
+
+def fill_randomly(model: nn.Module) -> nn.Module:
+    """Give a quantised lazy model weights that mean nothing, for timing; in place, returns it."""
+    for _, module in model.named_modules():
+        if "scales" not in module:
+            continue
+        module.weight = mx.random.bits(module.weight.shape, width=4)
+        if module.scales.dtype == mx.uint8:
+            module.scales = mx.full(module.scales.shape, 118, dtype=mx.uint8)  # 2 ** -9
+        else:
+            scale = 1 / math.sqrt(module.scales.shape[-1] * module.group_size) / 2**module.bits
+            module.scales = mx.full(module.scales.shape, scale, dtype=module.scales.dtype)
+            module.biases = -module.scales * 2 ** (module.bits - 1)
+    mx.eval(model.parameters())
+    return model
 
 
 def tensors_of(model: nn.Module) -> dict[str, mx.array]:
