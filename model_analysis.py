@@ -10,6 +10,7 @@ measured, simulated or modelled.
 """
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -48,16 +49,44 @@ def setup_arg_parser():
     return parser
 
 
+def check_arguments(args):
+    for name, low in (("context", 1), ("redundant_experts", 0), ("prompt_tokens", 1)):
+        if getattr(args, name) < low:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
+    if args.device_memory is not None and not args.device_memory > 0:
+        raise ValueError(f"--device-memory must be above 0, got {args.device_memory:g}")
+    find("hardware", args.hardware, MACHINES)
+    if args.link:
+        find("link", args.link, LINKS)
+    if args.forward and args.model.lower() in bundled_names():
+        raise ValueError(f"--forward needs weights: {args.model} is a configuration alone, give a folder or a hub id")
+    if args.json:
+        report.check_writable(args.json)
+
+
+def read_trace(path, described):
+    """The trace to project with; ValueError if it is of another shape of model."""
+    if path is None:
+        return None
+    trace = RoutingTrace.load(path)
+    found = (trace.experts.shape[1], trace.num_experts, trace.experts.shape[2])
+    wanted = (described.num_moe_layers, described.num_experts, described.chosen)
+    if found != wanted:
+        raise ValueError(
+            f"{path} is of {found[0]} layers, top-{found[2]} of {found[1]}; the model has {wanted[0]}, top-{wanted[2]}"
+            f" of {wanted[1]}"
+        )
+    return trace
+
+
 def run(args):
+    check_arguments(args)
     console = report.console(args.quiet)
 
     def show(tables):
         for part in tables:
             console.print(part)
             console.print()
-
-    if args.json:
-        report.check_writable(args.json)
 
     # 1. What is in it
     configuration = load_configuration(args.model)
@@ -80,7 +109,7 @@ def run(args):
     machine = find("hardware", args.hardware, MACHINES)
     link = args.link or USUAL_LINK[args.hardware.lower()]
     wire, link_source = find("link", link, LINKS)
-    trace = RoutingTrace.load(args.trace) if args.trace else None
+    trace = read_trace(args.trace, described)
     figures["projection"] = analysis_figures.projection_figures(
         described, machine, wire, args.context, trace, args.redundant_experts, figures["memory"]
     ) | {"link": link, "link_source": link_source}
@@ -136,10 +165,7 @@ def texts_of(prompts):
 
 def forward_figures(name, texts, most):
     """Everything of forward_pass on each text; the first text is timed."""
-    if name.lower() in bundled_names():
-        raise ValueError(f"--forward needs weights: {name} is a configuration alone, give a folder or a hub id")
-    if most < 1:
-        raise ValueError(f"--prompt-tokens must be at least 1, got {most}")
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # of texts longer than the context: they are cut below
     model, tokenizer, _ = load_whole(name)
     numbers = [layer.number for layer in moe_layers(model)]
     tokens = {title: tokenizer.encode(text[: 20 * most])[:most] for title, text in texts.items()}

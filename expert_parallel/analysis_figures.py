@@ -182,17 +182,17 @@ def projection_figures(
         row = {
             "devices": count,
             "fits": needed + described.cache_bytes_at(context) <= machine.memory_bytes,
-            "tokens_per_second": round(decoded.tokens_per_second, 2),
+            "tokens_per_second": round(decoded.tokens_per_second, 4),
             "speed_up": round(estimates[1].seconds / decoded.seconds, 3),
-            "tokens_per_second_if_even": round(decode_step(demand, cluster, context=context).tokens_per_second, 2),
-            "prompt_tokens_per_second": round(read.tokens_per_second, 1),
+            "tokens_per_second_if_even": round(decode_step(demand, cluster, context=context).tokens_per_second, 4),
+            "prompt_tokens_per_second": round(read.tokens_per_second, 3),
             "bottleneck": decoded.bottleneck,
             "milliseconds": {part: round(1e3 * getattr(decoded, part), 4) for part in PARTS},
         }
         if count > 1 and hybrid_bytes.get(count):
             share = (hybrid_bytes[count] - fullest_device_bytes(weighed, count, rest=0)) / weighed.rest
             hybrid = decode_step(demand, cluster, load, context=context, rest_share=share)
-            row["hybrid_tokens_per_second"] = round(hybrid.tokens_per_second, 2)
+            row["hybrid_tokens_per_second"] = round(hybrid.tokens_per_second, 4)
         rows.append(row)
     return {
         "source": "modelled",

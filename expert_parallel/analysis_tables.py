@@ -15,6 +15,15 @@ def billions(count: float) -> str:
     return f"{count:.0f}"
 
 
+def speed(tokens_per_second: float) -> str:
+    """1754, 65.8 or 0.0123: as many digits as say something."""
+    return (
+        f"{tokens_per_second:.{1 if tokens_per_second >= 10 else 3}f}"
+        if tokens_per_second < 1000
+        else f"{tokens_per_second:.0f}"
+    )
+
+
 def model_tables(figures: dict) -> list:
     """Of `architecture_figures`."""
     published = figures["published"]
@@ -112,11 +121,11 @@ def projection_tables(figures: dict, cases: dict | None) -> list:
     rows = [
         (
             f"{row['devices']}{'' if row['fits'] else ' *'}",
-            f"{row['tokens_per_second']:.1f}",
+            speed(row["tokens_per_second"]),
             f"{row['speed_up']:.2f}x",
-            f"{row['tokens_per_second_if_even']:.1f}",
-            f"{row['hybrid_tokens_per_second']:.1f}" if "hybrid_tokens_per_second" in row else "-",
-            f"{row['prompt_tokens_per_second']:.0f}",
+            speed(row["tokens_per_second_if_even"]),
+            speed(row["hybrid_tokens_per_second"]) if "hybrid_tokens_per_second" in row else "-",
+            speed(row["prompt_tokens_per_second"]),
             row["bottleneck"],
         )
         for row in figures["devices"]
@@ -209,6 +218,9 @@ def machine_tables(figures: dict) -> list:
     rest, experts = size(machine["bytes_per_second"]), size(machine["expert_bytes_per_second"])
     items = {
         "weights moved": f"{rest}/s, of experts {experts}/s",
+        "keys and values moved": f"{size(machine['cache_bytes_per_second'])}/s"
+        if machine["cache_bytes_per_second"]
+        else None,
         "arithmetic": f"{machine['operations_per_second'] / 1e9:.2f} GFLOP/s",
         "fixed cost of a layer": f"{1e6 * machine['layer_seconds']:.0f} us",
     }

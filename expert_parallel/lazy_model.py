@@ -218,7 +218,7 @@ def fill_randomly(model: nn.Module) -> nn.Module:
     for _, module in model.named_modules():
         if "scales" not in module:
             continue
-        module.weight = mx.random.bits(module.weight.shape, width=4)
+        module.weight = mx.random.randint(0, 2**31 - 1, module.weight.shape, dtype=mx.uint32)
         if module.scales.dtype == mx.uint8:
             module.scales = mx.full(module.scales.shape, 118, dtype=mx.uint8)  # 2 ** -9
         else:

@@ -62,6 +62,7 @@ class Machine:
     expert_bytes_per_second  the same for experts (they are gathered, which may be slower)
     operations_per_second    of large matrix products, two per multiplication and addition
     layer_seconds            what a layer costs whatever its size: launches, synchronisation
+    cache_bytes_per_second   of keys and values; 0: as weights (on a CPU they need no unpacking)
     memory_bytes             for weights and caches
     """
 
@@ -72,6 +73,7 @@ class Machine:
     layer_seconds: float
     memory_bytes: float = float("inf")
     source: str = ""
+    cache_bytes_per_second: float = 0.0
 
     def __post_init__(self):
         for field in ("bytes_per_second", "expert_bytes_per_second", "operations_per_second"):
@@ -200,7 +202,7 @@ class Estimate:
         names = {
             "fixed": "fixed cost per layer",
             "rest": "all but the experts",
-            "experts": "experts of the fullest device",
+            "experts": "experts",
             "latency": "latency of collectives",
             "transfer": "bandwidth of collectives",
         }
@@ -251,7 +253,8 @@ def _step(demand, cluster, load, chunks, batch, combine, rest_share, value_bytes
         tokens = (last - first) * batch
         there = load or even_load(demand, devices, tokens)
         cached = demand.cache_per_token * first * batch * rest_share
-        read = (demand.rest_bytes * rest_share + cached) / machine.bytes_per_second
+        read = demand.rest_bytes * rest_share / machine.bytes_per_second
+        read += cached / (machine.cache_bytes_per_second or machine.bytes_per_second)
         products = (
             2.0 * (demand.rest_parameters - demand.head_parameters) * tokens + 2.0 * demand.head_parameters * head
         )
