@@ -22,7 +22,8 @@ import numpy as np
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from .moe import moe_layers
-from .projection import Demand, Machine, _fit_operations
+from .projection import Demand, Machine, fit_arithmetic, fullest_device
+from .routing import record_routing
 
 
 class _Silent(nn.Module):
@@ -164,8 +165,8 @@ def measure_machine(
     )
     prompt = random_tokens(model, prompt_tokens, seed=1)
     seconds = seconds_of_prompt(model, prompt, rounds)
-    try:
-        operations = _fit_operations(machine, demand, prompt_tokens, prompt_tokens / seconds)
-    except ValueError:  # so short a prompt is bound by bytes, not by arithmetic
-        return machine
-    return Machine(**{**vars(machine), "operations_per_second": operations})
+    with record_routing(model) as trace:
+        seconds_of_prompt(model, prompt, rounds=1)
+    everything = np.ones((demand.num_moe_layers, 1, demand.num_experts), dtype=bool)
+    load = fullest_device(trace.experts, everything, prompt_tokens)
+    return fit_arithmetic(machine, demand, prompt_tokens, prompt_tokens / seconds, load)

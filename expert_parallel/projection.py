@@ -297,19 +297,25 @@ def fit_machine(
         raise ValueError(f"machine {name}: these {len(rows)} speeds do not fit bytes over bandwidth + a cost per layer")
     bandwidth = float(1 / per_byte)
     machine = Machine(name, bandwidth, bandwidth, float("inf"), float(per_layer), source=source)
-    return machine if prompt is None else replace(machine, operations_per_second=_fit_operations(machine, *prompt))
+    return machine if prompt is None else fit_arithmetic(machine, *prompt)
 
 
-def _fit_operations(machine: Machine, demand: Demand, tokens: int, speed: float) -> float:
-    """Operations a second at which a prompt takes as long as measured, by bisection: more never take longer."""
+def fit_arithmetic(machine: Machine, demand: Demand, tokens: int, speed: float, load: Fullest | None = None) -> Machine:
+    """The machine with operations_per_second that a prompt's speed asks for, by bisection: more never take longer.
+
+    load  what one device did for this prompt, where it is known
+    """
+
+    def seconds(operations):
+        return prefill(demand, Cluster(replace(machine, operations_per_second=operations)), tokens, load).seconds
+
     low, high = 1e6, 1e18
-    if prefill(demand, Cluster(replace(machine, operations_per_second=high)), tokens).seconds >= tokens / speed:
+    if seconds(high) >= tokens / speed:
         raise ValueError(f"machine {machine.name}: at {speed:g} prompt tokens/s no time is left for arithmetic")
     for _ in range(100):
         middle = (low * high) ** 0.5
-        trial = Cluster(replace(machine, operations_per_second=middle))
-        low, high = (middle, high) if prefill(demand, trial, tokens).seconds > tokens / speed else (low, middle)
-    return high
+        low, high = (middle, high) if seconds(middle) > tokens / speed else (low, middle)
+    return replace(machine, operations_per_second=high)
 
 
 def one_token_bytes(demand: Demand, context: int = 0) -> float:
