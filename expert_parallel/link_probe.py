@@ -5,9 +5,11 @@ python -m expert_parallel.link_probe        what each rank runs; rank 0 prints J
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -72,8 +74,8 @@ def run_ranks(backend: str, num_ranks: int, command: list[str], timeout: float =
             raise ValueError(f"{num_ranks} ranks over {backend} did not end within {timeout:g} s") from None
         finally:
             for process in processes:
-                if process.poll() is None:
-                    process.kill()
+                with contextlib.suppress(ProcessLookupError):  # mpirun's own children too
+                    os.killpg(process.pid, signal.SIGKILL)
     return "".join(outputs)
 
 
