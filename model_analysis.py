@@ -35,6 +35,7 @@ def setup_arg_parser():
     add("--group-size", type=int, help="of the quantisation (default: 64)")
     add("--mode", default="affine", choices=("affine", "mxfp4", "nvfp4", "mxfp8"), help="of the quantisation")
     add("--context", type=int, default=32768, help="tokens in the cache (default: 32768)")
+    add("--devices", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="numbers of devices to consider")
     add("--device-memory", type=float, metavar="GB", help="how many devices of this size hold the model?")
     add("--redundant-experts", type=int, default=0, metavar="R", help="extra copies per layer")
     add("--hardware", default="m4-max", help=f"project onto: {', '.join(MACHINES)} (default: m4-max)")
@@ -95,14 +96,17 @@ def run(args):
         bits = 4
     quantisation = {"bits": bits, "group_size": args.group_size, "mode": args.mode}
     described = describe(configuration, **quantisation)
+    args.devices = sorted(set(args.devices))
+    if args.devices[0] < 1 or args.devices[0] > described.num_experts:
+        raise ValueError(f"--devices {args.devices[0]}: needs 1 to {described.num_experts}, the experts of a layer")
     figures = {"architecture": analysis_figures.architecture_figures(described, configuration, args.context)}
     show(analysis_tables.model_tables(figures["architecture"]))
 
     # 2. Memory per device
-    figures["memory"] = analysis_figures.memory_figures(described, args.redundant_experts)
+    figures["memory"] = analysis_figures.memory_figures(described, args.redundant_experts, args.devices)
     figures["fit"] = None
     if args.device_memory:
-        figures["fit"] = analysis_figures.fit_figures(described, args.device_memory * 1e9, args.context)
+        figures["fit"] = analysis_figures.fit_figures(described, args.device_memory * 1e9, args.context, args.devices)
     show(analysis_tables.memory_tables(figures["memory"], figures["fit"]))
 
     # 3. What it would do
@@ -111,7 +115,7 @@ def run(args):
     wire, link_source = find("link", link, LINKS)
     trace = read_trace(args.trace, described)
     figures["projection"] = analysis_figures.projection_figures(
-        described, machine, wire, args.context, trace, args.redundant_experts, figures["memory"]
+        described, machine, wire, args.context, trace, args.redundant_experts, figures["memory"], args.devices
     ) | {"link": link, "link_source": link_source}
     figures["original_claims"] = analysis_figures.original_cases(described.demand)
     show(analysis_tables.projection_tables(figures["projection"], figures["original_claims"]))
@@ -122,7 +126,9 @@ def run(args):
         figures["this_machine"] = here["figures"]
         show(analysis_tables.machine_tables(here["figures"]))
         for name, local in here["links"].items():
-            projected = analysis_figures.projection_figures(described, here["machine"], local, args.context, trace)
+            projected = analysis_figures.projection_figures(
+                described, here["machine"], local, args.context, trace, devices=args.devices
+            )
             here["figures"]["links"][name]["projection"] = projected
             shown = projected | {"link": name, "link_source": "all-sums of 2 processes on this machine"}
             show(analysis_tables.projection_tables(shown, None))

@@ -126,7 +126,7 @@ def run(args):
     if args.json:
         figures = {
             "environment": report.environment(),
-            "machine": vars(machine),
+            "machine": {name: value for name, value in vars(machine).items() if name != "memory_bytes"},
             "links": links,
             "runs": [
                 dict(zip(("run", "of", "measured", "predicted", "ratio", "fitted"), row, strict=True)) for row in rows

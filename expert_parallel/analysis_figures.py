@@ -93,10 +93,10 @@ def _all_parts(described) -> dict:
     return {name: {"parameters": total[name].parameters, "bytes": total[name].bytes} for name in order}
 
 
-def memory_figures(described: Architecture, redundant: int = 0) -> dict:
+def memory_figures(described: Architecture, redundant: int = 0, devices=DEVICES) -> dict:
     """Bytes of the fullest device for each number of devices, the rest replicated and sharded."""
     weighed, rows, failed = described.bytes, [], {}
-    for count in DEVICES:
+    for count in devices:
         if count > weighed.num_experts:
             continue
         row = {
@@ -132,12 +132,12 @@ def _hybrid_rest(described: Architecture, count: int, failed: dict) -> tuple[int
         return None, str(error)
 
 
-def fit_figures(described: Architecture, device_bytes: float, context: int) -> dict:
+def fit_figures(described: Architecture, device_bytes: float, context: int, devices=DEVICES) -> dict:
     """How many devices of a size hold weights and cache; what fewer of them lack."""
     weighed, cache = described.bytes, described.cache_bytes_at(context)
     needed = fewest_devices(weighed, device_bytes, besides=cache)
     lacking = []
-    for count in DEVICES:
+    for count in devices:
         if count <= weighed.num_experts and (needed is None or count < needed):
             over = fullest_device_bytes(weighed, count) + cache - device_bytes
             lacking.append({"devices": count, "lacks_bytes": round(over)})
@@ -163,15 +163,18 @@ def projection_figures(
     trace: RoutingTrace | None = None,
     redundant: int = 0,
     memory: dict | None = None,
+    devices=DEVICES,
 ) -> dict:
     """Speed for each number of devices, where it is lost, and from which number on more do not pay.
 
     trace, redundant  real routing instead of uniform, and copies of its hottest experts per layer
     memory            of `memory_figures`, for the hybrid's share of the rest
+    devices           numbers of them; speed-ups are over one device whether it is among them or not
     """
     demand, weighed, rows, estimates = described.demand, described.bytes, [], {}
+    alone = decode_step(demand, Cluster(machine), _load(demand, 1, 1, trace, 0), context=context)
     hybrid_bytes = {row["devices"]: row["hybrid_bytes"] for row in memory["devices"]} if memory else {}
-    for count in DEVICES:
+    for count in devices:
         if count > demand.num_experts:
             continue
         cluster = Cluster(machine, count, link if count > 1 else None)
@@ -183,7 +186,7 @@ def projection_figures(
             "devices": count,
             "fits": needed + described.cache_bytes_at(context) <= machine.memory_bytes,
             "tokens_per_second": round(decoded.tokens_per_second, 4),
-            "speed_up": round(estimates[1].seconds / decoded.seconds, 3),
+            "speed_up": round(alone.seconds / decoded.seconds, 3),
             "tokens_per_second_if_even": round(decode_step(demand, cluster, context=context).tokens_per_second, 4),
             "prompt_tokens_per_second": round(read.tokens_per_second, 3),
             "bottleneck": decoded.bottleneck,
@@ -229,12 +232,14 @@ def original_cases(demand: Demand) -> dict:
 
 def _load(demand: Demand, num_devices: int, batch: int, trace=None, redundant: int = 0) -> Fullest:
     """What the fullest device does in a step of `batch` tokens, by a trace, or by uniform routing of one like it."""
+    copies = redundant if num_devices > 1 else 0
+    strategy = "replicated" if copies else "contiguous"
     if trace is None:
         experts = uniform_experts(max(2 * batch, 512), 1, demand.num_experts, demand.chosen)
-        found = fullest_device(experts, place_experts(np.ones((1, demand.num_experts)), num_devices).held, batch)
+        placement = place_experts(np.ones((1, demand.num_experts)), num_devices, strategy, redundant=copies)
+        found = fullest_device(experts, placement.held, batch)
         return Fullest(*(np.repeat(values, demand.num_moe_layers) for values in (found.experts, found.slots)))
-    copies = redundant if num_devices > 1 else 0
-    placement = place_experts(trace.loads(), num_devices, "replicated" if copies else "contiguous", redundant=copies)
+    placement = place_experts(trace.loads(), num_devices, strategy, redundant=copies)
     length = min(batch, len(trace))
     found = fullest_device(trace.experts, placement.held, length)
     return Fullest(found.experts, found.slots * batch / length)

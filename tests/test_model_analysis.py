@@ -97,6 +97,23 @@ def test_quiet_prints_nothing_and_a_trace_changes_the_projection(tmp_path):
     assert skewed[3]["milliseconds"]["experts"] == pytest.approx(skewed[0]["milliseconds"]["experts"], rel=1e-3)
 
 
+def test_copies_and_odd_numbers_of_devices(tmp_path):
+    """Copies cost memory and relieve the fullest device."""
+    common = (SCRIPT, "--model", SHIPPED, "--devices", 7, 3, "--json")
+    assert run_script(*common, tmp_path / "a.json").returncode == 0
+    result = run_script(*common, tmp_path / "b.json", "--redundant-experts", 32)
+    assert result.returncode == 0, result.stderr
+    assert "+32 copies" in result.stdout
+    plain, copied = (json.loads((tmp_path / f"{n}.json").read_text()) for n in "ab")
+    assert [row["devices"] for row in plain["memory"]["devices"]] == [3, 7]
+    assert plain["memory"]["devices"][1]["experts_per_layer"] == 19
+    rows = [figures["projection"]["devices"][1]["milliseconds"]["experts"] for figures in (plain, copied)]
+    assert rows[1] < rows[0]
+    assert copied["memory"]["devices"][1]["with_copies_bytes"] > plain["memory"]["devices"][1]["replicated_rest_bytes"]
+    refused(run_script(SCRIPT, "--devices", 2, "--redundant-experts", 400), "128 experts and 400 copies")
+    refused(run_script(SCRIPT, "--devices", 0), "--devices 0")
+
+
 def test_what_is_refused(tmp_path):
     dense = tmp_path / "dense"
     dense.mkdir()
