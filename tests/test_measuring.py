@@ -1,0 +1,27 @@
+"""Measuring: figures of this program, not of whoever started it."""
+
+import subprocess
+import sys
+
+from conftest import ROOT
+
+PEAK = "from expert_parallel.measuring import resident_bytes as r; print(r()['peak'])"
+GROW = "import numpy; block = numpy.ones(50_000_000)\n"  # 400 MB
+
+
+def peak_of(code):
+    command = [sys.executable, "-c", code]
+    return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+
+
+def test_peak_memory_is_not_inherited_from_a_large_launcher():
+    """Linux hands ru_maxrss down: a report of 107 MB was once read as 646 because the launcher had that much."""
+    ballast = bytearray(600_000_000)
+    ballast[::4096] = b"1" * len(ballast[::4096])
+    small = peak_of(PEAK)
+    assert small < 300e6
+    assert len(ballast) > small
+
+
+def test_peak_memory_sees_what_the_program_itself_takes():
+    assert peak_of(GROW + PEAK) > peak_of(PEAK) + 300e6
