@@ -13,9 +13,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .moe import ExpertShard, SimulatedDevices, _same_kind, check_placement, moe_layers, switch_linears
+from .moe import ExpertShard, SimulatedDevices, _same_kind, check_placement, moe_layers, num_experts, switch_linears
 from .placement import Placement
-from .routing import Recorder
+from .routing import recorders
 
 
 @dataclass
@@ -120,11 +120,6 @@ def watch_loads(model: nn.Module):
     layers = moe_layers(model)
     if not layers:
         raise ValueError("this model has no Mixture-of-Experts layers: there are no loads to watch")
-    live = LiveLoads(len(layers), layers[0].experts.num_experts)
-    for layer, waiting in zip(layers, live._waiting, strict=True):
-        layer.experts = Recorder(layer.experts, waiting.append)
-    try:
+    live = LiveLoads(len(layers), num_experts(layers[0].experts))
+    with recorders(layers, [waiting.append for waiting in live._waiting]):
         yield live
-    finally:
-        for layer in layers:  # what is behind the recorder may have been exchanged meanwhile
-            layer.experts = layer.experts.experts

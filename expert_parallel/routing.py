@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .moe import moe_layers, num_experts
+from .moe import MoELayer, moe_layers, num_experts
 
 FORMAT = "routing-trace/1"
 
@@ -132,6 +132,19 @@ class Recorder(nn.Module):
 
 
 @contextmanager
+def recorders(layers: list[MoELayer], notes: list):
+    """A Recorder before the experts of each layer while the block runs; notes [L] are called with the indices."""
+    standing = [Recorder(layer.experts, note) for layer, note in zip(layers, notes, strict=True)]
+    for layer, recorder in zip(layers, standing, strict=True):
+        layer.experts = recorder
+    try:
+        yield
+    finally:
+        for layer, recorder in zip(layers, standing, strict=True):
+            layer.experts = recorder.experts  # other ones than before if the block sharded the model or moved experts
+
+
+@contextmanager
 def record_routing(model: nn.Module, name: str = "", prompt_tokens: int | None = None, max_tokens: int = 1_000_000):
     """Record every router decision of `model` while the block runs.
 
@@ -150,14 +163,10 @@ def record_routing(model: nn.Module, name: str = "", prompt_tokens: int | None =
         raise ValueError("this model has no Mixture-of-Experts layers: there is no routing to record")
     trace = RoutingTrace(np.zeros((0, len(layers), 0)), num_experts(layers[0].experts), model=name)
     notes = _Notes(len(layers), max_tokens)
-    recorders = [Recorder(layer.experts, notes.taker(l)) for l, layer in enumerate(layers)]
-    for layer, recorder in zip(layers, recorders, strict=True):
-        layer.experts = recorder
     try:
-        yield trace
+        with recorders(layers, [notes.taker(l) for l in range(len(layers))]):
+            yield trace
     finally:
-        for layer, recorder in zip(layers, recorders, strict=True):
-            layer.experts = recorder.experts  # other ones than before if the block sharded the model
         experts, prefill = notes.finish()
         if prompt_tokens is not None:
             prefill = np.arange(len(experts)) < prompt_tokens
@@ -191,24 +200,24 @@ class _Notes:
         count = min(len(waiting) for waiting in self.waiting) - keep
         if count <= 0:
             return
+        rooms = []  # tokens taken of each pass
         for l, waiting in enumerate(self.waiting):
             batch, waiting[:count] = waiting[:count], []
             mx.eval(batch)
             for n, indices in enumerate(batch):
                 rows = np.array(indices).astype(np.uint16).reshape(-1, indices.shape[-1])
                 if l == 0:
-                    room = max(0, min(len(rows), self.max_tokens - self.tokens))
-                    self.tokens += room
-                    self.dropped += len(rows) - room
-                    several = indices.ndim > 1 and indices.shape[-2] > 1
-                    self.prefill.append((np.full(room, several), n))
-                else:
-                    room = len(self.prefill[len(self.prefill) - count + n][0])
-                self.done[l].append(rows[:room])
+                    rooms.append(min(len(rows), self.max_tokens - self.tokens))
+                    self.tokens += rooms[n]
+                    self.dropped += len(rows) - rooms[n]
+                    if rooms[n]:
+                        self.prefill.append(np.full(rooms[n], indices.ndim > 1 and indices.shape[-2] > 1))
+                if rooms[n]:  # an empty slice would keep the whole pass in memory
+                    self.done[l].append(rows[: rooms[n]])
 
     def finish(self):
         self.collect()
         if not self.done[0]:
             return np.zeros((0, len(self.done), 0), dtype=np.uint16), np.zeros(0, dtype=bool)
         experts = np.stack([np.concatenate(rows) for rows in self.done], axis=1)
-        return experts, np.concatenate([marks for marks, _ in self.prefill])
+        return experts, np.concatenate(self.prefill)

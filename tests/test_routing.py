@@ -8,6 +8,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from expert_parallel import RoutingTrace, place_experts, record_routing, shard_model
 from expert_parallel.moe import moe_layers
+from expert_parallel.routing import _Notes
 
 
 def router_choice(model, tokens):
@@ -78,6 +79,21 @@ def test_memory_is_bounded_and_what_was_left_out_is_said():
         mx.eval(model(mx.array([[1, 2, 3, 4]])))
     assert len(trace) == 5
     assert trace.metadata["dropped_tokens"] == 3
+
+
+def test_passes_after_the_limit_keep_nothing_alive():
+    """Empty slices held on to every later pass: 320 kB for one token after 400 passes of 50."""
+    notes = _Notes(2, 1)
+    takers = [notes.taker(l) for l in range(2)]
+    for _ in range(200):
+        for take in takers:
+            take(mx.zeros((1, 50, 8), dtype=mx.uint32))
+    experts, prefill = notes.finish()
+    assert experts.shape == (1, 2, 8)
+    assert len(prefill) == 1
+    assert notes.dropped == 200 * 50 - 1
+    assert [len(rows) for rows in notes.done] == [1, 1]
+    assert len(notes.prefill) == 1
 
 
 def test_an_exception_in_the_block_restores_the_model():
