@@ -264,7 +264,7 @@ def speed_table(figures: dict) -> Group:
     items = {
         "prompt": f"{generation['prompt_tokens_per_second']:.1f} tokens/s ({generation['prompt_tokens']} tokens)",
         "generation": f"{generation['tokens_per_second']:.1f} tokens/s ({len(generation['tokens'])} tokens)",
-        "share of time in experts": f"{time['experts'] / spent:.0%} (measured on 4 tokens with stops in between)",
+        "share of time in experts": f"{time['experts'] / spent:.0%} (measured on {time['tokens']} tokens with stops)",
     }
     return facts("Speed (measured)", items)
 
@@ -275,9 +275,15 @@ def rank_table(per_rank: list[dict]) -> Group:
     for rank, figures in enumerate(per_rank):
         seconds, slots = figures["seconds"], figures["slots_computed_per_layer"]
         row = (rank, size(figures["expert_bytes"]), size(figures["resident"]["now"]), sum(slots))
-        rows.append((*row, *(f"{1e3 * seconds[part] / 4:.2f}" for part in ("experts", "collectives", "waiting"))))
+        rows.append(
+            (
+                *row,
+                *(f"{1e3 * seconds[part] / seconds['tokens']:.2f}" for part in ("experts", "collectives", "waiting")),
+            )
+        )
     columns = ("rank", "experts", "process", "slots", "experts ms", "collectives ms", "waiting ms")
-    return table("Ranks (measured; milliseconds per token, on 4 tokens with stops)", *columns, rows=rows)
+    tokens = per_rank[0]["seconds"]["tokens"]
+    return table(f"Ranks (measured; milliseconds per token, on {tokens} tokens with stops)", *columns, rows=rows)
 
 
 def all_tables(figures: dict, layer_numbers: list[int]) -> list:

@@ -3,7 +3,13 @@
 import subprocess
 import sys
 
-from conftest import ROOT
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import ROOT, random_model
+
+from expert_parallel import place_experts, shard_model
+from expert_parallel.measuring import time_parts
 
 PEAK = "from expert_parallel.measuring import resident_bytes as r; print(r()['peak'])"
 GROW = "import numpy; block = numpy.ones(50_000_000)\n"  # 400 MB
@@ -25,3 +31,15 @@ def test_peak_memory_is_not_inherited_from_a_large_launcher():
 
 def test_peak_memory_sees_what_the_program_itself_takes():
     assert peak_of(GROW + PEAK) > peak_of(PEAK) + 300e6
+
+
+@pytest.mark.parametrize("selection", ["compact", "masked"])
+def test_time_in_experts_is_counted_once(selection, monkeypatch):
+    """Masked shards are called by the simulated devices: counted inside and outside they took 122% of the time."""
+    monkeypatch.setattr("expert_parallel.moe.slot_selection", lambda *_: selection)
+    model = shard_model(random_model(), place_experts(np.zeros((3, 16)), 4))
+    with time_parts(tokens=20) as seconds:
+        for _ in range(20):
+            mx.eval(model(mx.array([[1]])))
+    assert seconds.tokens == 20
+    assert 0 < seconds.experts < seconds.total
