@@ -13,6 +13,7 @@
 set -euo pipefail
 out=${1:?usage: gather_texts.sh FOLDER}
 mkdir -p "$out"/{python,tests,docs,prose,go,json}
+out=$(cd "$out" && pwd)
 
 stdlib=$(python3 -c "import sysconfig; print(sysconfig.get_paths()['stdlib'])")
 (cd "$stdlib" && find . -name '*.py' -not -path '*/site-packages/*' -not -path './encodings/*' \

@@ -26,7 +26,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 # Share of the training tokens that comes from each domain.
 MIX = {"python": 0.50, "tests": 0.16, "docs": 0.09, "prose": 0.07, "go": 0.10, "json": 0.08}
-MIX_OF_SECOND_ROUND = {"python": 0.58, "tests": 0.08, "docs": 0.12, "prose": 0.07, "go": 0.10, "json": 0.05}
+MIX_OF_SECOND_ROUND = {"python": 0.64, "tests": 0.07, "docs": 0.09, "prose": 0.07, "go": 0.08, "json": 0.05}
 END = "<|endoftext|>"
 CONFIG = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -123,6 +123,35 @@ class Batches:
         return torch.from_numpy(batch)
 
 
+def float_weights(folder):
+    """Tensors of a 4-bit mlx checkpoint of this model, dequantised, under the names of transformers' model."""
+    import mlx.core as mx
+
+    stored = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        stored.update(mx.load(str(path)))
+    quantization = json.loads((folder / "config.json").read_text())["quantization"]
+
+    def restored(name):
+        module, value = name.removesuffix(".weight"), stored[name]
+        if f"{module}.scales" in stored:
+            layout = {**quantization, **quantization.get(module, {})}
+            value = mx.dequantize(
+                value, stored[f"{module}.scales"], stored[f"{module}.biases"], layout["group_size"], layout["bits"]
+            )
+        return torch.from_numpy(np.array(value.astype(mx.float32)))
+
+    weights = {name: restored(name) for name in stored if name.endswith(".weight") and ".switch_mlp." not in name}
+    for layer in range(CONFIG["num_hidden_layers"]):
+        experts = f"model.layers.{layer}.mlp.experts."
+        gate, up, down = (
+            restored(f"model.layers.{layer}.mlp.switch_mlp.{part}.weight")
+            for part in ("gate_proj", "up_proj", "down_proj")
+        )
+        weights |= {experts + "gate_up_proj": torch.cat([gate, up], dim=1), experts + "down_proj": down}
+    return weights
+
+
 def train(model, batches, args, report):
     decay = [p for p in model.parameters() if p.ndim >= 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
@@ -159,7 +188,7 @@ def main():
     parser.add_argument("--learning-rate", type=float, default=2.5e-3)
     parser.add_argument("--evaluate-every", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--continue-from", type=Path, help="folder with the unquantised result of a first round")
+    parser.add_argument("--continue-from", type=Path, help="finished 4-bit model of a first round to go on from")
     args = parser.parse_args()
 
     # 1. Text: whole files held out, a tokenizer that never saw them.
@@ -177,7 +206,9 @@ def main():
 
     # 2. Model and training.
     config = Qwen3MoeConfig(**{k: v for k, v in CONFIG.items() if k != "architectures"})
-    model = Qwen3MoeForCausalLM.from_pretrained(first, config=config) if first else Qwen3MoeForCausalLM(config)
+    model = Qwen3MoeForCausalLM(config)
+    if first:
+        model.load_state_dict(float_weights(first))
     model.set_experts_implementation("grouped_mm")
 
     scores = {}
