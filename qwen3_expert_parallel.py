@@ -11,6 +11,7 @@ Every figure says whether it is measured, simulated or modelled.
 import argparse
 import os
 import sys
+from contextlib import nullcontext
 from math import inf
 from pathlib import Path
 
@@ -23,14 +24,22 @@ from mlx_lm.sample_utils import make_sampler
 from expert_parallel import report
 from expert_parallel.checkpoint import build_lazily, resolve_model, tokenizer_of
 from expert_parallel.default_model import SHIPPED, default_model
-from expert_parallel.loading import activation_dtype, load_sharded
+from expert_parallel.live_rebalancing import LiveRebalancing, measured_costs
+from expert_parallel.loading import activation_dtype, expert_reader, load_sharded
 from expert_parallel.measuring import count_collectives, time_parts
 from expert_parallel.memory import model_bytes
 from expert_parallel.moe import moe_layers, num_experts
 from expert_parallel.placement import Placement, place_experts
 from expert_parallel.ranks import agree, checkpoint_mark, follow_rank_0, gather_objects, start_group
+from expert_parallel.rebalancing import Rebalancer
 from expert_parallel.routing import RoutingTrace, record_routing
-from expert_parallel.run_figures import communication_figures, memory_figures, parity_figures, rank_figures
+from expert_parallel.run_figures import (
+    communication_figures,
+    memory_figures,
+    parity_figures,
+    rank_figures,
+    rebalancing_figures,
+)
 from expert_parallel.watchdog import NoWatchdog, Watchdog
 
 TIMED_TOKENS = 4  # extra ones, for where the time goes
@@ -61,6 +70,24 @@ def setup_arg_parser():
         help="trace that balanced, replicated and affinity are fitted on",
     )
     add("--redundant-experts", type=int, default=0, metavar="R", help="extra copies of hot experts per layer")
+    add(
+        "--rebalance-every",
+        type=int,
+        metavar="TOKENS",
+        help="look at the loads that often and move experts between devices where it pays; the answer stays the same",
+    )
+    add(
+        "--rebalance-threshold",
+        type=float,
+        metavar="B",
+        help="look too when balancedness since the last look falls under B",
+    )
+    add(
+        "--rebalance-horizon",
+        type=int,
+        metavar="TOKENS",
+        help="tokens over which a move must repay its pause (default: those until the next look)",
+    )
     add(
         "--combine",
         choices=("auto", "reduce", "gather"),
@@ -108,8 +135,15 @@ def check_numbers(args):
         if not low <= value <= high:  # not a number fails too
             limit = f"at least {low}" if high == inf else f"between {low} and {high}"
             raise ValueError(f"{option} must be {limit}, got {value}")
-    if args.devices is not None and args.devices < 1:
-        raise ValueError(f"--devices must be at least 1, got {args.devices}")
+    for name in ("devices", "rebalance_every", "rebalance_horizon"):
+        value, option = getattr(args, name), f"--{name.replace('_', '-')}"
+        if value is not None and value < 1:
+            raise ValueError(f"{option} must be at least 1, got {value}")
+    for option, value in (("threshold", args.rebalance_threshold), ("horizon", args.rebalance_horizon)):
+        if value is not None and args.rebalance_every is None:
+            raise ValueError(f"--rebalance-{option} is of no use without --rebalance-every TOKENS")
+    if args.rebalance_threshold is not None and not 0 < args.rebalance_threshold <= 1:
+        raise ValueError(f"--rebalance-threshold must be above 0 and at most 1, got {args.rebalance_threshold}")
 
 
 def check_files(args):
@@ -176,7 +210,7 @@ def make_placement(args, model, num_devices):
     return place_experts(loads, num_devices, args.placement, args.redundant_experts, coactivation=coactivation)
 
 
-def generate(model, tokenizer, ids, args, group, watchdog, out):
+def generate(model, tokenizer, ids, args, group, watchdog, out, after_token=lambda: None):
     """Stream the answer; (token ids, text, last response, prompt cache)."""
     mx.random.seed(args.seed)
     sampler = make_sampler(temp=args.temp, top_p=args.top_p if args.top_p < 1 else 0.0)
@@ -199,6 +233,7 @@ def generate(model, tokenizer, ids, args, group, watchdog, out):
         text += last.text
         if last.finish_reason != "stop":
             tokens.append(last.token)
+        after_token()
     watchdog.limit(None)
     if out:
         print(flush=True)
@@ -222,7 +257,8 @@ def prepare(args, group):
     if group.size() > 1 and args.devices not in (None, group.size()):
         raise ValueError(f"--devices {args.devices}, but there are {group.size()} ranks: each rank is a device")
     placement = make_placement(args, model, devices)
-    return folder, line, model, tokenizer, config, ids, prompt, placement
+    read = expert_reader(folder, args.dtype) if args.rebalance_every else None
+    return folder, line, model, tokenizer, config, ids, prompt, placement, read
 
 
 def run(args, watchdog):
@@ -243,7 +279,7 @@ def run(args, watchdog):
     versions = report.environment()
     facts = {"options or versions": {**vars(args), "json": 0, "mlx": versions["mlx"], "mlx_lm": versions["mlx_lm"]}}
     if prepared:
-        folder, line, model, tokenizer, config, ids, prompt, placement = prepared
+        folder, line, model, tokenizer, config, ids, prompt, placement, read = prepared
         facts |= {"placement": placement.held.tobytes(), "prompt": ids, "config": config}
         facts["weights"] = checkpoint_mark(folder) if ranks > 1 else ""
     watchdog.limit(args.timeout, f"the other ranks did not finish loading within {args.timeout:g} s (--timeout)")
@@ -280,8 +316,16 @@ def run(args, watchdog):
     console.rule("answer", style="dim", align="left")
     if first and not args.quiet:
         print(prompt if not tokenizer.has_chat_template else "", end="", flush=True)
-    with record_routing(model, name=about["model"], prompt_tokens=len(ids)) as trace, count_collectives() as counted:
-        tokens, text, last, cache = generate(model, tokenizer, ids, args, group, watchdog, first)
+    live = start_rebalancing(args, model, placement, read, group) if read else None
+    with (
+        record_routing(model, name=about["model"], prompt_tokens=len(ids)) as trace,
+        count_collectives() as counted,
+        live or nullcontext(),
+    ):
+        after_token = {"after_token": live.after_token} if live else {}
+        tokens, text, last, cache = generate(model, tokenizer, ids, args, group, watchdog, first, **after_token)
+    changes = live.changes if live else [(0, placement)]
+    placement = changes[-1][1]
     console.rule(style="dim")
 
     # 4. Where the time goes, on extra tokens; and the same run by stock mlx-lm.
@@ -306,7 +350,8 @@ def run(args, watchdog):
                            "prompt_tokens_per_second": last.prompt_tps, "tokens_per_second": last.generation_tps},
             "parity": parity,
             "routing": report.routing_figures(trace),
-            "balance": report.balance_figures(trace, placement),
+            "balance": report.balance_figures(trace, changes[0][1], later=changes[1:]),
+            "rebalancing": rebalancing_figures(live, trace) if live else None,
             "memory": memory_figures(whole, placement, cache, per_rank, ranks),
             "communication": communication_figures(model, trace, args.combine, counted, ranks),
             "ranks": per_rank if ranks > 1 else None,
@@ -316,6 +361,16 @@ def run(args, watchdog):
         for part in report.all_tables(figures, layer_numbers):
             console.print()
             console.print(part)
+
+
+def start_rebalancing(args, model, placement, read, group):
+    """Costs measured here, then a watcher of this run."""
+    every = args.rebalance_every
+    costs = measured_costs(model, read, group)
+    rebalancer = Rebalancer(
+        placement, costs, every, args.rebalance_threshold, half_life=every, horizon_tokens=args.rebalance_horizon
+    )
+    return LiveRebalancing(model, rebalancer, read, group)
 
 
 def stock_run(folder, ids, args):

@@ -9,6 +9,7 @@ time is evaluated, cut and freed.
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,9 @@ from .placement import Placement, place_experts
 from .ranks import install_shard, shard_rest
 from .tensor_files import read_rows, read_whole
 
-__all__ = ["ReadReport", "activation_dtype", "find_cached", "load_sharded", "load_whole", "resolve_model"]
+__all__ = [
+    "ReadReport", "activation_dtype", "expert_reader", "find_cached", "load_sharded", "load_whole", "resolve_model",
+]  # fmt: skip
 
 # --- dtype ------------------------------------------------------------------------------------------
 
@@ -184,18 +187,46 @@ def _read_experts(experts, sources, held, devices, dtype):
     modules, size = [_same_kind(experts) for _ in devices], 0
     for (projection, parameter), stored in sources.items():
         like = dict(experts.named_modules())[projection][parameter]
-        if stored[0].shape == like.shape:
-            data = read_rows(stored[0], wanted)
-        else:
-            data = read_whole([stored[expert] for expert in wanted])
+        data = _stored_rows(stored, like, wanted)
         size += data.nbytes
         for device, module in zip(devices, modules, strict=True):
             mine = np.flatnonzero(held[device][wanted])
-            rows = mx.array(data if len(mine) == len(wanted) else data[mine])
-            rows = _as(rows.view(like.dtype).reshape(len(mine), *like.shape[1:]), dtype)
+            rows = _rows_like(like, data if len(mine) == len(wanted) else data[mine], dtype)
             mx.eval(rows)
             dict(module.named_modules())[projection][parameter] = rows
     return modules, size
+
+
+def expert_reader(path_or_repo, dtype=None):
+    """read(layer, expert) -> {projection: {parameter: its row [1, ...]}}, for `moving.move_experts`.
+
+    ValueError where the files' layout holds no single experts.
+    """
+    folder = resolve_model(path_or_repo)
+    lazy, dtype = build_lazily(folder), activation_dtype(dtype)
+    if not all(lazy.sources):
+        raise ValueError(f"{folder} stores its experts in a layout that single ones cannot be read from")
+    likes = [dict(layer.experts.named_modules()) for layer in moe_layers(lazy.model)]
+
+    def read(layer: int, expert: int) -> dict:
+        rows = defaultdict(dict)
+        for (projection, parameter), stored in lazy.sources[layer].items():
+            like = likes[layer][projection][parameter]
+            rows[projection][parameter] = _rows_like(like, _stored_rows(stored, like, [expert]), dtype)
+        return rows
+
+    return read
+
+
+def _stored_rows(stored, like, experts) -> np.ndarray:
+    """Rows of these experts as bytes, from one tensor for all or from a tensor each."""
+    if stored[0].shape == like.shape:
+        return read_rows(stored[0], experts)
+    return read_whole([stored[expert] for expert in experts])
+
+
+def _rows_like(like, data: np.ndarray, dtype) -> mx.array:
+    return _as(mx.array(data).view(like.dtype).reshape(len(data), *like.shape[1:]), dtype)
 
 
 def _cut_experts(experts, _, held, devices, dtype):

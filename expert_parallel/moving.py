@@ -1,6 +1,7 @@
-"""Moving: experts change devices while a model runs, a layer at a time, in one process.
+"""Moving: experts change devices while a model runs, a layer at a time, in one process or on N ranks.
 
-Dimensions: L MoE layers, E experts, D devices, k chosen per token. Which experts move: rebalancing.py.
+Dimensions: L MoE layers, E experts, D devices, H hidden, k chosen per token. Which experts move, and
+whether that pays: rebalancing.py.
 """
 
 from __future__ import annotations
@@ -28,26 +29,34 @@ class MoveReport:
     longest_layer_seconds: float = 0.0
 
 
+def shards_here(experts) -> list[ExpertShard]:
+    """What this process holds of one layer: every simulated device's shard, or a rank's own."""
+    return experts.shards if isinstance(experts, SimulatedDevices) else [experts]
+
+
 def held_now(model: nn.Module) -> np.ndarray:
-    """bool [L, D, E]: what the simulated devices of a sharded model hold."""
+    """bool [L, D, E]: what the devices of a sharded model hold."""
     layers = [layer.experts for layer in moe_layers(model)]
-    if not layers or not all(isinstance(experts, SimulatedDevices) for experts in layers):
-        raise ValueError("this model is not spread over simulated devices: call shard_model first")
-    return np.stack([experts.shards[0]._assignment.held for experts in layers])
+    if not layers or not all(isinstance(experts, (SimulatedDevices, ExpertShard)) for experts in layers):
+        raise ValueError("this model is not spread over devices: call shard_model first")
+    return np.stack([shards_here(experts)[0]._assignment.held for experts in layers])
 
 
 def move_experts(model: nn.Module, placement: Placement, read=None) -> MoveReport:
-    """Change the simulated devices of `model` to hold what `placement` says; tokens stay the same.
+    """Change the devices of `model` to hold what `placement` says; tokens stay the same.
 
-    read  (layer, expert) -> {name of a stacked projection: {name of a tensor: one row [1, ...]}}, as from a
-          checkpoint; where None a row is copied from the device that holds it
+    read  (layer, expert) -> {name of a stacked projection: {name of a tensor: one row [1, ...]}}, as
+          `loading.expert_reader` gives it; where None, simulated devices copy a row from one that holds it
     Only rows that a device lacks are fetched. A layer is changed whole before the next is touched, so that
-    no more than one layer's experts are in memory twice. Call it between two forward passes.
+    no more than one layer's experts are in memory twice. Call it between two forward passes, with the same
+    placement on every rank; no rank waits for another in it.
     """
     layers = check_placement(model, placement)
     old = held_now(model)
     if old.shape != placement.held.shape:
         raise ValueError(f"the model is spread over {old.shape[1]} devices, the placement over {placement.num_devices}")
+    if read is None and not isinstance(layers[0].experts, SimulatedDevices):
+        raise ValueError("a rank holds no other rank's experts: give `read`, see loading.expert_reader")
     report = MoveReport()
     began = time.perf_counter()
     for l, (layer, now, then) in enumerate(zip(layers, old, placement.held, strict=True)):
@@ -56,18 +65,21 @@ def move_experts(model: nn.Module, placement: Placement, read=None) -> MoveRepor
         start = time.perf_counter()
         devices = layer.experts
         shards = []
-        for d, shard in enumerate(devices.shards):
-            arrivals = np.flatnonzero(then[d] & ~now[d])
-            if (now[d] == then[d]).all():
-                experts = shard.experts
-            else:
+        for shard in shards_here(devices):
+            d = shard.device
+            experts = shard.experts
+            if (now[d] != then[d]).any():
+                arrivals = np.flatnonzero(then[d] & ~now[d])
                 rows = {int(e): read(l, int(e)) if read else _row(devices, now, int(e)) for e in arrivals}
-                experts = _rebuilt(shard, np.flatnonzero(then[d]), rows)
+                experts = rebuilt(shard, np.flatnonzero(then[d]), rows)
                 report.bytes += sum(a.nbytes for row in rows.values() for part in row.values() for a in part.values())
                 report.experts += len(arrivals)
-            shards.append(ExpertShard(experts, then, d))
+            changed = ExpertShard(experts, then, d)
+            changed._gather_group, changed.slots_served = shard._gather_group, shard.slots_served
+            shards.append(changed)
         mx.eval([shard.parameters() for shard in shards])
-        layer.experts = SimulatedDevices(shards, devices._streams)
+        simulated = isinstance(devices, SimulatedDevices)
+        layer.experts = SimulatedDevices(shards, devices._streams) if simulated else shards[0]
         report.longest_layer_seconds = max(report.longest_layer_seconds, time.perf_counter() - start)
     report.seconds = time.perf_counter() - began
     return report
@@ -83,8 +95,8 @@ def _row(devices, held, expert):
     }
 
 
-def _rebuilt(shard, experts, rows):
-    """The shard's module with the rows of `experts`, its own where it has them, else those in `rows`."""
+def rebuilt(shard, experts, rows):
+    """The shard's module with the weights of `experts`: its own rows where it has them, else those in `rows`."""
     module = _same_kind(shard.experts)
     targets = dict(module.named_modules())
     for name, linear in switch_linears(shard.experts):

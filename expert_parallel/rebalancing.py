@@ -38,7 +38,7 @@ class Costs:
     expert_bytes      of one expert of one layer
     bytes_per_second  at which experts are read or sent
     seconds_per_slot  that a device computes for one token and one chosen expert
-    seconds_per_layer that a layer's change takes besides its bytes
+    seconds_per_layer that the change of one device's layer takes besides reading: its arrays are made anew
     side_by_side      devices read at the same time (ranks); False: one process reads for all
     """
 
@@ -55,8 +55,9 @@ class Costs:
     def pause(self, old_held, new_held) -> np.ndarray:
         """Seconds [L] for the change from old to new, bool [L, D, E]; 0 for a layer that stays."""
         arrivals = (new_held & ~old_held).sum(axis=2)  # [L, D]
-        most = arrivals.max(axis=1) if self.side_by_side else arrivals.sum(axis=1)
-        return most * self.expert_bytes / self.bytes_per_second + (most > 0) * self.seconds_per_layer
+        seconds = arrivals * self.expert_bytes / self.bytes_per_second
+        seconds += (new_held != old_held).any(axis=2) * self.seconds_per_layer
+        return seconds.max(axis=1) if self.side_by_side else seconds.sum(axis=1)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import mlx.core as mx
@@ -71,10 +72,24 @@ def routing_figures(trace: RoutingTrace) -> dict:
     }
 
 
-def balance_figures(trace: RoutingTrace, placement: Placement) -> dict:
-    """Measured load of each device over a trace, under a placement; copies share their expert's load."""
-    loads = placement.device_loads(trace.loads())
-    touched = balance.fan_out(trace.experts, placement.held)
+def balance_figures(trace: RoutingTrace, placement: Placement, later=()) -> dict:
+    """Measured load of each device over a trace, under a placement; copies share their expert's load.
+
+    later  [(tokens before, Placement)] that took over while the trace was recorded
+    """
+    starts = [0, *(tokens for tokens, _ in later), len(trace)]
+    parts = [trace[first:end] for first, end in pairwise(starts)]
+    placements = [placement, *(each for _, each in later)]
+
+    def device_loads(parts):
+        return sum(each.device_loads(part.loads()) for each, part in zip(placements, parts, strict=True))
+
+    loads = device_loads(parts)
+    touched = sum(
+        balance.fan_out(part.experts, each.held) * (len(part) / len(trace))
+        for each, part in zip(placements, parts, strict=True)
+        if len(part)
+    )
     counts = placement.held.sum(axis=2).mean(axis=0).round().astype(int)
     result = {
         "source": "measured",
@@ -93,11 +108,11 @@ def balance_figures(trace: RoutingTrace, placement: Placement) -> dict:
         expected = balance.expected_fan_out(counts, placement.num_experts, trace.experts.shape[2])
         result["fan_out_if_uniform_modelled"] = round(expected, 3)
     for name in ("prefill", "decode"):
-        part = trace.phase(name)
-        if len(part):
-            part_loads = placement.device_loads(part.loads())
+        of_phase = [part.phase(name) for part in parts]
+        if any(map(len, of_phase)):
+            part_loads = device_loads(of_phase)
             result["phases"][name] = {
-                "tokens": len(part),
+                "tokens": sum(map(len, of_phase)),
                 "balancedness_layers": round(balance.balancedness(part_loads), 4),
                 "balancedness_aggregate": round(balance.balancedness(part_loads, "aggregate"), 4),
             }
@@ -223,6 +238,25 @@ def parity_table(figures: dict) -> Group:
     return facts("Parity with stock mlx-lm (measured)", items)
 
 
+def rebalancing_table(figures: dict) -> Group:
+    """Of `run_figures.rebalancing_figures`."""
+    rows = []
+    for look in figures["looks"]:
+        row = (look["after_tokens"], look["moves_of_all"] if look["moved"] else "stay")
+        if look["moved"]:
+            seconds = (look["pause_seconds"], look["pause_seconds_modelled"], look["gain_seconds_modelled"])
+            row += (size(look["bytes_of_all"]), *(f"{value:.2f} s" for value in seconds))
+            row += tuple(f"{look['since'][name]:.3f}" for name in ("balancedness_unmoved", "balancedness"))
+        rows.append(row)
+    columns = ("after", "moved", "read", "pause", "predicted", "gain", "unmoved", "as moved")
+    side = "" if figures["costs"]["side_by_side"] else ", as if devices ran side by side"
+    note = Text(
+        "after so many tokens; experts moved, bytes read and pause are measured, predicted pause and gain\n"
+        f"modelled{side}; last, balancedness of the tokens since (measured)"
+    )
+    return Group(table("Rebalancing", *columns, rows=rows), note)
+
+
 def memory_tables(figures: dict) -> list:
     """Of `run_figures.memory_figures`."""
     parts = zip(
@@ -291,6 +325,7 @@ def all_tables(figures: dict, layer_numbers: list[int]) -> list:
     parts = [parity_table(figures["parity"])] if figures["parity"] else []
     parts += routing_tables(figures["routing"], layer_numbers)
     parts += balance_tables(figures["balance"], layer_numbers)
+    parts += [rebalancing_table(figures["rebalancing"])] if figures["rebalancing"] else []
     parts += memory_tables(figures["memory"])
     parts.append(communication_table(figures["communication"]))
     parts += [rank_table(figures["ranks"])] if figures["ranks"] else []

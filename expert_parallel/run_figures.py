@@ -5,12 +5,15 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
+from .balance import balancedness
 from .communication import bytes_per_token, ring_traffic
+from .live_rebalancing import LiveRebalancing
 from .measuring import Collectives, Seconds, resident_bytes
 from .memory import ModelBytes, array_bytes, cache_bytes, live_expert_bytes
 from .moe import ExpertShard, moe_layers
 from .placement import Placement
 from .ranks import gather_objects
+from .routing import RoutingTrace
 
 
 def rank_figures(model, seconds: Seconds) -> dict:
@@ -48,6 +51,21 @@ def parity_figures(model, ids: list[int], tokens: list[int], args, group, stock_
         }
     gather_objects(group, 0)  # nobody leaves while rank 0 still compares
     return result
+
+
+def rebalancing_figures(live: LiveRebalancing, trace: RoutingTrace) -> dict:
+    """Looks, moves, pauses; and for each move what became of the tokens since, with and without it (measured)."""
+    figures = live.figures()
+    ends = [tokens for tokens, _ in live.changes[2:]] + [len(trace)]
+    moved = [look for look in figures["looks"] if look["moved"]]
+    for look, (_, before), (first, after), end in zip(moved, live.changes, live.changes[1:], ends, strict=False):
+        loads = trace[first:end].loads()
+        look["since"] = {
+            "tokens": end - first,
+            "balancedness": balancedness(after.device_loads(loads)),
+            "balancedness_unmoved": balancedness(before.device_loads(loads)),
+        }
+    return {"source": "measured; names with modelled in them are not", **figures}
 
 
 def memory_figures(whole: ModelBytes, placement: Placement, cache, per_rank: list[dict], ranks: int) -> dict:

@@ -1,9 +1,11 @@
 """Rebalancing: averages, moves and decisions by hand; and experts that move during a generation."""
 
+import json
+
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import random_model
+from conftest import SHIPPED, launch, random_model, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -74,7 +76,7 @@ def test_pause_by_hand():
     old, new = placed([0, 1], [2, 3], layers=2).held, placed([2, 3], [0, 1], layers=2).held.copy()
     new[1] = old[1]
     costs = Costs(expert_bytes=100, bytes_per_second=50, seconds_per_slot=1, seconds_per_layer=0.5)
-    assert costs.pause(old, new).tolist() == [4 * 2 + 0.5, 0]
+    assert costs.pause(old, new).tolist() == [4 * 2 + 2 * 0.5, 0]
     side_by_side = Costs(100, 50, 1, 0.5, side_by_side=True)
     assert side_by_side.pause(old, new).tolist() == [2 * 2 + 0.5, 0]
 
@@ -356,3 +358,52 @@ def test_shipped_model_under_every_placement_and_moved_while_it_writes(shipped):
     answer, logits = run(model, prompt, 24, between)
     assert answer == tokens and np.array_equal(logits, last)
     assert len(moved) == 4 and min(moved) > 0
+
+
+# --- in a run ---------------------------------------------------------------------------------------
+
+
+def test_a_run_that_rebalances_says_the_same(tmp_path):
+    out = tmp_path / "o.json"
+    options = ("--max-tokens", 100, "--rebalance-every", 32, "--rebalance-horizon", 10**6, "--devices", 4)
+    result = run_script("qwen3_expert_parallel.py", "--model", SHIPPED, *options, "--verify", "--json", out)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(out.read_text())
+    assert figures["parity"]["tokens_equal"] and figures["parity"]["max_abs_logit_difference"] == 0
+    moved = [look for look in figures["rebalancing"]["looks"] if look["moved"]]
+    assert moved and all(look["bytes_read_here"] == look["bytes_of_all"] > 0 for look in moved)
+    assert all(look["pause_seconds"] > 0 for look in moved)
+
+
+def test_nothing_moves_where_it_would_not_repay_the_pause(tmp_path):
+    out = tmp_path / "o.json"
+    options = ("--max-tokens", 70, "--rebalance-every", 32, "--rebalance-horizon", 1, "--devices", 4)
+    result = run_script("qwen3_expert_parallel.py", "--model", SHIPPED, *options, "--no-verify", "--json", out)
+    assert result.returncode == 0, result.stderr
+    looks = json.loads(out.read_text())["rebalancing"]["looks"]
+    assert looks and not any(look["moved"] for look in looks)
+
+
+def test_ranks_read_only_what_moves_to_them_and_say_the_same(tmp_path):
+    out = tmp_path / "o.json"
+    options = ("--max-tokens", 100, "--rebalance-every", 32, "--rebalance-horizon", 10**6, "--verify", "--json", out)
+    command = ("qwen3_expert_parallel.py", "--model", SHIPPED, *options)
+    results = launch("ring", 2, *command, tmp_path=tmp_path)
+    assert all(status == 0 for status, _, _ in results), results
+    figures = json.loads(out.read_text())
+    assert figures["parity"]["tokens_equal"] and figures["parity"]["max_abs_logit_difference"] < 1e-4
+    moved = [look for look in figures["rebalancing"]["looks"] if look["moved"]]
+    assert moved and all(0 < look["bytes_read_here"] < look["bytes_of_all"] for look in moved)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (("--rebalance-every", 0), "--rebalance-every must be at least 1"),
+        (("--rebalance-horizon", 5), "of no use without --rebalance-every"),
+        (("--rebalance-every", 5, "--rebalance-threshold", 2), "--rebalance-threshold must be above 0"),
+    ],
+)
+def test_odd_rebalancing_options(options, line):
+    result = run_script("qwen3_expert_parallel.py", "--model", SHIPPED, *options)
+    assert result.returncode == 2 and line in result.stderr and "Traceback" not in result.stderr
