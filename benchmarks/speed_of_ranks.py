@@ -1,0 +1,264 @@
+"""How fast are real ranks? Stock mlx-lm, its tensor parallelism and expert parallelism side by side.
+
+    python benchmarks/speed_of_ranks.py                                      shipped model
+    python tools/make_checkpoint.py --out checkpoints/coder-4 --layers 4     1.8 GB, full width
+    python benchmarks/speed_of_ranks.py --model checkpoints/coder-4 --json speed.json
+
+Measured: decoding given tokens one by one, and filling the cache with a prompt. All processes are
+alive at once and idle but for the one whose turn it is; every round goes through all variants, so
+that a noisy machine slows all of them alike. Printed: the median of each round's ratio to stock
+mlx-lm and to mlx-lm's tensor parallelism on the same ranks, with the middle half of the ratios;
+then where a token's time goes on rank 0, taken with a stop after every part.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import mlx.core as mx
+import numpy as np
+from rich.progress import track
+
+from expert_parallel import load_sharded, place_experts, report
+from expert_parallel.checkpoint import build_lazily
+from expert_parallel.default_model import SHIPPED
+from expert_parallel.link_probe import rank_commands
+from expert_parallel.loading import load_whole
+from expert_parallel.machine_fit import random_tokens, seconds_of_prompt, seconds_per_token
+from expert_parallel.measuring import resident_bytes, time_parts
+from expert_parallel.moe import moe_layers, num_experts
+
+CONTEXT = 8
+STOCK, TENSOR = "stock mlx-lm", "mlx-lm tensor parallelism"
+ONE_PROCESS = (STOCK, "2 simulated devices", "2 simulated, on streams")
+ON_RANKS = (TENSOR, "experts, rest replicated", "experts, rest sharded", "rest sharded, 25% copies")
+
+
+# --- one process of a backend, which waits for its turns -----------------------------------------
+
+
+def build(variant, args, group):
+    """The model of a variant; ValueError where it cannot be split."""
+    if variant == STOCK:
+        return load_whole(args.model)[0]
+    if variant == TENSOR:
+        model = load_whole(args.model)[0]
+        model.shard(group)
+        mx.eval(model.parameters())
+        mx.clear_cache()
+        return model
+    options = {"num_devices": 2, "streams": variant.endswith("streams")}
+    if group.size() > 1:
+        options = {"group": group, "attention": "replicated" if variant.endswith("replicated") else "sharded"}
+        if variant.endswith("copies"):
+            layers = moe_layers(build_lazily(Path(args.model)).model)
+            shape = (len(layers), num_experts(layers[0].experts))
+            options["placement"] = place_experts(np.ones(shape), group.size(), "replicated", redundant=shape[1] // 4)
+    return load_sharded(args.model, **options)[0]
+
+
+def take_turn(turn, model, tokens, prompt, group):
+    """Seconds of one turn on this rank."""
+    mx.eval(mx.distributed.all_sum(mx.ones(1), group=group))
+    if turn["work"] == "decode":
+        return float(seconds_per_token(model, tokens, CONTEXT, rounds=1).mean())
+    if turn["work"] == "prompt":
+        return seconds_of_prompt(model, prompt, rounds=1)
+    with time_parts(len(tokens), group) as seconds:
+        seconds_per_token(model, tokens, CONTEXT, rounds=1)
+    return {name: value / len(tokens) for name, value in vars(seconds).items() if name != "tokens"}
+
+
+def worker(args):
+    """Build the variants of one backend, then take turns as files in the folder say."""
+    group = mx.distributed.init()
+    models = {}
+    for variant in args.variants:
+        try:
+            models[variant] = build(variant, args, group)
+        except ValueError as error:
+            models[variant] = str(error)
+    known = next(model for model in models.values() if not isinstance(model, str))
+    tokens, prompt = random_tokens(known, args.tokens), random_tokens(known, args.prompt_tokens, seed=1)
+    refused = {variant: model for variant, model in models.items() if isinstance(model, str)}
+    answer(args, group, 0, {"refused": refused, "resident": resident_bytes()["now"], "ranks": group.size()})
+    number = 1
+    while (turn := read_turn(args.folder, number, args.parent)) is not None:
+        if turn["backend"] == args.worker:
+            answer(args, group, number, take_turn(turn, models[turn["variant"]], tokens, prompt, group))
+        number += 1
+
+
+def read_turn(folder, number, parent):
+    """The turn of this number once it is there; None at the end, or when the one who asks is gone."""
+    path = folder / f"turn-{number}.json"
+    while not path.exists():
+        time.sleep(0.005)
+        if not Path(f"/proc/{parent}").exists() and Path("/proc").exists():
+            return None
+    return json.loads(path.read_text())
+
+
+def answer(args, group, number, value):
+    if group.rank() == 0:
+        write(args.folder / f"answer-{args.worker}-{number}.json", value)
+
+
+def write(path, value):
+    beside = path.with_suffix(".part")
+    beside.write_text(json.dumps(value))
+    beside.rename(path)
+
+
+# --- the one who asks --------------------------------------------------------------------------
+
+
+class Workers:
+    """Processes of every backend, started together; `ask` gives one of them its turn."""
+
+    def __init__(self, args, variants):
+        self.timeout, self.turns, self.processes = args.timeout, 0, []
+        self.stack = contextlib.ExitStack()
+        self.folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
+        self.stack.callback(self.stop)
+        same = ["--model", str(args.model), "--tokens", str(args.tokens), "--prompt-tokens", str(args.prompt_tokens)]
+        self.started = {}
+        for backend, names in variants.items():
+            command = [sys.executable, __file__, *same, "--folder", str(self.folder), "--parent", str(os.getpid())]
+            command += ["--worker", backend, "--variants", *names]
+            environment = {**os.environ}
+            one = [(command, environment)]
+            lines = one if backend == "one process" else rank_commands(backend, args.ranks, command, self.folder)
+            for line, environment in lines:
+                log = (self.folder / f"{backend}-{len(self.processes)}.log").open("w")
+                options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
+                self.processes.append((subprocess.Popen(line, env=environment, **options), Path(log.name)))
+            # One backend after the other: reading a checkpoint is no time to share the disk.
+            self.started[backend] = self.wait(backend, 0)
+            expected = 1 if backend == "one process" else args.ranks
+            if self.started[backend]["ranks"] != expected:
+                raise ValueError(f"{expected} ranks over {backend} did not find each other: MLX does not load it")
+
+    def ask(self, backend, variant, work):
+        self.turns += 1
+        write(self.folder / f"turn-{self.turns}.json", {"backend": backend, "variant": variant, "work": work})
+        return self.wait(backend, self.turns)
+
+    def wait(self, backend, number):
+        path, end = self.folder / f"answer-{backend}-{number}.json", time.monotonic() + self.timeout
+        while not path.exists():
+            time.sleep(0.01)
+            for process, log in self.processes:
+                if process.poll() is not None:
+                    words = log.read_text().strip().splitlines() or ["no message"]
+                    raise ValueError(f"a process of {log.stem} ended: {words[-1]}")
+            if time.monotonic() > end:
+                raise ValueError(f"{backend} did not answer within {self.timeout:g} s (--timeout)")
+        return json.loads(path.read_text())
+
+    def stop(self):
+        for process, _ in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.stack.close()
+
+
+def spread(values):
+    """Median and middle half of [rounds]."""
+    low, median, high = np.percentile(values, [25, 50, 75])
+    return {"median": float(median), "low": float(low), "high": float(high)}
+
+
+def run(args):
+    variants = {"one process": ONE_PROCESS, **dict.fromkeys(args.backends, ON_RANKS)}
+    console = report.console()
+    with Workers(args, variants) as workers:
+        refused = {(b, v): why for b, started in workers.started.items() for v, why in started["refused"].items()}
+        cases = [(b, v) for b, names in variants.items() for v in names if (b, v) not in refused]
+        seconds = {(*case, work): [] for case in cases for work in ("decode", "prompt")}
+        plan = [(n, case, work) for n in range(args.rounds + 1) for work in ("decode", "prompt") for case in cases]
+        for n, case, work in track(plan, "measuring", console=report.console(), transient=True):
+            if n == 0 and work == "prompt":
+                continue  # the round of decoding warms up
+            taken = workers.ask(*case, work)
+            if n:
+                seconds[(*case, work)].append(taken)
+        profiles = {case: workers.ask(*case, "profile") for case in cases}
+
+    # Ratios are speeds: of two times in the same round.
+    rows, figures = [], []
+    for (backend, variant, work), times in seconds.items():
+        times = np.array(times)
+        stock = spread(np.array(seconds["one process", STOCK, work]) / times)
+        tensor = seconds.get((backend, TENSOR, work))
+        tensor = spread(np.array(tensor) / times) if tensor and variant != TENSOR else None
+        figures.append(
+            {"backend": backend, "variant": variant, "work": work, "seconds": times.tolist(), "speed_to_stock": stock,
+             "speed_to_tensor_parallelism": tensor}
+        )  # fmt: skip
+        rows.append((work, backend, variant, times, stock, tensor))
+    name = Path(args.model).name
+    for work, unit in (("decode", "ms/token"), ("prompt", "ms")):
+        cells = [
+            (backend, variant, f"{1e3 * np.median(times):.1f}", words(stock), words(tensor) if tensor else "")
+            for at, backend, variant, times, stock, tensor in rows
+            if at == work
+        ]
+        what = f"{args.tokens} tokens" if work == "decode" else f"a prompt of {args.prompt_tokens}"
+        title = f"{work} (measured, {name}, {what}, {args.rounds} rounds; speed as a ratio)"
+        console.print(report.table(title, "over", "variant", unit, "to stock", "to tensor", rows=cells))
+    parts = [
+        (backend, variant, *(f"{1e3 * profile[part]:.1f}" for part in ("total", "experts", "collectives", "waiting")))
+        for (backend, variant), profile in profiles.items()
+        if not variant.startswith((STOCK, TENSOR))
+    ]
+    title = "Where a token's time goes (measured on rank 0 with stops, ms)"
+    console.print(report.table(title, "over", "variant", "total", "experts", "collectives", "waiting", rows=parts))
+    for (backend, variant), why in refused.items():
+        console.print(f"{variant} over {backend} is not possible here: {why}")
+    if args.json:
+        profile = [{"backend": b, "variant": v, **parts} for (b, v), parts in profiles.items()]
+        about = {"environment": report.environment(), "model": name, "ranks": args.ranks, "tokens": args.tokens}
+        about |= {"prompt_tokens": args.prompt_tokens, "source": "measured"}
+        report.write_json(args.json, {**about, "speeds": figures, "seconds_per_token_with_stops": profile})
+
+
+def words(ratio):
+    return f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=SHIPPED, help="checkpoint folder (default: the shipped model)")
+    parser.add_argument("--backends", nargs="+", default=["mpi", "ring"], choices=("mpi", "ring"))
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=16, help="decoded per turn (default: 16)")
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--timeout", type=float, default=600, help="seconds for one turn, or for loading")
+    parser.add_argument("--json", type=Path)
+    for hidden in ("--worker", "--folder", "--parent"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS, type=Path if hidden == "--folder" else str)
+    parser.add_argument("--variants", nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    with report.exit_on_user_error():
+        worker(args) if args.worker else run(args)
+
+
+if __name__ == "__main__":
+    main()
