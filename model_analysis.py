@@ -34,7 +34,7 @@ def setup_arg_parser():
     add("--bits", type=int, choices=(2, 3, 4, 5, 6, 8, 16), help="quantise to so many bits; 16: not at all")
     add("--group-size", type=int, help="of the quantisation (default: 64)")
     add("--mode", default="affine", choices=("affine", "mxfp4", "nvfp4", "mxfp8"), help="of the quantisation")
-    add("--context", type=int, default=32768, help="tokens in the cache (default: 32768)")
+    add("--context", type=int, default=2048, help="tokens in the cache (default: 2048)")
     add("--devices", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="numbers of devices to consider")
     add("--device-memory", type=float, metavar="GB", help="how many devices of this size hold the model?")
     add("--redundant-experts", type=int, default=0, metavar="R", help="extra copies per layer")

@@ -133,6 +133,7 @@ def projection_tables(figures: dict, cases: dict | None) -> list:
     columns = ("devices", "tokens/s", "", "if even", "hybrid", "prompt/s", "most time goes to")
     title = f"Projection (modelled): {figures['hardware']}, {figures['link']}, {figures['routing']} routing"
     items = {
+        "context": f"{figures['context']:,} tokens before the one that is decoded (--context)",
         "best number": f"{figures['best_devices']}; more devices do not speed decoding up",
         "device": figures["hardware_source"],
         "link": figures["link_source"],

@@ -145,6 +145,7 @@ class Architecture:
             rest_parameters=read.parameters - int(parameters.sum()) * chosen,
             head_parameters=self.outside.get("head", self.outside.get("embeddings", Part())).parameters,
             cache_per_token=self.cache_per_token,
+            windows=tuple((entry.per_token, entry.limit) for entry in self.cache if entry.limit),
             attention=tuple((l.width, l.cache[0].limit if l.cache else None) for l in self.layers if l.width),
         )
 
@@ -263,7 +264,8 @@ def _cache_entries(cache) -> tuple[CacheEntry, ...]:
     if isinstance(cache, ArraysCache) or getattr(cache, "keys", None) is None:
         return (CacheEntry(fixed=cache.nbytes),)
     per_token = cache.nbytes // cache.keys.shape[2]
-    return (CacheEntry(per_token, getattr(cache, "max_size", None)),)
+    limit = getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None)
+    return (CacheEntry(per_token, limit),)
 
 
 def _parts(model, parameters: dict[str, int], num_bytes: dict[str, int]) -> dict[int | None, dict[str, Part]]:

@@ -24,7 +24,8 @@ class Demand:
     expert_bytes, expert_parameters  [L], of one expert in each MoE layer
     rest_bytes, rest_parameters      all else that a token reads and multiplies with; no embedding table
     head_parameters                  of these, the output head: a prompt needs it for its last token only
-    cache_per_token                  bytes of keys and values that each token of context adds
+    cache_per_token                  bytes of keys and values that each token of a short context adds
+    windows                          (bytes, limit) of the layers among these that keep so many tokens at most
     attention                        (width, limit) of each layer that attends: query heads times head
                                      size, and the most tokens it looks back on (None: all)
     """
@@ -39,11 +40,17 @@ class Demand:
     rest_parameters: int
     head_parameters: int = 0
     cache_per_token: int = 0
+    windows: tuple[tuple[int, int], ...] = ()
     attention: tuple[tuple[int, int | None], ...] = ()
 
     @property
     def num_moe_layers(self) -> int:
         return len(self.expert_bytes)
+
+    def cache_bytes(self, context: int) -> int:
+        """Keys and values that a token looks back on after so many others."""
+        beyond = sum(per_token * max(0, context - limit) for per_token, limit in self.windows)
+        return self.cache_per_token * context - beyond
 
     def attention_operations(self, first: int, last: int) -> float:
         """Operations of scores and weighted sums for the tokens at positions first..last-1 of a sequence."""
@@ -252,7 +259,7 @@ def _step(demand, cluster, load, chunks, batch, combine, rest_share, value_bytes
     for first, last in chunks:
         tokens = (last - first) * batch
         there = load or even_load(demand, devices, tokens)
-        cached = demand.cache_per_token * first * batch * rest_share
+        cached = demand.cache_bytes(first) * batch * rest_share
         read = demand.rest_bytes * rest_share / machine.bytes_per_second
         read += cached / (machine.cache_bytes_per_second or machine.bytes_per_second)
         products = (
@@ -321,4 +328,4 @@ def fit_arithmetic(machine: Machine, demand: Demand, tokens: int, speed: float, 
 def one_token_bytes(demand: Demand, context: int = 0) -> float:
     """Bytes that one device alone reads for one token."""
     experts = float(demand.expert_bytes.sum()) * demand.chosen
-    return demand.rest_bytes + experts + demand.cache_per_token * context
+    return demand.rest_bytes + experts + demand.cache_bytes(context)

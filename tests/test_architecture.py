@@ -103,8 +103,18 @@ def test_layers_of_two_kinds():
     assert windows[0].attention.startswith("window of 128")
     assert windows[1].attention.startswith("full")
     assert windows[0].cache[0].limit == 128
+    scout = describe(load_configuration("llama-4-scout"), bits=4).layers
+    assert scout[0].attention.startswith("chunks of 8192")
+    assert [layer.cache[0].limit for layer in scout[:4]] == [8192, 8192, 8192, None]
     linear = describe(load_configuration("qwen3-next-80b"), bits=4)
     assert [layer.width for layer in linear.layers[:4]] == [0, 0, 0, 16 * 256]
+
+
+def test_a_long_context_adds_to_layers_without_a_window_only():
+    """gpt-oss-20b: 24 layers, keys and values, 8 heads of 64, bfloat16; every second layer keeps 128 tokens."""
+    found, layer = describe(load_configuration("gpt-oss-20b")), 2 * 8 * 64 * 2
+    assert found.demand.cache_bytes(100) == 24 * layer * 100
+    assert found.demand.cache_bytes(131_072) == 12 * layer * (131_072 + 128) == found.cache_bytes_at(131_072)
 
 
 @pytest.mark.parametrize(("bits", "per_weight"), [(3, 3.5), (4, 4.5), (6, 6.5), (8, 8.5)])

@@ -59,6 +59,15 @@ def test_a_token_by_hand():
     assert one_token_bytes(DEMAND, 200) == 36_200_000
 
 
+def test_layers_with_a_window_are_read_up_to_it():
+    """Of 1 kB a token 400 bytes are of layers that keep 100 tokens."""
+    windowed = replace(DEMAND, windows=((400, 100),))
+    assert windowed.cache_bytes(100) == 100_000
+    assert windowed.cache_bytes(1000) == 600 * 1000 + 400 * 100
+    longer = (decode_step(windowed, cluster(1), context=n).seconds for n in (2000, 1000))
+    assert next(longer) - next(longer) == pytest.approx(600 * 1000 / 1e9)
+
+
 def test_four_devices_by_hand():
     """The fullest has 3, 1, 2, 2 of each layer's 4 experts; all-sums of 100 values of 2 bytes over a ring."""
     load = Fullest(np.array([3, 1, 2, 2.0]), np.array([3, 1, 2, 2.0]))
