@@ -8,7 +8,6 @@ Dimensions: L MoE layers, E experts, D devices.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from .affinity import coactivation as count_pairs
 from .affinity import gather_by_affinity
 from .placement_files import FORMAT, held_from_document, ranges
 from .placement_search import device_times, divides_into_nodes, spread, spread_in_nodes
+from .whole_files import written_whole
 
 
 def check_loads(loads) -> np.ndarray:
@@ -118,13 +118,8 @@ class Placement:
             **({"metadata": self.metadata} if self.metadata else {}),
             **({"every_layer": layers[0]} if same else {"layers": layers}),
         }
-        path = Path(path)
-        beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            beside.write_text(json.dumps(document, indent=1) + "\n")
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        with written_whole(path) as file:
+            file.write(json.dumps(document, indent=1) + "\n")
 
     @staticmethod
     def load(path, num_layers: int | None = None, num_experts: int | None = None) -> Placement:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import platform
@@ -20,6 +21,7 @@ from rich.text import Text
 from . import balance
 from .placement import Placement
 from .routing import RoutingTrace
+from .whole_files import written_whole
 
 SHADES = " ░▒▓█"
 
@@ -337,22 +339,24 @@ def all_tables(figures: dict, layer_numbers: list[int]) -> list:
 
 def check_writable(path) -> None:
     """Say now, not after a long run, that a file could not be written."""
-    folder = Path(path).absolute().parent
+    path = Path(path)
+    folder = path.absolute().parent
+    if path.name == "-":
+        raise ValueError("cannot write -: give a file's name; for standard output --quiet and /dev/stdout")
     if not folder.is_dir():
         raise ValueError(f"cannot write {path}: folder {folder} does not exist")
-    if not os.access(folder, os.W_OK) or Path(path).is_dir():
-        raise ValueError(f"cannot write {path}: {'it is a folder' if Path(path).is_dir() else 'no permission'}")
+    if path.is_dir():
+        raise ValueError(f"cannot write {path}: it is a folder")
+    special = path.exists() and not path.is_file()  # a pipe or a device
+    if not os.access(path if special else folder, os.W_OK):
+        raise ValueError(f"cannot write {path}: no permission")
 
 
 def write_json(path, figures: dict) -> None:
-    """Write beside and rename: a reader never sees half a file."""
-    path = Path(path)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        beside.write_text(json.dumps(figures, indent=1, default=_plain) + "\n")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    """Figures as a file for programs, see `written_whole`."""
+    text = json.dumps(figures, indent=1, default=_plain) + "\n"
+    with written_whole(path) as file:
+        file.write(text)
 
 
 def _plain(value):
@@ -364,9 +368,16 @@ def _plain(value):
 
 
 def console(quiet: bool = False) -> Console:
-    """Where reports go: standard output, 80 columns where it is not a terminal."""
+    """Where reports go: standard output, 80 columns where it is not a terminal; nowhere where it was closed."""
+    if sys.stdout is None:  # started with >&-
+        return Console(quiet=True, file=io.StringIO())
     width = None if sys.stdout.isatty() else 80
-    return Console(quiet=quiet, width=width, highlight=False, soft_wrap=False)
+    return _Console(quiet=quiet, width=width, highlight=False, soft_wrap=False)
+
+
+class _Console(Console):
+    def on_broken_pipe(self):
+        raise BrokenPipeError  # rich itself would exit with status 1, which can mean a damaged checkpoint
 
 
 @contextlib.contextmanager
@@ -383,9 +394,11 @@ def progress_bar(what: str, show: bool = True):
 def exit_on_user_error(prefix: str = ""):
     """Turn the errors of wrong input into one line on standard error and exit status 2."""
     try:
-        yield
+        try:
+            yield
+        finally:
+            _flush_output()
     except BrokenPipeError:  # `| head` closed the other end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except KeyboardInterrupt:
         print(f"{prefix}stopped", file=sys.stderr)
@@ -394,3 +407,13 @@ def exit_on_user_error(prefix: str = ""):
         line = " ".join(str(error).split())
         print(f"{prefix}error: {line}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _flush_output() -> None:
+    """Print what still waits; where that fails drop it, or Python would try again at its end and complain."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise

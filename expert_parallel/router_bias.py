@@ -6,12 +6,12 @@ Dimensions: L MoE layers, E experts, D devices. The bias picks experts, it never
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
 from .placement import Placement, check_loads
+from .whole_files import written_whole
 
 FORMAT = "router-bias/1"
 
@@ -34,14 +34,9 @@ def fit_bias(loads, strength: float = 1.0, placement: Placement | None = None, l
 
 def save_bias(path, bias, model: str = "", metadata: dict | None = None) -> None:
     """Write a bias [L, E] as JSON, beside and renamed."""
-    path = Path(path)
     document = {"format": FORMAT, "model": model, "metadata": metadata or {}, "bias": np.round(bias, 5).tolist()}
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        beside.write_text(json.dumps(document) + "\n")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with written_whole(path) as file:
+        file.write(json.dumps(document) + "\n")
 
 
 def load_bias(path) -> np.ndarray:

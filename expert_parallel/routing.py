@@ -6,16 +6,15 @@ Dimensions: T tokens, L MoE layers, E experts, k chosen per token.
 from __future__ import annotations
 
 import json
-import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from .moe import MoELayer, moe_layers, num_experts
+from .whole_files import written_whole
 
 FORMAT = "routing-trace/1"
 
@@ -80,15 +79,9 @@ class RoutingTrace:
 
     def save(self, path) -> None:
         """One .npz file: the arrays, and the rest as JSON in it."""
-        path = Path(path)
         about = {"format": FORMAT, "num_experts": self.num_experts, "model": self.model, "metadata": self.metadata}
-        beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            with beside.open("wb") as file:
-                np.savez_compressed(file, experts=self.experts, prefill=self.prefill, about=json.dumps(about))
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        with written_whole(path, "wb") as file:
+            np.savez_compressed(file, experts=self.experts, prefill=self.prefill, about=json.dumps(about))
 
     @staticmethod
     def load(path) -> RoutingTrace:
