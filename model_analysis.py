@@ -51,8 +51,8 @@ def setup_arg_parser():
 
 
 def check_arguments(args):
-    for name, low in (("context", 1), ("redundant_experts", 0), ("prompt_tokens", 1)):
-        if getattr(args, name) < low:
+    for name, low in (("context", 1), ("redundant_experts", 0), ("prompt_tokens", 1), ("group_size", 1)):
+        if getattr(args, name) is not None and getattr(args, name) < low:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
     if args.device_memory is not None and not args.device_memory > 0:
         raise ValueError(f"--device-memory must be above 0, got {args.device_memory:g}")
@@ -94,6 +94,8 @@ def run(args):
     bits = args.bits
     if bits is None and configuration.bundled and quantization_of(configuration.config) is None:
         bits = 4
+    if bits is None and (args.group_size or args.mode != "affine"):
+        raise ValueError("--group-size and --mode say how --bits are stored: give --bits too")
     quantisation = {"bits": bits, "group_size": args.group_size, "mode": args.mode}
     described = describe(configuration, **quantisation)
     args.devices = sorted(set(args.devices))

@@ -10,7 +10,6 @@ What mlx-lm's expert arrays [E, ...] are made of says how single rows of them ca
 from __future__ import annotations
 
 import io
-import json
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from mlx_lm.utils import _download, _get_classes, hf_repo_to_path, load_model, load_tokenizer
 
+from . import config_check
 from .moe import moe_layers, switch_linears
 from .tensor_files import StoredTensor, checkpoint_tensors
 
@@ -85,15 +85,7 @@ def read_config(folder: Path) -> dict:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"model {folder}: it has no config.json")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {_line(error)}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} cannot be read: it holds no object")
-    if not config.get("model_type"):
-        raise ValueError(f"{path} names no model_type")
-    return config
+    return config_check.read_config(path)
 
 
 # --- the model, with nothing read ----------------------------------------------------------------

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import inspect
 import io
 import json
 import math
@@ -18,16 +17,15 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _compressed_tensors_quantization, _get_classes, infer_quant_config, quantize_model
 
+from .config_check import check_config, check_quantization, culprit, read_config
 from .default_model import SHIPPED
 from .moe import moe_layers
 
 BUNDLED = Path(__file__).resolve().parent / "configs"
 UNQUANTISED = 16  # bits that stand for the checkpoint's own floating point
-
-# What transformers 5 writes -> what mlx-lm reads.
-RENAMED = {"num_experts": "num_local_experts", "rope_theta": "rope_parameters", "num_local_experts": "num_experts"}
 
 
 @dataclass(frozen=True)
@@ -64,29 +62,19 @@ def load_configuration(name: str) -> Configuration:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"model {name}: it has no config.json")
-        return Configuration(path.resolve().name, _read_file(path / "config.json"), folder=path)
+        return Configuration(path.resolve().name, read_config(path / "config.json"), folder=path)
     if path.is_file():
-        return Configuration(path.resolve().parent.name or path.stem, _read_file(path))
+        return Configuration(path.resolve().parent.name or path.stem, read_config(path))
     if name.lower() in bundled_names():
         document = json.loads((BUNDLED / f"{name.lower()}.json").read_text())
         published = {"repository": document["repository"], **document["published"]}
         return Configuration(name.lower(), document["config"], published)
     if name.count("/") == 1 and not name.startswith((".", "~", "/")):
-        return Configuration(name, _read_file(_fetch_config(name)))
+        return Configuration(name, read_config(_fetch_config(name)))
     raise ValueError(
         f"model {name}: no such folder or file, not a hub id such as Qwen/Qwen3-30B-A3B, and not one of the"
         f" bundled configurations: {', '.join(bundled_names())}"
     )
-
-
-def _read_file(path: Path) -> dict:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise ValueError(f"{path} names no model_type")
-    return config
 
 
 def _fetch_config(repo: str) -> Path:
@@ -112,14 +100,18 @@ def quantization_of(config: dict) -> dict | None:
     """
     if config.get("quantization"):
         return config["quantization"]
-    other = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config") or {}
+    other = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config") or {}
     method = other.get("quant_method")
     if method == "mxfp4":
         return {"group_size": 32, "bits": 4, "mode": "mxfp4", "except": other.get("modules_to_not_convert", [])}
     if method == "mxfp8":
         return {"group_size": 32, "bits": 8, "mode": "mxfp8"}
     if method == "compressed-tensors":
-        return {**_compressed_tensors_quantization(other), "except": other.get("ignore", [])}
+        try:
+            return {**_compressed_tensors_quantization(other), "except": other.get("ignore", [])}
+        except Exception as error:  # its fields are looked up without being checked
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            raise ValueError(f"quantization_config of compressed-tensors cannot be read: {reason}") from None
     if method in ("awq", "gptq"):
         return {"group_size": other.get("group_size", 128), "bits": other.get("bits", 4), "mode": "affine"}
     return None
@@ -133,18 +125,26 @@ def build_model(config: dict) -> nn.Module:
     kind = config["model_type"]
     try:
         model_class, arguments_class = _get_classes(config)
-    except ValueError:
+    except Exception:  # a module of mlx-lm that is no architecture raises AttributeError
         raise ValueError(f'mlx-lm does not know model_type "{kind}"; a newer mlx-lm may') from None
-    _check_fields(config, arguments_class)
-    try:
+    check_config(config, arguments_class)
+
+    def built(config):
         model = model_class(arguments_class.from_dict(config))
-        layers = moe_layers(model)
+        model(mx.zeros((1, 1), dtype=mx.int32), cache=make_prompt_cache(model))  # a token, never computed
+        return model
+
+    try:
+        model = built(config)
     except Exception as error:  # mlx-lm's classes raise whatever their first use of a field raises
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise ValueError(f'mlx-lm cannot build this "{kind}" configuration: {reason}') from None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        # Without its MoE layers much could be built, but that is no remedy.
+        field = culprit(config, arguments_class, lambda changed: 1 / len(moe_layers(built(changed))))
+        raise ValueError(f'mlx-lm cannot build this "{kind}" configuration{field}: {reason}') from None
+    layers = moe_layers(model)
     if not layers:
         raise ValueError(f'this "{kind}" configuration is of a dense model: it has no Mixture-of-Experts layers')
-    dtype = config.get("torch_dtype") or config.get("dtype") or config.get("text_config", {}).get("dtype")
+    dtype = config.get("torch_dtype") or config.get("dtype") or (config.get("text_config") or {}).get("dtype")
     dtype = {"float32": mx.float32, "float16": mx.float16}.get(dtype, mx.bfloat16)
     castable = getattr(model, "cast_predicate", lambda _: True)
 
@@ -163,12 +163,14 @@ def quantise(model: nn.Module, config: dict, bits=None, group_size=None, mode="a
     """
     if bits == UNQUANTISED:
         return model
+    if bits is None and (quantization := quantization_of(config)) is not None:
+        check_quantization(quantization)
     try:
         if bits is not None:
             bare = {k: v for k, v in config.items() if not k.startswith("quantization")}
             with contextlib.redirect_stdout(io.StringIO()):  # it prints the bits per weight
                 quantize_model(model, bare, group_size, bits, mode=mode)
-        elif (quantization := quantization_of(config)) is not None:
+        elif quantization is not None:
             _quantise_as_configured(model, quantization, tensors)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"this quantisation is not possible: {' '.join(str(error).split())[:200]}") from None
@@ -204,7 +206,7 @@ def _quantise_as_configured(model, quantization, tensors):
 
 def shortened(config: dict, num_layers: int) -> dict:
     """The configuration with its first layers only; lists with an entry per layer are cut too."""
-    inner = config if "num_hidden_layers" in config else config.get("text_config", {})
+    inner = config if "num_hidden_layers" in config else (config.get("text_config") or {})
     whole = inner.get("num_hidden_layers")
     if whole is None:
         raise ValueError(f'the "{config["model_type"]}" configuration has no num_hidden_layers: it cannot be shortened')
@@ -232,59 +234,3 @@ def fill_randomly(model: nn.Module) -> nn.Module:
 def tensors_of(model: nn.Module) -> dict[str, mx.array]:
     """{name: array} of all parameters, as a checkpoint of the model names them."""
     return dict(tree_flatten(model.parameters()))
-
-
-# --- contradictions -------------------------------------------------------------------------------
-
-_COUNTS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-    "head_dim",
-    "intermediate_size",
-    "moe_intermediate_size",
-)
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
-
-
-def _check_fields(config: dict, arguments_class) -> None:
-    kind = config["model_type"]
-    parameters = inspect.signature(arguments_class).parameters.values()
-    missing = [p.name for p in parameters if p.default is p.empty and p.name not in config]
-    if missing:
-        old = RENAMED.get(missing[0])
-        hint = f" (it has {old}, as transformers 5 writes; mlx-lm reads {missing[0]})" if old in config else ""
-        raise ValueError(f'the "{kind}" configuration lacks {", ".join(missing)}{hint}')
-    for fields in (config, config.get("text_config") or {}):
-        _check_numbers(fields, kind)
-
-
-def _check_numbers(fields: dict, kind: str) -> None:
-    for name in (*_COUNTS, *_CHOSEN):
-        value = fields.get(name)
-        if value is not None and name in fields and (isinstance(value, bool) or not isinstance(value, int | list)):
-            raise ValueError(f'the "{kind}" configuration has {name} = {value!r}, which is not a whole number')
-        if isinstance(value, int) and value < 1 and name not in ("intermediate_size", "moe_intermediate_size"):
-            raise ValueError(f'the "{kind}" configuration has {name} = {value}: at least 1 is needed')
-    experts = next((n for n in _EXPERTS if isinstance(fields.get(n), int) and fields[n] > 0), None)
-    chosen = next((n for n in _CHOSEN if isinstance(fields.get(n), int)), None)
-    if experts and chosen and fields[chosen] > fields[experts]:
-        raise ValueError(
-            f'the "{kind}" configuration contradicts itself: {chosen} = {fields[chosen]}, but'
-            f" {experts} = {fields[experts]}"
-        )
-    heads, groups = fields.get("num_attention_heads"), fields.get("num_key_value_heads")
-    if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
-        raise ValueError(
-            f'the "{kind}" configuration contradicts itself: num_attention_heads = {heads} is not a multiple of'
-            f" num_key_value_heads = {groups}"
-        )
-    kinds, count = fields.get("layer_types"), fields.get("num_hidden_layers")
-    if isinstance(kinds, list) and isinstance(count, int) and len(kinds) != count:
-        raise ValueError(
-            f'the "{kind}" configuration contradicts itself: layer_types has {len(kinds)} entries, but'
-            f" num_hidden_layers = {count}"
-        )

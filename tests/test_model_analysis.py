@@ -140,6 +140,8 @@ def test_what_is_refused(tmp_path):
     refused(run_script(SCRIPT, "--json", tmp_path / "no" / "o.json"), "does not exist")
     refused(run_script(SCRIPT, "--context", -1), "--context")
     refused(run_script(SCRIPT, "--device-memory", 0), "--device-memory")
+    refused(run_script(SCRIPT, "--group-size", 0), "--group-size")
+    refused(run_script(SCRIPT, "--model", SHIPPED, "--group-size", 32), "give --bits")
     (tmp_path / "t.npz").write_text("no")
     refused(run_script(SCRIPT, "--trace", tmp_path / "t.npz"), "t.npz")
     RoutingTrace(np.zeros((4, 4, 8), dtype=int) + np.arange(8), 128).save(tmp_path / "t.npz")
