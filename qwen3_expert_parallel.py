@@ -40,7 +40,7 @@ from expert_parallel.run_figures import (
     rank_figures,
     rebalancing_figures,
 )
-from expert_parallel.watchdog import NoWatchdog, Watchdog
+from expert_parallel.watchdog import NoWatchdog, Watchdog, failing_together
 
 TIMED_TOKENS = 4  # extra ones, for where the time goes
 CHAT_PROMPT = "Write a Python function that returns the n-th Fibonacci number."
@@ -401,20 +401,13 @@ def main():
     args = setup_arg_parser().parse_args()
     rank = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("MLX_RANK")
     name = f"rank {rank}: " if rank else ""
-    watchdog = Watchdog(f"{name}error: ") if rank else NoWatchdog()
     with report.exit_on_user_error(name):
-        try:
+        if rank is None:
+            run(args, NoWatchdog())
+            return
+        watchdog = Watchdog(f"{name}error: ")
+        with failing_together(name, watchdog):
             run(args, watchdog)
-        except RuntimeError as error:
-            if rank is None:
-                raise
-            # A peer is gone: what the backend still holds cannot be shut down in order.
-            sys.stdout.flush()
-            print(f"\n{name}error: lost another rank: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-            watchdog.close()
-            os._exit(3)
-        finally:
-            watchdog.close()
 
 
 if __name__ == "__main__":

@@ -390,6 +390,17 @@ def progress_bar(what: str, show: bool = True):
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def exit_of(error: BaseException) -> tuple[int, str] | None:
+    """(exit status, one line) that a program ends with; None for an error that is our own mistake."""
+    if isinstance(error, BrokenPipeError):  # `| head` closed the other end
+        return 141, ""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "stopped"
+    if isinstance(error, (ValueError, OSError)):
+        return 2, "error: " + " ".join(str(error).split())
+    return None
+
+
 @contextlib.contextmanager
 def exit_on_user_error(prefix: str = ""):
     """Turn the errors of wrong input into one line on standard error and exit status 2."""
@@ -398,15 +409,14 @@ def exit_on_user_error(prefix: str = ""):
             yield
         finally:
             _flush_output()
-    except BrokenPipeError:  # `| head` closed the other end
-        raise SystemExit(141) from None
-    except KeyboardInterrupt:
-        print(f"{prefix}stopped", file=sys.stderr)
-        raise SystemExit(130) from None
-    except (ValueError, OSError) as error:
-        line = " ".join(str(error).split())
-        print(f"{prefix}error: {line}", file=sys.stderr)
-        raise SystemExit(2) from None
+    except (Exception, KeyboardInterrupt) as error:
+        known = exit_of(error)
+        if known is None:
+            raise
+        status, line = known
+        if line:
+            print(f"{prefix}{line}", file=sys.stderr)
+        raise SystemExit(status) from None
 
 
 def _flush_output() -> None:

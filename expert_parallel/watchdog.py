@@ -10,13 +10,21 @@ thread runs. So a small process beside each rank keeps watch, and ends the rank 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import re
 import secrets
+import signal
 import socket
 import subprocess
 import sys
+import traceback
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from .ranks import RanksDisagree
+from .report import exit_of
 
 _WATCH = r"""
 import os, select, signal, socket, sys
@@ -30,7 +38,14 @@ print(server.getsockname()[1], flush=True)
 def end(why):
     sys.stderr.write("\n" + name + why + "\n")
     sys.stderr.flush()
-    os.kill(rank_pid, signal.SIGKILL)
+    for how, seconds in (signal.SIGQUIT, 2), (signal.SIGKILL, 0):
+        try:
+            os.kill(rank_pid, how)
+        except ProcessLookupError:
+            break
+        while select.select([0], [], [], seconds)[0]:
+            if not os.read(0, 1 << 16):  # the rank is gone
+                os._exit(0)
     os._exit(0)
 
 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -84,12 +99,50 @@ while not done:
 """
 
 
+LOST_PEER = int(signal.SIGQUIT)  # exit status 3
+_LOST = re.compile(r"\bpeer\b|connection|\bjaccl\b|\bNCCL\b|\bMPI_", re.IGNORECASE)
+
+
+@contextmanager
+def failing_together(name: str, watchdog):
+    """Around the work of a rank: whatever ends it alone ends the other ranks too, within seconds.
+
+    name  that its lines on standard error begin with, e.g. "rank 1: "
+    Such a rank leaves at once and without a goodbye, from which the others' watchdogs learn it: in an orderly
+    end the backend would wait for them. Exit status 2 for wrong input, 3 where another rank was lost, as the
+    backend's own error or the watchdog says, 1 for all else.
+    """
+    try:
+        yield
+    except RanksDisagree:
+        watchdog.close()
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, RuntimeError) and _LOST.search(text):
+            status, line = LOST_PEER, f"error: lost another rank: {text}"
+        elif (known := exit_of(error)) is not None:
+            status, line = known
+        else:
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            status, line = 1, f"error: {type(error).__name__}: {text} ({Path(at.filename).name}:{at.lineno})"
+        with suppress(OSError):  # whoever read it may be gone
+            sys.stdout.flush()
+        if line:
+            print(f"\n{name}{line}", file=sys.stderr, flush=True)
+        os._exit(status)
+    watchdog.close()
+
+
 class Watchdog:
     """limit(seconds, message) starts the clock anew, limit(None) stops it; close() when all is well."""
 
     def __init__(self, name: str = "error: "):
         self._token = secrets.token_hex(8)
         command = [sys.executable, "-I", "-S", "-c", _WATCH, name, str(os.getpid()), self._token]
+        # The signal's number is 3: as its handler, libc's _exit ends the rank with that status wherever it waits.
+        libc = ctypes.CDLL(None)
+        libc.signal(signal.SIGQUIT, ctypes.cast(libc._exit, ctypes.c_void_p))
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._port = int(self._process.stdout.readline())
 
