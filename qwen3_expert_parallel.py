@@ -147,8 +147,13 @@ def check_numbers(args):
 
 
 def check_files(args):
-    for path in filter(None, (args.trace, args.save_placement, args.json)):
-        report.check_writable(path)
+    taken = {}
+    for option in ("trace", "save_placement", "json"):
+        path, option = getattr(args, option), f"--{option.replace('_', '-')}"
+        if path:
+            report.check_writable(path)
+            if taken.setdefault(path.resolve(), option) != option:
+                raise ValueError(f"{taken[path.resolve()]} and {option} both name {path}: give each a file of its own")
     if args.plots:
         if args.plots.exists() and not args.plots.is_dir():
             raise ValueError(f"cannot write {args.plots}: it is a file, --plots takes a folder")
@@ -357,10 +362,12 @@ def run(args, watchdog):
             "ranks": per_rank if ranks > 1 else None,
             "time": {"source": "measured with a stop after each part", **vars(seconds)},
         }  # fmt: skip
-        write_files(args, figures, trace, placement)
-        for part in report.all_tables(figures, layer_numbers):
-            console.print()
-            console.print(part)
+        try:
+            write_files(args, figures, trace, placement)
+        finally:  # a disk that is full takes no file; the report is still there to read
+            for part in report.all_tables(figures, layer_numbers):
+                console.print()
+                console.print(part)
 
 
 def start_rebalancing(args, model, placement, read, group):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .whole_files import written_whole
+
 
 def plot_loads(folder, loads, device_loads, title: str = "") -> list[Path]:
     """Write expert_loads.png and device_loads.png into a folder (made if need be); returns their paths.
@@ -31,7 +33,8 @@ def plot_loads(folder, loads, device_loads, title: str = "") -> list[Path]:
         image = axes.imshow(relative, aspect="auto", interpolation="nearest", cmap="viridis")
         axes.set(xlabel=across, ylabel="MoE layer", title=f"{caption}\n{title} (measured)")
         figure.colorbar(image, ax=axes)
-        figure.savefig(folder / name, dpi=110)
+        with written_whole(folder / name, "wb") as file:
+            figure.savefig(file, dpi=110, format="png")
         pyplot.close(figure)
         written.append(folder / name)
     return written

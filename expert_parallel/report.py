@@ -384,7 +384,7 @@ class _Console(Console):
 def progress_bar(what: str, show: bool = True):
     """A bar of bytes on standard error while the block runs, where that is a terminal; gives (done, total) -> None."""
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    show = show and sys.stderr.isatty()
+    show = show and sys.stderr is not None and sys.stderr.isatty()
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not show) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

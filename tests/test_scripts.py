@@ -1,12 +1,38 @@
 """The scripts as a user meets them: what they print, write, and refuse."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import types
 
 import pytest
+import qwen3_expert_parallel
 from conftest import ROOT, SHIPPED, random_model, run_script, save_model
 
 SCRIPT = "qwen3_expert_parallel.py"
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """The main script run inside this process, which saves its start; a traceback fails the test."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, arguments)])
+        monkeypatch.chdir(ROOT)
+        status = 0
+        try:
+            qwen3_expert_parallel.main()
+        except SystemExit as end:
+            status = end.code
+        out, err = capsys.readouterr()
+        return types.SimpleNamespace(returncode=status, stdout=out, stderr=err)
+
+    return run
+
+
+QUICK = ("--model", SHIPPED, "--max-tokens", 2, "--no-verify", "--quiet")
 
 
 def refused(result, *words):
@@ -190,3 +216,48 @@ def test_prompts_that_are_no_text_and_plots_into_a_file_are_refused(tmp_path):
     (tmp_path / "prompt").write_bytes(b"\xff\xfe\x00abc")
     refused(run_script(SCRIPT, "--model", SHIPPED, "--prompt", tmp_path / "prompt"), "UTF-8")
     refused(run_script(SCRIPT, "--model", SHIPPED, "--plots", tmp_path / "prompt"), "--plots takes a folder")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has /dev/full")  # noqa: PTH110
+@pytest.mark.parametrize("option", ["--json", "--trace", "--save-placement", "--plots"])
+def test_a_full_disk_leaves_no_part_of_a_file(here, tmp_path, monkeypatch, option):
+    """The disk fills up while the file is written; what stood there before stays."""
+    name = "expert_loads.png" if option == "--plots" else "out"
+    (tmp_path / name).write_text("from an earlier run")
+    real = open
+
+    def full(file, mode="r", *args, **kwargs):
+        handle = real(file, mode, *args, **kwargs)
+        if str(file).startswith(str(tmp_path)) and "r" not in mode:
+            handle.close()
+            handle = real("/dev/full", mode, *args, **kwargs)
+        return handle
+
+    monkeypatch.setattr("io.open", full)  # pathlib's
+    monkeypatch.setattr("builtins.open", full)  # matplotlib's
+    result = here(*QUICK[:-1], option, tmp_path if option == "--plots" else tmp_path / "out")
+    refused(result, f"cannot write {tmp_path / name}", "No space left")
+    assert "Speed" in result.stdout  # the report is not lost with the file
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "from an earlier run"
+
+
+def test_two_outputs_into_one_file_are_refused(here, tmp_path):
+    refused(here(*QUICK, "--json", tmp_path / "x", "--trace", tmp_path / "x"), "--trace and --json both name")
+
+
+@pytest.mark.parametrize("arguments", [(), ("--quiet",)], ids=["report", "answer"])
+def test_a_reader_that_closes_the_pipe_ends_it_in_silence(arguments):
+    """As `| head -1` does: exit status 141, as a shell reports SIGPIPE, and nothing on standard error."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        command = [sys.executable, SCRIPT, *map(str, QUICK[:-1]), *arguments]
+        result = subprocess.run(command, cwd=ROOT, stdout=pipe, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_standard_output_may_be_closed():
+    command = f"{sys.executable} {SCRIPT} --max-tokens 2 --no-verify >&-"
+    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stderr) == (0, "")
