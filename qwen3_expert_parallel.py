@@ -10,6 +10,7 @@ Every figure says whether it is measured, simulated or modelled.
 
 import argparse
 import os
+import re
 import sys
 from contextlib import nullcontext
 from math import inf
@@ -47,8 +48,15 @@ CHAT_PROMPT = "Write a Python function that returns the n-th Fibonacci number."
 CODE_PROMPT = 'def read_lines(path):\n    """Return the lines of a text file."""\n'
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are one line too."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (--help explains)\n")
+
+
 def setup_arg_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", help="folder or hub id (default: Qwen3-Coder-30B if it is in the hub cache, else the shipped model)")
     add("--prompt", help="a text, a file, or - for standard input")
@@ -56,7 +64,11 @@ def setup_arg_parser():
     add("--temp", type=float, default=0.0, help="sampling temperature, 0 takes the likeliest token (default: 0)")
     add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability")
     add("--seed", type=int, default=0, help="of sampling (default: 0)")
-    add("--devices", type=int, help="simulated devices (default: 8); with several ranks always their number")
+    add(
+        "--devices",
+        type=int,
+        help="simulated devices (default: 8, or as many as a placement file has); of several ranks each is one",
+    )
     add(
         "--placement",
         default="contiguous",
@@ -174,7 +186,11 @@ def read_prompt(args, tokenizer, context):
         text = args.standard_input
     elif os.path.isfile(text):  # noqa: PTH113, pathlib's raises for a text too long for a file name
         text = Path(text).read_text(encoding="utf-8", errors="surrogateescape")
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
+    elif os.path.isdir(text):  # noqa: PTH112
+        raise ValueError(f"--prompt {text} is a folder: give a file in it, a text, or - for standard input")
+    elif re.fullmatch(r"\S+\.(txt|md|py|json)", text):  # a model would answer the name of a file that is not there
+        raise ValueError(f"--prompt {text}: no such file (where this is a text, hand it over by standard input)")
+    if any("\ud800" <= letter <= "\udfff" or letter == "\0" for letter in text):
         raise ValueError("the prompt is not UTF-8 text: give a text file, or convert it (iconv -t UTF-8)")
     if not text.strip():
         raise ValueError("the prompt is empty")
@@ -188,7 +204,7 @@ def read_prompt(args, tokenizer, context):
 
 
 def make_placement(args, model, num_devices):
-    """The placement that was asked for; by strategy, or from a file."""
+    """The placement that was asked for: by strategy, or from a file; `num_devices` None takes the file's, or 8."""
     layers = moe_layers(model)
     if not layers:
         raise ValueError("this model has no Mixture-of-Experts layers: there is nothing to spread")
@@ -198,7 +214,7 @@ def make_placement(args, model, num_devices):
         if not Path(args.placement).is_file():
             raise ValueError(f"--placement {args.placement}: neither {', '.join(strategies)} nor a file")
         placement = Placement.load(args.placement, *shape)
-        if placement.num_devices != num_devices:
+        if num_devices not in (None, placement.num_devices):
             raise ValueError(f"{args.placement} places {placement.num_devices} devices, this run has {num_devices}")
         return placement
     loads, coactivation = [[1] * shape[1]] * shape[0], None
@@ -212,7 +228,7 @@ def make_placement(args, model, num_devices):
                 f"{args.placement_trace} is of {list(loads.shape)} [layers, experts], the model {list(shape)}"
             )
         coactivation = trace.experts if args.placement == "affinity" else None
-    return place_experts(loads, num_devices, args.placement, args.redundant_experts, coactivation=coactivation)
+    return place_experts(loads, num_devices or 8, args.placement, args.redundant_experts, coactivation=coactivation)
 
 
 def generate(model, tokenizer, ids, args, group, watchdog, out, after_token=lambda: None):
@@ -248,7 +264,8 @@ def generate(model, tokenizer, ids, args, group, watchdog, out, after_token=lamb
 def prepare(args, group):
     """Everything that can go wrong before ranks meet: files, model, prompt, placement."""
     check_files(args)
-    folder, line = (resolve_model(args.model), None) if args.model is not None else default_model()
+    folder, note = (resolve_model(args.model), None) if args.model is not None else default_model()
+    notes = [note] if note else []
     lazy = build_lazily(folder)  # shapes and bytes, no weights yet
     model, config, dtype = lazy.model, lazy.config, activation_dtype(args.dtype)
     if dtype is not None:
@@ -257,13 +274,16 @@ def prepare(args, group):
     context = config.get("max_position_embeddings")
     ids, prompt = read_prompt(args, tokenizer, context)
     if context and len(ids) + args.max_tokens > context:
-        args.max_tokens = context - len(ids)
-    devices = group.size() if group.size() > 1 else args.devices or 8
+        asked, args.max_tokens = args.max_tokens, context - len(ids)
+        notes.append(
+            f"--max-tokens {asked} is cut to {args.max_tokens}: the prompt has {len(ids)} tokens, the context {context}"
+        )
+    devices = group.size() if group.size() > 1 else args.devices
     if group.size() > 1 and args.devices not in (None, group.size()):
         raise ValueError(f"--devices {args.devices}, but there are {group.size()} ranks: each rank is a device")
     placement = make_placement(args, model, devices)
     read = expert_reader(folder, args.dtype) if args.rebalance_every else None
-    return folder, line, model, tokenizer, config, ids, prompt, placement, read
+    return folder, notes, model, tokenizer, config, ids, prompt, placement, read
 
 
 def run(args, watchdog):
@@ -284,13 +304,13 @@ def run(args, watchdog):
     versions = report.environment()
     facts = {"options or versions": {**vars(args), "json": 0, "mlx": versions["mlx"], "mlx_lm": versions["mlx_lm"]}}
     if prepared:
-        folder, line, model, tokenizer, config, ids, prompt, placement, read = prepared
+        folder, notes, model, tokenizer, config, ids, prompt, placement, read = prepared
         facts |= {"placement": placement.held.tobytes(), "prompt": ids, "config": config}
         facts["weights"] = checkpoint_mark(folder) if ranks > 1 else ""
     watchdog.limit(args.timeout, f"the other ranks did not finish loading within {args.timeout:g} s (--timeout)")
     agree(group, facts, error)
-    if line:
-        console.print(line)
+    for note in notes:
+        console.print(note)
 
     # 2. Every device reads its experts; nothing else of mlx-lm's model changes.
     whole = model_bytes(model)

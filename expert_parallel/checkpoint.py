@@ -106,7 +106,18 @@ class LazyModel:
 
 def build_lazily(folder: Path) -> LazyModel:
     """The model of a folder after all checks; no weight is read. ValueError or FileNotFoundError in one line."""
-    model_type = read_config(folder)["model_type"]
+    config = read_config(folder)
+    try:
+        arguments_class = _get_classes(config)[1]
+    except Exception:  # a module of mlx-lm that is no architecture raises AttributeError
+        kind = config["model_type"]
+        raise ValueError(f'model {folder}: mlx-lm does not know model_type "{kind}"; a newer mlx-lm may') from None
+    try:
+        config_check.check_config(config, arguments_class)
+        if config.get("quantization"):
+            config_check.check_quantization(config["quantization"])
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from None
     tensors = checkpoint_tensors(folder)
     arrays = {}
 
@@ -129,12 +140,6 @@ def build_lazily(folder: Path) -> LazyModel:
     try:
         model, config = load_model(folder, lazy=True, get_model_classes=classes)
     except Exception as error:  # whatever a strange config makes an architecture stumble over
-        lacks = re.findall(r"'(\w+)'", str(error)) if "required positional argument" in str(error) else []
-        if lacks:
-            raise ValueError(
-                f"{folder / 'config.json'} lacks {', '.join(lacks)}, which mlx-lm needs for {model_type}"
-                " (transformers 5 writes some names differently)"
-            ) from error
         raise ValueError(f"mlx-lm cannot build the model in {folder}: {_line(error)}") from error
     del model.sanitize  # the instance's; the class has its own
     return LazyModel(model, config, _sources(model, arrays, tensors))

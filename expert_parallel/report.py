@@ -395,7 +395,7 @@ def exit_of(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, BrokenPipeError):  # `| head` closed the other end
         return 141, ""
     if isinstance(error, KeyboardInterrupt):
-        return 130, "stopped"
+        return 130, "\nstopped"  # the answer may stand in mid-line
     if isinstance(error, (ValueError, OSError)):
         return 2, "error: " + " ".join(str(error).split())
     return None

@@ -87,6 +87,9 @@ class RoutingTrace:
     def load(path) -> RoutingTrace:
         """Read what `save` wrote. ValueError naming the file if it is not that."""
         try:
+            with open(path, "rb") as file:  # noqa: PTH123
+                if file.read(2) != b"PK":  # numpy would speak of pickles
+                    raise ValueError("it is no routing trace, which --trace and RoutingTrace.save write")
             with np.load(path, allow_pickle=False) as file:
                 about = json.loads(str(file["about"]))
                 if about.get("format") != FORMAT:

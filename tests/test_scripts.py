@@ -3,13 +3,15 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import types
 
 import pytest
-import qwen3_expert_parallel
 from conftest import ROOT, SHIPPED, random_model, run_script, save_model
+
+import qwen3_expert_parallel
 
 SCRIPT = "qwen3_expert_parallel.py"
 
@@ -85,9 +87,9 @@ def test_prompts_from_file_and_standard_input(tmp_path):
     assert answers[0] == answers[1] == answers[2]
 
 
-def test_sampling_with_a_seed_is_repeatable():
-    common = (SCRIPT, "--model", SHIPPED, "--max-tokens", 12, "--quiet", "--temp", 1, "--no-verify")
-    one, two, other = (run_script(*common, "--seed", seed).stdout for seed in (7, 7, 8))
+def test_sampling_with_a_seed_is_repeatable(here):
+    common = ("--model", SHIPPED, "--max-tokens", 12, "--quiet", "--temp", 1, "--no-verify")
+    one, two, other = (here(*common, "--seed", seed).stdout for seed in (7, 7, 8))
     assert one == two
     assert one != other
 
@@ -132,16 +134,16 @@ BAD_ARGUMENTS = {
 
 
 @pytest.mark.parametrize("case", BAD_ARGUMENTS, ids=str)
-def test_bad_arguments(case):
+def test_bad_arguments(here, case):
     arguments, word = BAD_ARGUMENTS[case]
     refused(
-        run_script(SCRIPT, "--model", SHIPPED, *arguments, "--max-tokens", *(["4"] if case != "no tokens" else ["0"])),
+        here("--model", SHIPPED, *arguments, "--max-tokens", *(["4"] if case != "no tokens" else ["0"])),
         word,
     )
 
 
-def test_a_prompt_longer_than_the_context():
-    refused(run_script(SCRIPT, "--model", SHIPPED, "--prompt", "x = 1\n" * 400), "context is 512")
+def test_a_prompt_longer_than_the_context(here):
+    refused(here("--model", SHIPPED, "--prompt", "x = 1\n" * 400), "context is 512")
 
 
 @pytest.fixture
@@ -151,43 +153,43 @@ def broken(tmp_path):
     return folder
 
 
-def test_a_dense_model(tmp_path):
+def test_a_dense_model(here, tmp_path):
     changes = {"mlp_only_layers": [0, 1, 2], "vocab_size": 4096}
     folder = save_model(random_model(**changes), tmp_path / "dense", **changes)
-    refused(run_script(SCRIPT, "--model", folder), "no Mixture-of-Experts layers")
+    refused(here("--model", folder), "no Mixture-of-Experts layers")
 
 
-def test_a_truncated_weight_file_leaves_no_output(broken, tmp_path):
+def test_a_truncated_weight_file_leaves_no_output(here, broken, tmp_path):
     path = broken / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    refused(run_script(SCRIPT, "--model", broken, "--json", tmp_path / "o.json"), "model.safetensors", "truncated")
+    refused(here("--model", broken, "--json", tmp_path / "o.json"), "model.safetensors", "truncated")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize("content", [b"", b"1234", b"\xff" * 64], ids=["empty", "short", "garbage"])
-def test_a_damaged_weight_file(broken, content):
+def test_a_damaged_weight_file(here, broken, content):
     (broken / "model.safetensors").write_bytes(content)
-    refused(run_script(SCRIPT, "--model", broken), "model.safetensors")
+    refused(here("--model", broken), "model.safetensors")
 
 
-def test_a_missing_weight_file(broken):
+def test_a_missing_weight_file(here, broken):
     (broken / "model.safetensors").unlink()
-    refused(run_script(SCRIPT, "--model", broken), "model.safetensors")
+    refused(here("--model", broken), "model.safetensors")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"model_type": "no_such_architecture"}'], ids=str)
-def test_a_bad_config(broken, text):
+def test_a_bad_config(here, broken, text):
     (broken / "config.json").write_text(text)
-    refused(run_script(SCRIPT, "--model", broken))
+    refused(here("--model", broken))
 
 
 @pytest.mark.parametrize(
     "text", ["", "[1]", '{"every_layer": ["0-126"]}', '{"every_layer": ["0-63", "64-128"]}'], ids=str
 )
-def test_a_bad_placement_file(tmp_path, text):
+def test_a_bad_placement_file(here, tmp_path, text):
     path = tmp_path / "placement.json"
     path.write_text(text)
-    refused(run_script(SCRIPT, "--model", SHIPPED, "--devices", 2, "--placement", path), "placement.json")
+    refused(here("--model", SHIPPED, "--devices", 2, "--placement", path), "placement.json")
 
 
 def test_scripts_explain_themselves():
@@ -198,24 +200,22 @@ def test_scripts_explain_themselves():
             assert "python " + script.name in result.stdout
 
 
-def test_a_long_prompt_is_no_file_name():
-    result = run_script(
-        SCRIPT, "--model", SHIPPED, "--max-tokens", 1, "--quiet", "--no-verify", "--prompt", "x = 1; " * 60
-    )
+def test_a_long_prompt_is_no_file_name(here):
+    result = here("--model", SHIPPED, "--max-tokens", 1, "--quiet", "--no-verify", "--prompt", "x = 1; " * 60)
     assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize(
     ("option", "value"), [("--seed", -1), ("--seed", 1 << 64), ("--temp", "nan"), ("--top-p", 2), ("--timeout", -1)]
 )
-def test_numbers_out_of_range_are_refused(option, value):
-    refused(run_script(SCRIPT, "--model", SHIPPED, option, value), option, str(value))
+def test_numbers_out_of_range_are_refused(here, option, value):
+    refused(here("--model", SHIPPED, option, value), option, str(value))
 
 
-def test_prompts_that_are_no_text_and_plots_into_a_file_are_refused(tmp_path):
+def test_prompts_that_are_no_text_and_plots_into_a_file_are_refused(here, tmp_path):
     (tmp_path / "prompt").write_bytes(b"\xff\xfe\x00abc")
-    refused(run_script(SCRIPT, "--model", SHIPPED, "--prompt", tmp_path / "prompt"), "UTF-8")
-    refused(run_script(SCRIPT, "--model", SHIPPED, "--plots", tmp_path / "prompt"), "--plots takes a folder")
+    refused(here("--model", SHIPPED, "--prompt", tmp_path / "prompt"), "UTF-8")
+    refused(here("--model", SHIPPED, "--plots", tmp_path / "prompt"), "--plots takes a folder")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has /dev/full")  # noqa: PTH110
@@ -261,3 +261,87 @@ def test_standard_output_may_be_closed():
     command = f"{sys.executable} {SCRIPT} --max-tokens 2 --no-verify >&-"
     result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("tests", ["--prompt tests is a folder"]),
+        ("nowhere/prompt.txt", ["--prompt nowhere/prompt.txt", "no such file"]),
+        (b"abc\0def", ["not UTF-8 text"]),
+        (b" \n", ["prompt is empty"]),
+    ],
+    ids=["folder", "no file", "binary", "blank file"],
+)
+def test_prompts_that_are_none(here, tmp_path, prompt, words):
+    if isinstance(prompt, bytes):
+        (tmp_path / "prompt").write_bytes(prompt)
+        prompt = tmp_path / "prompt"
+    refused(here(*QUICK, "--prompt", prompt), *words)
+
+
+def test_closed_standard_input_is_an_empty_prompt():
+    command = f"{sys.executable} {SCRIPT} --prompt - <&-"
+    refused(subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True), "prompt is empty")
+
+
+def test_more_tokens_than_the_context_holds_are_cut_and_that_is_said(here, tmp_path):
+    prompt = "x = 1\n" * 126
+    result = here(*QUICK[:2], "--no-verify", "--prompt", prompt, "--max-tokens", 600, "--json", tmp_path / "o.json")
+    figures = json.loads((tmp_path / "o.json").read_text())["generation"]
+    assert figures["prompt_tokens"] + len(figures["tokens"]) == 512
+    assert f"--max-tokens 600 is cut to {len(figures['tokens'])}" in " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize("arguments", [["--max-tokens", "ten"], ["--combine", "sum"], ["--no-such-option"]], ids=str)
+def test_options_that_do_not_parse(here, arguments):
+    refused(here(*arguments), arguments[0], "--help")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_experts_per_tok": 200}, ["num_experts_per_tok = 200", "num_experts = 128"]),
+        ({"num_experts_per_tok": 0}, ["num_experts_per_tok = 0"]),
+        ({"hidden_size": "256"}, ["hidden_size = '256'"]),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_cannot_be(here, broken, change, words):
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | change))
+    refused(here("--model", broken), "config.json", *words)
+
+
+def test_a_placement_file_says_how_many_devices(here, tmp_path):
+    (tmp_path / "p.json").write_text('{"every_layer": ["0-79", "48-127"]}')
+    assert "2 simulated" in here(*QUICK[:-1], "--placement", tmp_path / "p.json").stdout
+    refused(here(*QUICK, "--placement", tmp_path / "p.json", "--devices", 3), "places 2 devices, this run has 3")
+
+
+def test_a_file_that_is_no_trace(here):
+    refused(here(*QUICK, "--placement", "balanced", "--placement-trace", "README.md"), "README.md", "no routing trace")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"])
+def test_files_of_a_model_that_hold_nothing_readable(here, broken, name):
+    (broken / name).write_text("{")
+    refused(here("--model", broken), str(broken))
+
+
+def test_an_index_that_names_missing_files(here, broken):
+    index = broken / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model.safetensors", "model-00001-of-00002.safetensors"))
+    refused(here("--model", broken), "model-00001-of-00002.safetensors", "missing")
+
+
+def test_an_interrupt_in_mid_answer_leaves_one_line_and_no_file(tmp_path):
+    """Ctrl-C: exit status 130."""
+    command = [sys.executable, SCRIPT, "--max-tokens", "490", "--json", tmp_path / "o.json", "--trace", tmp_path / "t"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "read_lines" not in process.stdout.readline():  # the answer begins after its prompt
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.split()) == (130, ["stopped"])
+    assert not list(tmp_path.iterdir())
