@@ -395,7 +395,7 @@ def exit_of(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, BrokenPipeError):  # `| head` closed the other end
         return 141, ""
     if isinstance(error, KeyboardInterrupt):
-        return 130, "\nstopped"  # the answer may stand in mid-line
+        return 130, "stopped"
     if isinstance(error, (ValueError, OSError)):
         return 2, "error: " + " ".join(str(error).split())
     return None
@@ -415,7 +415,8 @@ def exit_on_user_error(prefix: str = ""):
             raise
         status, line = known
         if line:
-            print(f"{prefix}{line}", file=sys.stderr)
+            start = "\n" if status == 130 else ""  # the answer may stand in mid-line
+            print(f"{start}{prefix}{line}", file=sys.stderr)
         raise SystemExit(status) from None
 
 

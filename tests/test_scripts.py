@@ -303,7 +303,7 @@ def test_options_that_do_not_parse(here, arguments):
     [
         ({"num_experts_per_tok": 200}, ["num_experts_per_tok = 200", "num_experts = 128"]),
         ({"num_experts_per_tok": 0}, ["num_experts_per_tok = 0"]),
-        ({"hidden_size": "256"}, ["hidden_size = '256'"]),
+        ({"hidden_size": "256"}, ['hidden_size = "256"']),
     ],
     ids=str,
 )
