@@ -14,36 +14,19 @@ from pathlib import Path
 import mlx.core as mx
 
 from .lazy_model import Configuration, build_model, quantise, tensors_of
-
-# safetensors' names of types -> bytes of one value
-WIDTHS = {
-    **dict.fromkeys(("F64", "I64", "U64"), 8),
-    **dict.fromkeys(("F32", "I32", "U32"), 4),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
-}
+from .tensor_files import INDEX, StoredTensor, read_header
 
 
 @dataclass(frozen=True)
 class Problem:
     """Something wrong: which kind, about what, in words.
 
-    kind  file, truncated, index, duplicated, missing, extra, shape, type
+    kind  file, index, duplicated, missing, extra, shape, type
     """
 
     kind: str
     name: str
     words: str
-
-
-@dataclass(frozen=True)
-class Header:
-    """Of one tensor in one file."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    num_bytes: int
 
 
 @dataclass
@@ -77,70 +60,39 @@ def check_checkpoint(configuration: Configuration) -> CheckpointReport:
         raise ValueError(f"model {configuration.name}: there are no model*.safetensors to check")
     model = build_model(configuration.config)
     problems: list[Problem] = []
-    headers: dict[str, Header] = {}
+    headers: dict[str, StoredTensor] = {}
     readable = []
     for path in files:
-        found, trouble = read_header(path)
-        problems += trouble
-        if not trouble:
-            readable.append(path)
+        try:
+            found = read_header(path)
+        except (ValueError, OSError) as error:
+            problems.append(Problem("file", path.name, str(error).removeprefix(f"{path} ")))
+            continue
+        readable.append(path)
         for name, header in found.items():
             if name in headers:
-                words = f"is in {headers[name].file} and in {path.name}; mlx-lm takes one of them, unsaid which"
+                words = f"is in {headers[name].file.name} and in {path.name}; mlx-lm takes one of them, unsaid which"
                 problems.append(Problem("duplicated", name, words))
             headers[name] = header
-    problems += _against_index(folder, {path.name for path in files}, headers)
-    report = CheckpointReport(problems, len(files), len(headers), sum(h.num_bytes for h in headers.values()))
+    damaged = {path.name for path in files if path not in readable}
+    problems += _against_index(folder, {path.name for path in files}, damaged, headers)
+    report = CheckpointReport(problems, len(files), len(headers), sum(h.nbytes for h in headers.values()))
     if len(readable) < len(files):
         return report  # what a damaged file would have held would all be called missing
     _against_model(report, configuration.config, model, readable)
     return report
 
 
-def read_header(path: Path) -> tuple[dict[str, Header], list[Problem]]:
-    """({name: Header}, problems) of a safetensors file; its weights are not read.
-
-    Format: 8 bytes length of the header, the header in JSON, then the tensors back to back
-    (github.com/huggingface/safetensors, README, "Format").
-    """
-    length = path.stat().st_size
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if length < 8 or size > length - 8:
-            return {}, [Problem("truncated", path.name, f"has {length} bytes, its header alone needs {8 + size}")]
-        try:
-            entries = json.loads(file.read(size))
-            entries.pop("__metadata__", None)
-            headers = {
-                name: Header(path.name, e["dtype"], tuple(e["shape"]), e["data_offsets"][1] - e["data_offsets"][0])
-                for name, e in entries.items()
-            }
-            end = max((e["data_offsets"][1] for e in entries.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            return {}, [Problem("file", path.name, "is not a safetensors file: its header is damaged")]
-    problems = []
-    if length != 8 + size + end:
-        state = "is truncated" if length < 8 + size + end else "has bytes too many"
-        problems.append(Problem("truncated", path.name, f"{state}: {length:,} bytes instead of {8 + size + end:,}"))
-    for name, header in headers.items():
-        values = 1
-        for dimension in header.shape:
-            values *= dimension
-        if header.dtype in WIDTHS and values * WIDTHS[header.dtype] != header.num_bytes:
-            words = f"{header.dtype} {list(header.shape)} does not take {header.num_bytes:,} bytes"
-            problems.append(Problem("file", f"{path.name}: {name}", words))
-    return headers, problems
-
-
-def _against_index(folder: Path, files: set[str], headers: dict[str, Header]) -> list[Problem]:
-    path = folder / "model.safetensors.index.json"
+def _against_index(folder: Path, files: set, damaged: set, headers: dict[str, StoredTensor]) -> list[Problem]:
+    """What index and files say differently; of the tensors in damaged files nothing is said again."""
+    path = folder / INDEX
     if not path.is_file():
         return []
     try:
         index = json.loads(path.read_text())
-        placed = dict(index["weight_map"])
+        placed = {name: str(file) for name, file in index["weight_map"].items()}
         total = index.get("metadata", {}).get("total_size")
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return [Problem("index", path.name, "is not a weight index")]
     problems = [
         Problem("missing", file, f"is named by the index for {count} tensors and is not there")
@@ -152,15 +104,15 @@ def _against_index(folder: Path, files: set[str], headers: dict[str, Header]) ->
         for file in sorted(files - set(placed.values()))
     ]
     for name, file in placed.items():
-        if file not in files:
+        if file not in files or file in damaged:
             continue
         if name not in headers:
             problems.append(Problem("index", name, f"should be in {file} and is not"))
-        elif headers[name].file != file:
-            problems.append(Problem("index", name, f"should be in {file} and is in {headers[name].file}"))
+        elif headers[name].file.name != file:
+            problems.append(Problem("index", name, f"should be in {file} and is in {headers[name].file.name}"))
     problems += [Problem("index", name, "is in no line of the index") for name in headers if name not in placed]
-    on_disk = sum(header.num_bytes for header in headers.values())
-    if isinstance(total, int) and total != on_disk and not problems:
+    on_disk = sum(header.nbytes for header in headers.values())
+    if isinstance(total, int) and total != on_disk and not problems and not damaged:
         problems.append(Problem("index", "total_size", f"says {total:,} bytes, the tensors have {on_disk:,}"))
     return problems
 

@@ -9,13 +9,22 @@ disk for a half of Qwen3-Coder's experts, 1.63 times for every second expert; re
 from __future__ import annotations
 
 import json
+import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 INDEX = "model.safetensors.index.json"
+
+# The format's names of types -> bytes of one value
+WIDTHS = {
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+}
 
 
 @dataclass(frozen=True)
@@ -30,8 +39,11 @@ class StoredTensor:
 
 
 def read_header(path) -> dict[str, StoredTensor]:
-    """The tensors of a file by name. ValueError naming file and numbers if it is not whole."""
+    """The tensors of a file by name, in the order of their bytes. ValueError with file and numbers if it is damaged."""
     path = Path(path)
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "a link to nowhere" if path.is_symlink() else "not a file"
+        raise ValueError(f"{path} is {what}, not weights; download the model again")
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -46,17 +58,31 @@ def read_header(path) -> dict[str, StoredTensor]:
     try:
         entries = json.loads(text)
         entries.pop("__metadata__", None)
-        tensors = {}
-        for name, entry in entries.items():
-            begin, end = entry["data_offsets"]
-            tensors[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
-    except (UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError):
+        tensors = [_stored(path, name, entry) for name, entry in entries.items()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path} is corrupt: its header of {length} bytes is not that of a safetensors file") from None
-    expected = max((t.offset + t.nbytes for t in tensors.values()), default=8 + length)
-    if size != expected:
-        trouble = "truncated" if size < expected else "too long"
-        raise ValueError(f"{path} is {trouble}: {size} bytes, its header describes {expected}")
-    return tensors
+    tensors.sort(key=lambda found: (found[1].offset, found[1].nbytes))
+    end, before = 0, "the header"
+    for name, tensor in tensors:
+        if tensor.dtype in WIDTHS and math.prod(tensor.shape) * WIDTHS[tensor.dtype] != tensor.nbytes:
+            words = f"{tensor.dtype} {list(tensor.shape)} does not take {tensor.nbytes} bytes"
+            raise ValueError(f"{path} is corrupt: {name}, {words}")
+        if tensor.offset != end:
+            trouble = "overlaps" if tensor.offset < end else "leaves a hole after"
+            raise ValueError(f"{path} is corrupt: {name} {trouble} {before}, it begins at {tensor.offset}, not {end}")
+        end, before = end + tensor.nbytes, name
+    if size != 8 + length + end:
+        trouble = "truncated" if size < 8 + length + end else "too long"
+        raise ValueError(f"{path} is {trouble}: {size} bytes, its header describes {8 + length + end}")
+    return {name: replace(tensor, offset=8 + length + tensor.offset) for name, tensor in tensors}
+
+
+def _stored(path, name, entry):
+    """(name, tensor), its offset counted from the end of the header. Raises whatever an odd entry raises."""
+    begin, end = entry["data_offsets"]
+    if not all(type(value) is int and value >= 0 for value in (begin, end - begin, *entry["shape"])):
+        raise ValueError(name)
+    return name, StoredTensor(path, str(entry["dtype"]), tuple(entry["shape"]), begin, end - begin)
 
 
 def checkpoint_tensors(folder) -> dict[str, StoredTensor]:
@@ -70,8 +96,8 @@ def checkpoint_tensors(folder) -> dict[str, StoredTensor]:
     named = {}
     if index.exists():
         try:
-            named = dict(json.loads(index.read_text())["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
+            named = {name: str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{index} is corrupt: no weight_map can be read from it ({error})") from None
         missing = sorted({name for name in named.values() if not (folder / name).exists()})
         if missing:

@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 from conftest import SHIPPED
 
-from expert_parallel.checkpoint_check import check_checkpoint, read_header
+from expert_parallel.checkpoint_check import check_checkpoint
 from expert_parallel.lazy_model import load_configuration
 
 ROUTER = "model.layers.2.mlp.gate.weight"
@@ -90,19 +90,62 @@ def test_truncated_file(checkpoint, cut):
     path = checkpoint / "model-1.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[: max(5, len(content) - cut)])
-    report = check(checkpoint)
-    assert "truncated" in kinds(report)
-    assert not any(p.kind == "missing" for p in report.problems)  # not 60 more lines for one damage
+    problems = check(checkpoint).problems
+    assert [(p.kind, p.name, "truncated" in p.words) for p in problems] == [("file", path.name, True)]  # not 60 more
     path.write_bytes(content + b"x")
-    assert "bytes too many" in check(checkpoint).problems[0].words
+    assert "too long" in check(checkpoint).problems[0].words
 
 
-def test_damaged_header(checkpoint):
+def header_of(path):
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def entry(first, field, value):
+    """A damage: another value in the header's entry of the first or the second tensor."""
+
+    def change(entries):
+        names = sorted((n for n in entries if n != "__metadata__"), key=lambda n: entries[n]["data_offsets"])
+        entries[names[not first]][field] = value if not callable(value) else value(entries[names[not first]][field])
+        return json.dumps(entries).encode()
+
+    return change
+
+
+DAMAGED_HEADERS = {
+    "no JSON": (lambda entries: b"oops", "is corrupt"),
+    "nested": (lambda entries: b'{"a":' + b"[" * 100_000, "is corrupt"),
+    "a list": (lambda entries: b"[]", "is corrupt"),
+    "overlapping": (entry(False, "data_offsets", lambda at: [at[0] - 2, at[1] - 2]), "overlaps"),
+    "all in one place": (entry(False, "data_offsets", lambda at: [0, at[1] - at[0]]), "overlaps"),
+    "a hole": (entry(True, "data_offsets", lambda at: [at[0] + 2, at[1] + 2]), "leaves a hole after the header"),
+    "backwards": (entry(True, "data_offsets", lambda at: [at[1], at[0]]), "is corrupt"),
+    "words for numbers": (entry(True, "shape", ["x", "y"]), "is corrupt"),
+    "another type": (entry(True, "dtype", "F64"), "does not take"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_HEADERS)
+def test_damaged_header(checkpoint, damage):
     path = checkpoint / "model-1.safetensors"
-    content = bytearray(path.read_bytes())
-    content[8:12] = b"oops"
-    path.write_bytes(content)
-    assert "header is damaged" in check(checkpoint).problems[0].words
+    change, words = DAMAGED_HEADERS[damage]
+    entries, data = header_of(path)
+    text = change(entries)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    problem, *more = check(checkpoint).problems
+    assert (problem.kind, problem.name, more) == ("file", path.name, [])
+    assert words in problem.words
+
+
+def test_what_is_named_as_weights_and_is_no_file(checkpoint):
+    path = checkpoint / "model-1.safetensors"
+    path.unlink()
+    path.mkdir()
+    assert "is a folder" in check(checkpoint).problems[0].words
+    path.rmdir()
+    path.symlink_to(checkpoint / "nowhere")
+    assert "is a link to nowhere" in check(checkpoint).problems[0].words
 
 
 def test_wrong_shape_and_type(checkpoint):
@@ -133,8 +176,11 @@ def test_index_that_lies(checkpoint):
                                        if f != index["weight_map"][ROUTER])  # fmt: skip
     path.write_text(json.dumps(index))
     assert [(p.kind, p.name) for p in check(checkpoint).problems] == [("index", ROUTER)]
-    path.write_text("[]")
-    assert "not a weight index" in check(checkpoint).problems[0].words
+    for content in ("[]", "[" * 100_000, '{"weight_map": 3}'):
+        path.write_text(content)
+        assert "not a weight index" in check(checkpoint).problems[0].words
+    path.write_text('{"weight_map": {"a": ["model-1.safetensors"]}}')
+    assert kinds(check(checkpoint)) == {"missing", "extra", "index"}
 
 
 def test_experts_one_by_one_as_on_the_hub(tmp_path):
@@ -165,4 +211,3 @@ def test_experts_one_by_one_as_on_the_hub(tmp_path):
 def test_nothing_to_check(tmp_path):
     with pytest.raises(ValueError, match="no model"):
         check_checkpoint(load_configuration("qwen3-coder-30b"))
-    assert read_header(SHIPPED / "model.safetensors")[1] == []
