@@ -43,6 +43,9 @@ from expert_parallel.run_figures import (
 )
 from expert_parallel.watchdog import NoWatchdog, Watchdog, failing_together
 
+# What ranks may have in places of their own; what is in the files is compared.
+OWN_OPTIONS = ("model", "prompt", "standard_input", "placement", "placement_trace", "verify", "quiet")
+OWN_OPTIONS += ("json", "trace", "plots", "save_placement")
 TIMED_TOKENS = 4  # extra ones, for where the time goes
 CHAT_PROMPT = "Write a Python function that returns the n-th Fibonacci number."
 CODE_PROMPT = 'def read_lines(path):\n    """Return the lines of a text file."""\n'
@@ -263,7 +266,8 @@ def generate(model, tokenizer, ids, args, group, watchdog, out, after_token=lamb
 
 def prepare(args, group):
     """Everything that can go wrong before ranks meet: files, model, prompt, placement."""
-    check_files(args)
+    if group.rank() == 0:  # which alone writes
+        check_files(args)
     folder, note = (resolve_model(args.model), None) if args.model is not None else default_model()
     notes = [note] if note else []
     lazy = build_lazily(folder)  # shapes and bytes, no weights yet
@@ -293,6 +297,8 @@ def run(args, watchdog):
     ranks, first = group.size(), group.rank() == 0
     console = report.console(args.quiet or not first)
     # A launcher passes its standard input to rank 0 alone.
+    if args.prompt == "-":
+        watchdog.limit(args.timeout, f"no end of standard input within {args.timeout:g} s (--timeout); give a file")
     args.standard_input = gather_objects(group, read_standard_input() if first and args.prompt == "-" else None)[0]
     error, prepared = None, None
     try:
@@ -302,12 +308,15 @@ def run(args, watchdog):
             raise
         error = str(problem)
     versions = report.environment()
-    facts = {"options or versions": {**vars(args), "json": 0, "mlx": versions["mlx"], "mlx_lm": versions["mlx_lm"]}}
+    facts = {"mlx": versions["mlx"], "mlx-lm": versions["mlx_lm"]}
+    facts |= {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in OWN_OPTIONS}
     if prepared:
         folder, notes, model, tokenizer, config, ids, prompt, placement, read = prepared
-        facts |= {"placement": placement.held.tobytes(), "prompt": ids, "config": config}
+        if args.verify is None:
+            args.verify = folder.resolve() == SHIPPED.resolve()
+        facts |= {"placement": placement.held.tobytes(), "prompt": ids, "config": config, "verify": args.verify}
         facts["weights"] = checkpoint_mark(folder) if ranks > 1 else ""
-    watchdog.limit(args.timeout, f"the other ranks did not finish loading within {args.timeout:g} s (--timeout)")
+    watchdog.limit(args.timeout, f"not all ranks had loaded within {args.timeout:g} s (--timeout)")
     agree(group, facts, error)
     for note in notes:
         console.print(note)
@@ -360,9 +369,8 @@ def run(args, watchdog):
             mx.eval(model(mx.array([tokens[-1:] or ids[-1:]]), cache=cache))
     per_rank = gather_objects(group, rank_figures(model, seconds))
     watchdog.limit(None)
-    verify = args.verify if args.verify is not None else folder.resolve() == SHIPPED.resolve()
     parity = None
-    if verify:
+    if args.verify:
         parity = parity_figures(model, ids, tokens, args, group, lambda: stock_run(folder, ids, args))
 
     # 5. The figures, once for programs and once for people.

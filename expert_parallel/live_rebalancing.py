@@ -67,7 +67,7 @@ class LiveRebalancing:
         live.changes    # [(tokens seen before, Placement)], the first is (0, where it began)
         live.figures()  # looks, moves, bytes, pauses, gains
 
-    Loads are read every CHECK tokens; what is looked for, and when, says the Rebalancer.
+    Loads are read every CHECK tokens, or as often as is to be looked; what is looked for says the Rebalancer.
     """
 
     CHECK = 16
@@ -87,7 +87,7 @@ class LiveRebalancing:
 
     def after_token(self) -> None:
         self._calls += 1
-        if self._calls % self.CHECK:
+        if self._calls % min(self.CHECK, self.rebalancer.every_tokens):
             return
         loads, tokens = self._live.take()
         if self.group is not None and self.group.size() > 1:  # one rank's rounding must not part the ranks

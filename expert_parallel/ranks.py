@@ -159,20 +159,26 @@ class RanksDisagree(ValueError):
 def agree(group, facts: dict, error: str | None = None) -> None:
     """Stop on every rank unless all have the same facts and none an error. A collective.
 
-    facts  {"placement": ..., "weights": ...}: what must be the same; compared by hash
+    facts  {"placement": ..., "--temp": 0.5}: what must be the same; long ones are compared by hash
     error  this rank's own trouble, so that it does not leave the others waiting
     """
-    marks = {name: hashlib.blake2b(str(fact).encode(), digest_size=8).hexdigest() for name, fact in facts.items()}
+    marks = {name: _short(str(fact)) for name, fact in facts.items()}
     everyone = gather_objects(group, {"marks": marks, "error": error})
     if error:
         raise RanksDisagree(error)
     for rank, other in enumerate(everyone):
         if other["error"]:
             raise RanksDisagree(f"rank {rank} stopped: {other['error']}")
+    expected = everyone[0]["marks"]
     for rank, other in enumerate(everyone):
-        differing = [name for name in marks if other["marks"].get(name) != everyone[0]["marks"].get(name)]
+        differing = [name for name in marks if other["marks"].get(name) != expected.get(name)]
         if differing:
-            raise RanksDisagree(f"rank {rank} has other {' and '.join(differing)} than rank 0; all ranks stop")
+            what = [f"{name} ({other['marks'].get(name)}, not {expected.get(name)})" for name in differing]
+            raise RanksDisagree(f"rank {rank} has other {', '.join(what)} than rank 0; all ranks stop")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 20 else hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
 def follow_rank_0(group, tokens: mx.array) -> mx.array:

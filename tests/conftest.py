@@ -84,7 +84,7 @@ def launch_command(backend, ranks, *arguments, tmp_path=None):
     command = [sys.executable, *map(str, arguments)]
     if backend == "mpi":
         base |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-        return [(["mpirun", "--oversubscribe", "-np", str(ranks), *command], base)]
+        return [(["mpirun", "--oversubscribe", "--bind-to", "none", "-np", str(ranks), *command], base)]
     import socket
 
     sockets = [socket.socket() for _ in range(ranks)]
