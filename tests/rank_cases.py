@@ -1,7 +1,8 @@
 """One rank that runs the script many times: python rank_cases.py CASES.json
 
-CASES.json is a list of command lines of qwen3_expert_parallel.py. Beside it each rank writes rank-R.json,
-a list with {"tokens": its own} or {"error": the line} for each. One launch of the ranks serves all cases.
+CASES.json is a list of command lines of qwen3_expert_parallel.py, or of a list of them, one for each rank.
+Beside it each rank writes rank-R.json, a list with {"tokens": its own} or {"error": the line} for each.
+One launch of the ranks serves all cases.
 """
 
 import json
@@ -30,6 +31,7 @@ def main(cases: Path):
     script.generate = generate_and_note
     for case in json.loads(cases.read_text()):
         results.append({})
+        case = case[rank] if isinstance(case[0], list) else case
         try:
             script.run(script.setup_arg_parser().parse_args(case), watchdog)
         except ValueError as error:

@@ -1,5 +1,6 @@
 """Ranks that fail, differ or get lost: all stop with a clear line each, within seconds."""
 
+import json
 import os
 import re
 import shutil
@@ -131,48 +132,44 @@ def test_a_killed_rank_ends_the_others_with_a_line(backend, tmp_path):
 
 # --- ranks that differ ----------------------------------------------------------------------------------
 
-OTHER_VERSION = 'real = script.report.environment; script.report.environment = lambda: real() | {"mlx": "0.1.0"}'
 
-
-@pytest.mark.parametrize(
-    ("backend", "change", "line"),
-    [
-        ("ring", OTHER_VERSION, r"rank 1 has other mlx \(0\.1\.0, not \d+\.\d+\.\d+\) than rank 0; all ranks stop"),
-        ("ring", "sys.argv += ['--temp', '0.5']", r"rank 1 has other --temp \(0\.5, not 0\.0\) than rank 0"),
-        ("ring", "sys.argv += ['--placement', 'round-robin']", r"rank 1 has other placement \(\w+, not \w+\) than"),
-        ("ring", "sys.argv[2] += '-other'", r"rank 1 has other weights \(\w+, not \w+\) than rank 0"),
-        ("ring", "sys.argv[2] += '-broken'", r"(rank 1 stopped: )?.*-broken.*model\.safetensors"),
-        ("ring", "sys.argv[2] += '-missing'", r"(rank 1 stopped: )?.*-missing"),
-        pytest.param("mpi", OTHER_VERSION, r"rank 1 has other mlx \(0\.1\.0, not", marks=NEEDS_MPI),
-    ],
-)
-def test_ranks_that_differ_stop_instead_of_summing(backend, change, line, tmp_path):
-    model = tmp_path / "model"
-    for name in ("model", "model-other", "model-broken"):
-        shutil.copytree(SHIPPED, tmp_path / name)
-    with (tmp_path / "model-other" / "model.safetensors").open("r+b") as file:
-        file.seek(-4096, os.SEEK_END)
-        file.write(bytes(4096))
-    os.truncate(tmp_path / "model-broken" / "model.safetensors", 10**6)
-    results = patched(backend, 1, change, "--model", model, *RUN[2:], "--timeout", 60, tmp_path=tmp_path)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ranks_of_other_versions_stop_instead_of_summing(backend, tmp_path):
+    change = 'real = script.report.environment; script.report.environment = lambda: real() | {"mlx": "0.1.0"}'
+    results = patched(backend, 1, change, *RUN, "--timeout", 60, tmp_path=tmp_path)
     assert {status for status, _, _ in results} == {2}
     lines = errors_of(results)
     assert sorted(lines) == [0, 1]
-    assert all(re.match(f"error: {line}", each) for each in lines.values()), lines
+    expected = r"error: rank 1 has other mlx \(0\.1\.0, not \d+\.\d+\.\d+\) than rank 0; all ranks stop"
+    assert all(re.fullmatch(expected, line) for line in lines.values()), lines
 
 
-def test_paths_may_differ_where_the_files_are_the_same(tmp_path):
-    """Two machines seldom have the same folders."""
-    shutil.copytree(SHIPPED, tmp_path / "copy")
-    change = f"sys.argv[2] = r'{tmp_path}/copy'; sys.argv += ['--json', '/nowhere/on/this/machine.json']"
-    results = patched("ring", 1, change, *RUN, "--max-tokens", 2, tmp_path=tmp_path)
+def test_ranks_that_differ_stop_and_name_what_differs(tmp_path):
+    for name in ("copy", "other", "broken"):
+        shutil.copytree(SHIPPED, tmp_path / name)
+    with (tmp_path / "other" / "model.safetensors").open("r+b") as file:
+        file.seek(-4096, os.SEEK_END)
+        file.write(bytes(4096))
+    os.truncate(tmp_path / "broken" / "model.safetensors", 10**6)
+    rank_1 = {  # what differs there: the line of all ranks
+        ("--temp", "0.5"): r"rank 1 has other --temp \(0\.5, not 0\.0\) than rank 0; all ranks stop",
+        ("--placement", "round-robin"): r"rank 1 has other placement \(\w+, not \w+\) than rank 0; all ranks stop",
+        ("--model", f"{tmp_path}/other"): r"rank 1 has other weights \(\w+, not \w+\) than rank 0; all ranks stop",
+        ("--model", f"{tmp_path}/broken"): r"(rank 1 stopped: )?.*broken/model\.safetensors.*",
+        ("--model", f"{tmp_path}/missing"): r"(rank 1 stopped: )?.*/missing.*",
+        ("--devices", "3"): r"(rank 1 stopped: )?--devices 3, but there are 2 ranks: each rank is a device",
+        # Two machines seldom have the same folders: not an error.
+        ("--model", f"{tmp_path}/copy", "--json", "/nowhere/on/this/machine.json"): None,
+    }
+    line = [*map(str, RUN), "--max-tokens", "2"]
+    (tmp_path / "cases.json").write_text(json.dumps([[line, [*line, *options]] for options in rank_1]))
+    results = launch("ring", 2, "tests/rank_cases.py", tmp_path / "cases.json", tmp_path=tmp_path)
     assert [status for status, _, _ in results] == [0, 0], results
-
-
-def test_more_devices_than_ranks(tmp_path):
-    results = launch("ring", 2, SCRIPT, *RUN, "--devices", 3, tmp_path=tmp_path)
-    assert [status for status, _, _ in results] == [2, 2]
-    assert all("--devices 3, but there are 2 ranks" in line for line in errors_of(results).values())
+    for r in range(2):
+        for result, expected in zip(
+            json.loads((tmp_path / f"rank-{r}.json").read_text()), rank_1.values(), strict=True
+        ):
+            assert re.fullmatch(expected, result["error"]) if expected else result["tokens"], result
 
 
 # --- a launch that goes wrong -----------------------------------------------------------------------------
@@ -206,9 +203,8 @@ def test_standard_input_that_never_ends(tmp_path):
     assert all(re.search(b"no end of standard input within 4 s|lost another", rank.stderr.read()) for rank in ranks)
 
 
-@pytest.mark.parametrize("option", ["--json", "--trace"])
-def test_a_file_that_rank_0_cannot_write_stops_all(option, tmp_path):
-    change = f"sys.argv += ['{option}', r'{tmp_path}/missing/o.npz']"
+def test_a_file_that_rank_0_cannot_write_stops_all(tmp_path):
+    change = f"sys.argv += ['--trace', r'{tmp_path}/missing/o.npz']"
     results = patched("ring", 0, change, *RUN, tmp_path=tmp_path)
     assert [status for status, _, _ in results] == [2, 2]
     lines = errors_of(results)
@@ -222,16 +218,9 @@ def test_standard_output_closed_on_rank_0(tmp_path):
     for how, ends in (">&-", (0, 0)), ("| head -c 10; exit ${PIPESTATUS[0]}", (141, 3)):
         limit = "--max-tokens=2" if ends == (0, 0) else "--max-tokens=400"
         lines = ['"$@" ' + limit + f" {how}", '"$@" ' + limit]
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
         ranks = [
-            subprocess.Popen(
-                ["bash", "-c", line, "bash", *command],
-                cwd=ROOT,
-                env=environment,
-                stdin=-3,
-                stdout=-3,
-                stderr=-1,
-                text=True,
-            )
+            subprocess.Popen(["bash", "-c", line, "bash", *command], cwd=ROOT, env=environment, **pipes)
             for line, (command, environment) in zip(lines, commands, strict=True)
         ]
         errors = [rank.communicate(timeout=60)[1] for rank in ranks]
