@@ -15,8 +15,9 @@ import numpy as np
 
 from .affinity import coactivation as count_pairs
 from .affinity import gather_by_affinity
+from .copies import device_times
 from .placement_files import FORMAT, held_from_document, ranges
-from .placement_search import device_times, divides_into_nodes, spread, spread_in_nodes
+from .placement_search import divides_into_nodes, spread, spread_in_nodes
 from .whole_files import written_whole
 
 

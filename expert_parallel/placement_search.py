@@ -16,9 +16,14 @@ from __future__ import annotations
 
 import numpy as np
 
-START_BUDGET = 10_000_000  # of all starts together: layers x slots x devices
+from .copies import count_copies, crowding, device_times, move_copies, replicate
+
+START_BUDGET = 7_000_000  # of all starts together: layers x slots x devices
+CHOICES = 64  # of copies that are judged for a layer
+COPY_BUDGET = 3_000_000  # exchanged copies looked at per step, times devices, over all layers and starts
+ROUNDS = 3
 SWAP_BUDGET = 700_000  # pairs of slots looked at per step of the search, over all layers and starts
-GOOD_ENOUGH = 2e-5  # x L: gap to what no placement goes below with which a layer is left alone
+GOOD_ENOUGH = 2.5e-9  # x L D E: gap to what no placement goes below with which a layer is left alone
 
 
 def spread(loads, num_devices: int, redundant: int = 0, device_capacity=None, device_speed=None, effort=1.0):
@@ -38,27 +43,52 @@ def spread(loads, num_devices: int, redundant: int = 0, device_capacity=None, de
     held = _swap_search(loads, held, capacity, speed)
     time = device_times(loads, held, speed).max(axis=1)
     # Layers that are not yet as good as can be: many more starts, and the best few of them searched.
-    layers = np.flatnonzero(time > (1 + GOOD_ENOUGH * len(loads)) * _attainable(loads, redundant, capacity, speed))
+    enough = (1 + GOOD_ENOUGH * held.size) * _attainable(loads, redundant, capacity, speed)
+    layers = np.flatnonzero(time > enough)
     if not len(layers):
         return held
-    num_slots = num_experts + redundant
-    starts = int(np.clip(effort * START_BUDGET // (len(layers) * num_slots * num_devices), 8, 1000))
-    longest = -(-num_slots // num_devices) if capacity is None else capacity.max()
-    few = int(np.clip(effort * SWAP_BUDGET // (len(layers) * num_devices * longest**2), 1, starts))
-    many = np.repeat(loads[layers], starts, axis=0)
-    target = np.linspace(1, 0.4, starts) * loads[layers].sum(axis=1, keepdims=True) / speed.sum()
-    noise = np.random.default_rng(0).normal(1, 0.2, many.shape).clip(0.3, 1.7)
-    slots = replicate(many * noise**3, redundant, num_devices, target.ravel())
-    tried = _longest_first(many, slots, noise, capacity, speed)
-    times = device_times(many, tried, speed).max(axis=1).reshape(len(layers), starts)
-    floor = _pigeonhole(many, slots, num_devices).reshape(len(layers), starts)
-    chosen = np.lexsort((times, np.round(floor / floor.min(axis=1, keepdims=True), 2)), axis=1)[:, :few]
-    chosen = (np.arange(len(layers))[:, None] * starts + chosen).ravel()
-    tried = _swap_search(many[chosen], tried[chosen], capacity, speed)
-    times = device_times(many[chosen], tried, speed).max(axis=1).reshape(len(layers), few)
-    better = times.min(axis=1) < time[layers]
-    held[layers[better]] = tried.reshape(len(layers), few, *held.shape[1:])[better, times.argmin(axis=1)[better]]
+    tried, times = _other_starts(loads[layers], redundant, capacity, speed, effort)
+    better = times < time[layers]
+    held[layers[better]], time[layers[better]] = tried[better], times[better]
     return held
+
+
+def _other_starts(loads, redundant, capacity, speed, effort):
+    """(held bool [L, D, E], time [L]): the best from many starts with other copies and in other orders."""
+    num_layers, num_experts = loads.shape
+    num_devices, num_slots = len(speed), num_experts + redundant
+    starts = int(np.clip(effort * START_BUDGET // (num_layers * num_slots * num_devices), 4, 1000))
+    longest = -(-num_slots // num_devices) if capacity is None else capacity.max()
+    few = int(np.clip(effort * SWAP_BUDGET // (num_layers * num_devices * longest**2), 1, starts))
+    choices = max(starts, CHOICES) if redundant else starts  # of copies: cheap to judge
+    rows = np.arange(num_layers)[:, None]
+    many = np.repeat(loads, choices, axis=0)
+    noise = np.random.default_rng(0).normal(1, 0.2, many.shape).clip(0.3, 1.7)
+    noise **= np.arange(len(many))[:, None] % 4  # none for every fourth
+    target = np.linspace(1.1, 0.5, choices) * loads.sum(axis=1, keepdims=True) / speed.sum()
+    slots = replicate(many * noise, redundant, num_devices, target.ravel())
+    floor = crowding(many, slots, num_devices).reshape(num_layers, choices)
+    floor = np.round(floor / floor.min(axis=1, keepdims=True), 2)
+    chosen = (rows * choices + np.argsort(floor, axis=1, kind="stable")[:, :starts]).ravel()
+    many, slots, noise = many[chosen], slots[chosen], noise[chosen]
+    tried = _longest_first(many, slots, noise, capacity, speed)
+    times = device_times(many, tried, speed).max(axis=1).reshape(num_layers, starts)
+    chosen = np.lexsort((times, np.sort(floor, axis=1)[:, :starts]), axis=1)[:, :few]
+    chosen = (rows * starts + chosen).ravel()
+    many = many[chosen]
+    tried = _swap_search(many, tried[chosen], capacity, speed)
+    times = device_times(many, tried, speed).max(axis=1).reshape(num_layers, few)
+    if redundant:
+        # Of the best, as many as the effort allows are searched further: other copies and swaps in turn.
+        some = int(effort * COPY_BUDGET // (num_layers * num_devices**2 * longest * num_experts))
+        chosen = (rows * few + np.argsort(times, axis=1)[:, :some]).ravel()
+        for _ in range(ROUNDS if len(chosen) else 0):
+            tried[chosen] = move_copies(many[chosen], tried[chosen], speed)
+            tried[chosen] = _swap_search(many[chosen], tried[chosen], capacity, speed)
+        times = device_times(many, tried, speed).max(axis=1).reshape(num_layers, few)
+    tried = tried.reshape(num_layers, few, num_devices, num_experts)
+    best = times.argmin(axis=1)
+    return tried[rows[:, 0], best], times[rows[:, 0], best]
 
 
 def _attainable(loads, redundant, capacity, speed):
@@ -71,15 +101,6 @@ def _attainable(loads, redundant, capacity, speed):
         company = loads.shape[1] // len(speed) - 1
         bound = np.maximum(bound, largest + np.sort(loads, axis=1)[:, :company].sum(axis=1) / speed.max())
     return bound
-
-
-def _pigeonhole(loads, slots, num_devices):
-    """[L]; of the jD + 1 largest slots j + 1 share a device: load that these copies cannot go below."""
-    num_slots = slots.shape[1]
-    share = np.take_along_axis(loads / count_copies(slots, loads.shape[1]), slots, axis=1)
-    share = -np.sort(-share, axis=1)
-    bounds = [share[:, j * num_devices - j : j * num_devices + 1].sum(axis=1) for j in range(num_slots // num_devices)]
-    return np.max([loads.sum(axis=1) / num_devices, *bounds], axis=0)
 
 
 def spread_in_nodes(loads, num_devices: int, redundant: int, num_nodes: int, num_groups: int) -> np.ndarray:
@@ -120,46 +141,6 @@ def divides_into_nodes(num_experts, num_devices, redundant, num_nodes, num_group
         and num_devices % num_nodes == 0
         and redundant % num_nodes == 0
     )
-
-
-def replicate(loads, redundant: int, num_devices: int, target=0) -> np.ndarray:
-    """Expert of each slot, int [L, S]: one each, then R times one more for the largest load per copy.
-
-    No expert gets more than D copies.
-
-    target  [L]; once no copy has more load than this, copies go to cold experts, where they do no harm:
-            few copies near a device's mean load can be packed better than many of half that
-    """
-    loads = np.asarray(loads, dtype=np.float64)
-    copies = np.ones(loads.shape, dtype=np.int64)
-    rows = np.arange(len(loads))
-    target = np.broadcast_to(target, len(loads))
-    share = loads.copy()
-    slots = np.empty((len(loads), loads.shape[1] + redundant), dtype=np.int64)
-    slots[:, : loads.shape[1]] = np.arange(loads.shape[1])
-    for slot in range(loads.shape[1], slots.shape[1]):
-        free = np.where(copies < num_devices, share, -1)
-        chosen = free.argmax(axis=1)
-        done = free[rows, chosen] <= target
-        if done.any():
-            cold = np.where(copies < num_devices, share, np.inf).argmin(axis=1)
-            chosen = np.where(done, cold, chosen)
-        copies[rows, chosen] += 1
-        share[rows, chosen] = loads[rows, chosen] / copies[rows, chosen]
-        slots[:, slot] = chosen
-    return slots
-
-
-def count_copies(slots, num_experts: int) -> np.ndarray:
-    """Copies of each expert, int [L, E], for the experts of slots [L, S]."""
-    offset = np.arange(len(slots))[:, None] * num_experts
-    return np.bincount((slots + offset).ravel(), minlength=len(slots) * num_experts).reshape(len(slots), -1)
-
-
-def device_times(loads, held, speed=1.0) -> np.ndarray:
-    """[L, D]: load over speed, an expert's load shared equally by its copies."""
-    shares = loads / held.sum(axis=1)
-    return np.matmul(held, shares[..., None])[..., 0] / speed
 
 
 def _longest_first(loads, slots, noise, capacity, speed):

@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .balance import balancedness
+from .copies import count_copies, device_times, replicate
 from .placement import Placement, check_loads
-from .placement_search import count_copies, device_times, replicate, spread, swap_search
+from .placement_search import spread, swap_search
 
 
 @dataclass(frozen=True)

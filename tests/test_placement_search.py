@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from expert_parallel import place_experts
 from expert_parallel.affinity import coactivation
 from expert_parallel.balance import balancedness_per_layer, fan_out, lower_bound
-from expert_parallel.placement_search import count_copies, device_times, divides_into_nodes, replicate
+from expert_parallel.copies import count_copies, device_times, replicate
+from expert_parallel.placement_search import divides_into_nodes
 
 # EPLB's README: the example, and what it prints for it.
 WEIGHT = np.array(
