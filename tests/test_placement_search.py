@@ -89,13 +89,75 @@ def test_never_fuller_than_eplb(num_experts, num_devices, redundant, exponent):
     assert (balanced <= eplb_device_loads(loads, 0, num_devices).max(axis=1) * (1 + 1e-9)).all()
 
 
-def test_large_tables_in_well_under_a_second():
-    loads = zipf(58, 256, 1.0, seed=1)
+@pytest.mark.parametrize("exponent", [0.6, 1.0, 1.2, 1.4, 2.0])
+def test_large_tables_in_well_under_a_second(exponent):
+    loads = zipf(58, 256, exponent, seed=1)
     start = time.process_time()
     placement = place_experts(loads, 32, "replicated", redundant=32)
-    assert time.process_time() - start < 2  # measured: 0.1 to 0.2 s; room for a slow machine
+    assert time.process_time() - start < 1.5  # measured: 0.03 to 0.31 s; room for a slow machine
     ratio = placement.device_loads(loads).max(axis=1) / lower_bound(loads, 32, 32)
-    assert ratio.max() < 1.005
+    assert ratio.max() < (1.002 if exponent < 2 else 1.15)
+    # Steeper still, hot copies do not pack: the bound is out of reach there, EPLB a third fuller.
+    assert (placement.device_loads(loads).max(axis=1) <= eplb_device_loads(loads, 32, 32).max(axis=1)).all()
+
+
+def can_be_dealt(load, num_devices, redundant, limit):
+    """Whether any duplicate-free placement with equal slot counts keeps every device under `limit`: all are tried."""
+    num_experts, slots = len(load), (len(load) + redundant) // num_devices
+    for extra in itertools.combinations_with_replacement(range(num_experts), redundant):
+        copies = 1 + np.bincount(extra, minlength=num_experts)
+        if copies.max() > num_devices or (load / copies).max() > limit:
+            continue
+        order = np.argsort(-load / copies, kind="stable")
+        if _deal([(load[e] / copies[e], copies[e]) for e in order], [(0.0, 0)] * num_devices, slots, limit):
+            return True
+    return False
+
+
+def _deal(items, devices, slots, limit):
+    """Whether items (share, copies) fit into devices (load, count), each copy on a device of its own."""
+    if not items:
+        return True
+    (share, copies), rest = items[0], items[1:]
+    free = [d for d, (load, count) in enumerate(devices) if count < slots and load + share <= limit]
+    tried = set()
+    for chosen in itertools.combinations(free, copies):
+        after = sorted((load + share * (d in chosen), count + (d in chosen)) for d, (load, count) in enumerate(devices))
+        if tuple(after) not in tried:
+            tried.add(tuple(after))
+            if _deal(rest, after, slots, limit):
+                return True
+    return False
+
+
+SMALL = [(3, 2, 1), (4, 2, 2), (4, 3, 2), (5, 2, 3), (5, 3, 4), (6, 3, 3),
+         (6, 5, 4), (7, 2, 5), (7, 4, 5), (10, 3, 2), (10, 6, 2), (12, 8, 4)]  # fmt: skip
+
+
+@pytest.mark.parametrize("num_experts, num_devices, redundant", SMALL)
+def test_fuller_than_eplb_only_where_everything_is(num_experts, num_devices, redundant):
+    """360 tables. EPLB's own placement is sometimes emptier, with two copies of one expert on one device."""
+    random = np.random.default_rng(num_experts * 100 + num_devices)
+    tables = [random.integers(0, 1000, (10, num_experts))]
+    tables += [zipf(10, num_experts, exponent, int(random.integers(999))) for exponent in (0.8, 1.6)]
+    loads = np.concatenate(tables)
+    placement = place_experts(loads, num_devices, "replicated", redundant=redundant)
+    check_promises(placement, num_experts + redundant)
+    ours = placement.device_loads(loads).max(axis=1)
+    theirs = eplb_device_loads(loads, redundant, num_devices).max(axis=1)
+    phy2log, _ = rebalance_experts(loads, num_experts + redundant, 1, 1, num_devices)
+    for layer in np.flatnonzero(ours > theirs * (1 + 1e-9)):
+        devices = phy2log[layer].reshape(num_devices, -1)
+        assert any(len(set(device)) < len(device) for device in devices)
+        assert not can_be_dealt(loads[layer], num_devices, redundant, theirs[layer] * (1 + 1e-9))
+
+
+def test_where_a_duplicate_would_help():
+    """The example of placement_search.py: both halves of the 10 together are one copy fewer."""
+    loads = np.array([[10.0, 9.0, 1.0]])
+    assert not can_be_dealt(loads[0], 2, 1, 10.4)
+    assert can_be_dealt(loads[0], 2, 1, 10.5)
+    assert place_experts(loads, 2, "replicated", redundant=1).device_loads(loads).max() == 10.5
 
 
 # --- brute force ------------------------------------------------------------------------------------
