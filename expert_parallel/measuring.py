@@ -59,7 +59,7 @@ def count_collectives():
 
         return call
 
-    with _replaced(mx.distributed, {kind: counting(kind, getattr(mx.distributed, kind)) for kind in _COLLECTIVES}):
+    with replaced(mx.distributed, {kind: counting(kind, getattr(mx.distributed, kind)) for kind in _COLLECTIVES}):
         yield counted
 
 
@@ -106,9 +106,9 @@ def time_parts(tokens: int, group=None):
     all_sum = mx.distributed.all_sum
     collectives = {kind: timed_collective(getattr(mx.distributed, kind)) for kind in _COLLECTIVES}
     with (
-        _replaced(SimulatedDevices, {"__call__": timed_experts(SimulatedDevices.__call__)}),
-        _replaced(ExpertShard, {name: timed_experts(getattr(ExpertShard, name)) for name in ("compact", "masked")}),
-        _replaced(mx.distributed, collectives),
+        replaced(SimulatedDevices, {"__call__": timed_experts(SimulatedDevices.__call__)}),
+        replaced(ExpertShard, {name: timed_experts(getattr(ExpertShard, name)) for name in ("compact", "masked")}),
+        replaced(mx.distributed, collectives),
     ):
         begin = time.perf_counter()
         yield seconds
@@ -116,7 +116,8 @@ def time_parts(tokens: int, group=None):
 
 
 @contextmanager
-def _replaced(owner, attributes: dict):
+def replaced(owner, attributes: dict):
+    """Other attributes of a class or module while the block runs."""
     originals = {name: getattr(owner, name) for name in attributes}
     for name, value in attributes.items():
         setattr(owner, name, value)

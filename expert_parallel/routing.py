@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .measuring import replaced
 from .moe import MoELayer, moe_layers, num_experts
 from .whole_files import written_whole
 
@@ -160,7 +161,10 @@ def record_routing(model: nn.Module, name: str = "", prompt_tokens: int | None =
     trace = RoutingTrace(np.zeros((0, len(layers), 0)), num_experts(layers[0].experts), model=name)
     notes = _Notes(len(layers), max_tokens)
     try:
-        with recorders(layers, [notes.taker(l) for l in range(len(layers))]):
+        with (
+            recorders(layers, [notes.taker(l) for l in range(len(layers))]),
+            replaced(type(model), {"__call__": notes.watching(model)}),
+        ):
             yield trace
     finally:
         experts, prefill = notes.finish()
@@ -172,14 +176,19 @@ def record_routing(model: nn.Module, name: str = "", prompt_tokens: int | None =
 
 
 class _Notes:
-    """Indices by layer as they come; every so many forward passes they move to numpy."""
+    """Indices by layer as they come; every so many forward passes they move to numpy.
+
+    Whether a pass is prefill the model's input [B, T] says: some blocks hand on their tokens flat, and
+    8 sequences of one token then look like one of 8. Where a block is run by itself, its indices say it.
+    """
 
     EVERY = 64  # forward passes
 
     def __init__(self, num_layers, max_tokens):
         self.waiting = [[] for _ in range(num_layers)]
         self.done = [[] for _ in range(num_layers)]
-        self.prefill = []
+        self.prefill, self.waiting_prefill = [], []
+        self.input_shape = None  # [B, T] of the pass under way
         self.tokens, self.dropped, self.max_tokens = 0, 0, max_tokens
 
     def taker(self, layer):
@@ -187,16 +196,35 @@ class _Notes:
 
         def take(indices):
             waiting.append(indices)
+            if layer == 0:
+                shape = self.input_shape or indices.shape[:-1]
+                self.waiting_prefill.append(bool(shape) and shape[-1] > 1)
             if last and len(waiting) >= self.EVERY:
                 self.collect(keep=1)  # the pass under way is not evaluated yet
 
         return take
+
+    def watching(self, model):
+        """A __call__ for the model's class that notes what shape the model is called with."""
+        original = type(model).__call__
+
+        def call(this, *args, **kwargs):
+            if this is model:
+                self.input_shape = getattr(args[0] if args else kwargs.get("inputs"), "shape", None)
+            try:
+                return original(this, *args, **kwargs)
+            finally:
+                if this is model:
+                    self.input_shape = None
+
+        return call
 
     def collect(self, keep=0):
         count = min(len(waiting) for waiting in self.waiting) - keep
         if count <= 0:
             return
         rooms = []  # tokens taken of each pass
+        phases, self.waiting_prefill[:count] = self.waiting_prefill[:count], []
         for l, waiting in enumerate(self.waiting):
             batch, waiting[:count] = waiting[:count], []
             mx.eval(batch)
@@ -207,7 +235,7 @@ class _Notes:
                     self.tokens += rooms[n]
                     self.dropped += len(rows) - rooms[n]
                     if rooms[n]:
-                        self.prefill.append(np.full(rooms[n], indices.ndim > 1 and indices.shape[-2] > 1))
+                        self.prefill.append(np.full(rooms[n], phases[n]))
                 if rooms[n]:  # an empty slice would keep the whole pass in memory
                     self.done[l].append(rows[: rooms[n]])
 

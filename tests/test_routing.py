@@ -1,9 +1,11 @@
 """Traces: what the router decided, recorded without touching the answer."""
 
+import inspect
+
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import random_model
+from conftest import CONFIG, random_model
 from mlx_lm.models.cache import make_prompt_cache
 
 from expert_parallel import RoutingTrace, place_experts, record_routing, shard_model
@@ -70,6 +72,20 @@ def test_prefill_and_decode_are_told_apart_over_many_passes():
     assert trace.prefill.tolist() == [True] * 3 + [False] * 70
     assert len(trace.phase("prefill")) == 3
     assert len(trace.phase("decode")) == 70
+
+
+def test_a_batch_of_single_tokens_is_decode_where_blocks_flatten_their_tokens_too():
+    """OLMoE's blocks hand on [B T, H]: four sequences of one token were taken for a prompt of four."""
+    from mlx_lm.models.olmoe import Model, ModelArgs
+
+    config = {name: CONFIG[name] for name in inspect.signature(ModelArgs).parameters if name in CONFIG}
+    model, original = Model(ModelArgs(**config | {"model_type": "olmoe"})), Model.__call__
+    cache = make_prompt_cache(model)
+    with record_routing(model) as trace:
+        mx.eval(model(mx.array([[1, 2]] * 4), cache=cache))
+        mx.eval(model(mx.array([[3]] * 4), cache=cache))
+    assert trace.prefill.tolist() == [True] * 8 + [False] * 4
+    assert Model.__call__ is original
 
 
 def test_memory_is_bounded_and_what_was_left_out_is_said():
