@@ -386,7 +386,7 @@ def run(args, watchdog):
             "balance": report.balance_figures(trace, changes[0][1], later=changes[1:]),
             "rebalancing": rebalancing_figures(live, trace) if live else None,
             "memory": memory_figures(whole, placement, cache, per_rank, ranks),
-            "communication": communication_figures(model, trace, args.combine, counted, ranks),
+            "communication": communication_figures(model, trace, args.combine, seconds.value_bytes, counted, ranks),
             "ranks": per_rank if ranks > 1 else None,
             "time": {"source": "measured with a stop after each part", **vars(seconds)},
         }  # fmt: skip

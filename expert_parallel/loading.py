@@ -15,14 +15,15 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.switch_layers import SwitchLinear
 
 from .checkpoint import build_lazily, find_cached, resolve_model, tokenizer_of
 from .moe import (
     ExpertShard,
     SimulatedDevices,
     _same_kind,
+    check_computable,
     check_placement,
+    check_ways,
     moe_layers,
     num_experts,
     switch_linears,
@@ -60,15 +61,6 @@ def _as(array, dtype):
     return array.astype(dtype) if dtype is not None and mx.issubdtype(array.dtype, mx.floating) else array
 
 
-def _check_computable(layers, dtype):
-    """mx.gather_mm takes nothing but float32 on the CPU: better said now than at the first token."""
-    linears = (linear for layer in layers for _, linear in switch_linears(layer.experts))
-    for linear in linears:
-        actual = dtype or linear.weight.dtype
-        if mx.default_device().type == mx.cpu and isinstance(linear, SwitchLinear) and actual != mx.float32:
-            raise ValueError(f"experts that are not quantised run on the CPU in float32 only, not in {actual}")
-
-
 # --- reading ----------------------------------------------------------------------------------------
 
 
@@ -89,7 +81,7 @@ def load_whole(path_or_repo, dtype=None, progress=None, tokenizer_config=None):
     """(model, tokenizer, config) as `mlx_lm.load` gives them, checked first, in `activation_dtype(dtype)`."""
     folder = resolve_model(path_or_repo)
     lazy, dtype = build_lazily(folder), activation_dtype(dtype)
-    _check_computable(moe_layers(lazy.model), dtype)
+    check_computable(moe_layers(lazy.model), dtype)
     tokenizer = tokenizer_of(folder, lazy.config, tokenizer_config)
     total = sum(_stored_bytes(module) for _, module in lazy.model.named_modules())
     _read_rest(lazy.model, (), dtype, _Counter(progress, total))
@@ -124,15 +116,14 @@ def load_sharded(
     Raises ValueError, FileNotFoundError or OSError in one line, before anything large is read.
     """
     began, report = time.perf_counter(), ReadReport()
-    if combine not in ("auto", "reduce", "gather") or attention not in ("replicated", "sharded"):
-        raise ValueError(f"combine is auto, reduce or gather, attention replicated or sharded: {combine}, {attention}")
+    check_ways(combine, attention)
     group = None if group is None or group.size() == 1 else group
     folder = resolve_model(path_or_repo)
     lazy, dtype = build_lazily(folder), activation_dtype(dtype)
     model = lazy.model
     placement = _placement(model, num_devices, placement, group, strategy)
     layers = check_placement(model, placement)
-    _check_computable(layers, dtype)
+    check_computable(layers, dtype)
     tokenizer = tokenizer_of(folder, lazy.config, tokenizer_config)
 
     devices = [group.rank()] if group else list(range(placement.num_devices))

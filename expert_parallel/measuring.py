@@ -35,9 +35,13 @@ class Collectives:
 
 @dataclass
 class Seconds:
-    """Where a rank's time went over so many tokens, each part with a stop before and after it."""
+    """Where a rank's time went over so many tokens, each part with a stop before and after it.
+
+    value_bytes  of one value that experts gave: 4 for float32, 2 for bfloat16
+    """
 
     tokens: int = 0
+    value_bytes: int = 0
     total: float = 0.0
     experts: float = 0.0
     waiting: float = 0.0
@@ -83,6 +87,7 @@ def time_parts(tokens: int, group=None):
             y = original(self, x, indices)
             mx.eval(y)
             seconds.experts += time.perf_counter() - begin
+            seconds.value_bytes = y.dtype.size
             inside.pop()
             return y
 

@@ -247,6 +247,31 @@ def check_placement(model: nn.Module, placement: Placement) -> list[MoELayer]:
     return layers
 
 
+def check_computable(layers: list[MoELayer], dtype: mx.Dtype | None = None) -> None:
+    """ValueError where mlx could not compute these experts: better said now than at the first token.
+
+    dtype  the weights' type is going to be; None: as it is. mx.gather_mm on the CPU takes float32 alone.
+    """
+    if mx.default_device().type != mx.cpu:
+        return
+    for layer in layers:
+        for _, linear in switch_linears(layer.experts):
+            actual = dtype or linear.weight.dtype
+            if isinstance(linear, SwitchLinear) and actual != mx.float32:
+                raise ValueError(
+                    f"experts that are not quantised run on the CPU in float32 only, not in {actual}:"
+                    " call model.set_dtype(mx.float32) first, or load with dtype float32"
+                )
+
+
+def check_ways(combine: str, attention: str) -> None:
+    """ValueError unless both name a way that `ranks.install_shard` and `ranks.shard_over_ranks` know."""
+    if combine not in ("auto", "reduce", "gather"):
+        raise ValueError(f"combine is auto, reduce or gather, got {combine!r}")
+    if attention not in ("replicated", "sharded"):
+        raise ValueError(f"attention is replicated or sharded, got {attention!r}")
+
+
 def shard_model(
     model: nn.Module,
     placement: Placement,
@@ -262,14 +287,17 @@ def shard_model(
     N ranks: each keeps the experts of device number rank, see `ranks.shard_over_ranks` for
     combine    how outputs come together: reduce, gather, or auto
     attention  replicated, or sharded by mlx-lm's own tensor parallelism
+    ValueError for what does not fit, bfloat16 experts that are not quantised on the CPU among it.
     """
     if any(isinstance(layer.experts, (ExpertShard, SimulatedDevices)) for layer in moe_layers(model)):
         raise ValueError("this model's experts are spread already: load the model again to place them anew")
+    check_ways(combine, attention)
+    layers = check_placement(model, placement)
+    check_computable(layers)
     if group is not None and group.size() > 1:
         from .ranks import shard_over_ranks
 
         return shard_over_ranks(model, placement, group, combine, attention)
-    layers = check_placement(model, placement)
     lanes = [mx.new_stream(mx.default_device()) for _ in range(placement.num_devices)] if streams else None
     for held, layer in zip(placement.held, layers, strict=True):
         if placement.num_devices == 1:

@@ -93,22 +93,24 @@ def memory_figures(whole: ModelBytes, placement: Placement, cache, per_rank: lis
     }
 
 
-def communication_figures(model, trace, combine: str, counted: Collectives, ranks: int) -> dict:
-    """Bytes per token of both combines by formula; with ranks also what was counted at the calls."""
+def communication_figures(model, trace, combine: str, value_bytes: int, counted: Collectives, ranks: int) -> dict:
+    """Bytes per token of both combines by formula; with ranks also what was counted at the calls.
+
+    value_bytes  of one value that the experts gave in this run
+    """
     layers = moe_layers(model)
     shard = layers[0].experts
     shard = shard if isinstance(shard, ExpertShard) else shard.shards[0]
     down = shard.experts["down_proj"] if "down_proj" in shard.experts else shard.experts["fc2"]
     hidden = down.weight.shape[1]
-    kind = mx.float32 if mx.default_device().type == mx.cpu else mx.bfloat16
-    top_k, value = trace.experts.shape[2], kind.size
-    by_combine = {how: bytes_per_token(hidden, top_k, len(layers), value, how) for how in ("reduce", "gather")}
+    top_k = trace.experts.shape[2]
+    by_combine = {how: bytes_per_token(hidden, top_k, len(layers), value_bytes, how) for how in ("reduce", "gather")}
     devices = len(shard._assignment.held)
     used = "gather" if shard._gather_group is not None or combine == "gather" else "reduce"
     result = {
         "source": "modelled",
         "combine": used,
-        "value_bytes": value,
+        "value_bytes": value_bytes,
         "bytes_per_token": by_combine[used],
         "bytes_per_token_by_combine": by_combine,
         "ring_bytes_sent_per_token_and_rank": round(ring_traffic(by_combine[used], devices)),

@@ -181,6 +181,22 @@ def test_wrong_placements_are_refused_with_the_numbers():
         shard_model(random_model(mlp_only_layers=[0, 1, 2]), place_experts(np.zeros((3, 8)), 2))
 
 
+def test_what_mlx_could_not_compute_is_refused_when_it_is_sharded():
+    """bfloat16 experts that are not quantised ended in mlx's "Type bfloat16 not supported" at the first token."""
+    model = random_model()
+    model.set_dtype(mx.bfloat16)
+    with pytest.raises(ValueError, match=r"float32 only, not in mlx.core.bfloat16: call model.set_dtype"):
+        shard_model(model, placed(model, 2))
+    model.set_dtype(mx.float32)
+    mx.eval(shard_model(model, placed(model, 2))(mx.array([[1, 2]])))
+
+
+@pytest.mark.parametrize("ways", [{"combine": "sum"}, {"attention": "half"}, {"combine": None}], ids=str)
+def test_unknown_ways_are_refused_in_one_process_too(ways):
+    with pytest.raises(ValueError, match=f"{next(iter(ways))} is .*{next(iter(ways.values()))!r}"):
+        shard_model(random_model(), placed(random_model(), 2), **ways)
+
+
 def test_one_device_is_the_untouched_module():
     model = random_model()
     originals = [layer.experts for layer in moe_layers(model)]
