@@ -155,7 +155,7 @@ def checkpoint_tables(figures: dict, most: int = 20) -> list:
     """Of `checkpoint_check.CheckpointReport`."""
     problems = figures["problems"]
     items = {
-        "verdict": "as the configuration says, whole" if figures["ok"] else f"{len(problems)} problems",
+        "verdict": "as the configuration says, whole" if figures["ok"] else f"{len(problems)} problem{'s' if len(problems) > 1 else ''}",
         "files": f"{figures['num_files']}, {figures['num_tensors']} tensors, {figures['bytes_on_disk']:,} B",
     }
     if figures["bytes_predicted"] is not None:
