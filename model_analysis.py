@@ -35,7 +35,7 @@ def setup_arg_parser():
     add("--group-size", type=int, help="of the quantisation (default: 64)")
     add("--mode", default="affine", choices=("affine", "mxfp4", "nvfp4", "mxfp8"), help="of the quantisation")
     add("--context", type=int, default=2048, help="tokens in the cache (default: 2048)")
-    add("--devices", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="numbers of devices to consider")
+    add("--devices", type=int, nargs="+", metavar="N", help="numbers of devices to consider (default: 1 2 4 ... 64)")
     add("--device-memory", type=float, metavar="GB", help="how many devices of this size hold the model?")
     add("--redundant-experts", type=int, default=0, metavar="R", help="extra copies per layer")
     add("--hardware", default="m4-max", help=f"project onto: {', '.join(MACHINES)} (default: m4-max)")
@@ -54,12 +54,12 @@ def check_arguments(args):
     for name, low in (("context", 1), ("redundant_experts", 0), ("prompt_tokens", 1), ("group_size", 1)):
         if getattr(args, name) is not None and getattr(args, name) < low:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
-    if args.device_memory is not None and not args.device_memory > 0:
-        raise ValueError(f"--device-memory must be above 0, got {args.device_memory:g}")
+    if args.device_memory is not None and not 0 < args.device_memory < float("inf"):
+        raise ValueError(f"--device-memory must be above 0 and finite, got {args.device_memory:g}")
     find("hardware", args.hardware, MACHINES)
     if args.link:
         find("link", args.link, LINKS)
-    if args.forward and args.model.lower() in bundled_names():
+    if (args.forward or args.prompt) and args.model.lower() in bundled_names():
         raise ValueError(f"--forward needs weights: {args.model} is a configuration alone, give a folder or a hub id")
     if args.json:
         report.check_writable(args.json)
@@ -98,9 +98,11 @@ def run(args):
         raise ValueError("--group-size and --mode say how --bits are stored: give --bits too")
     quantisation = {"bits": bits, "group_size": args.group_size, "mode": args.mode}
     described = describe(configuration, **quantisation)
-    args.devices = sorted(set(args.devices))
-    if args.devices[0] < 1 or args.devices[0] > described.num_experts:
-        raise ValueError(f"--devices {args.devices[0]}: needs 1 to {described.num_experts}, the experts of a layer")
+    usual = [count for count in analysis_figures.DEVICES if count <= described.num_experts]
+    args.devices = sorted(set(args.devices or usual))
+    for count in args.devices:
+        if not 1 <= count <= described.num_experts:
+            raise ValueError(f"--devices {count}: needs 1 to {described.num_experts}, the experts of a layer")
     figures = {"architecture": analysis_figures.architecture_figures(described, configuration, args.context)}
     show(analysis_tables.model_tables(figures["architecture"]))
 
@@ -164,7 +166,10 @@ def texts_of(prompts):
         if not separator or not name.isidentifier() or len(name) > 12:
             name, value = f"text {number}", prompt
         if len(value) < 1000 and Path(value).is_file():
-            value = Path(value).read_text(encoding="utf-8")
+            try:
+                value = Path(value).read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                raise ValueError(f"--prompt {value} is not UTF-8 text") from None
         if not value.strip():
             raise ValueError(f"--prompt {prompt!r} is empty")
         texts[name] = value

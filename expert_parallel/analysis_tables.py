@@ -130,7 +130,7 @@ def projection_tables(figures: dict, cases: dict | None) -> list:
         )
         for row in figures["devices"]
     ]
-    columns = ("devices", "tokens/s", "", "if even", "hybrid", "prompt/s", "most time goes to")
+    columns = ("devices", "tokens/s", "speed-up", "if even", "hybrid", "prompt/s", "most time goes to")
     title = f"Projection (modelled): {figures['hardware']}, {figures['link']}, {figures['routing']} routing"
     items = {
         "context": f"{figures['context']:,} tokens before the one that is decoded (--context)",
@@ -154,8 +154,9 @@ def projection_tables(figures: dict, cases: dict | None) -> list:
 def checkpoint_tables(figures: dict, most: int = 20) -> list:
     """Of `checkpoint_check.CheckpointReport`."""
     problems = figures["problems"]
+    found = f"{len(problems)} problem" + ("s" if len(problems) > 1 else "")
     items = {
-        "verdict": "as the configuration says, whole" if figures["ok"] else f"{len(problems)} problem{'s' if len(problems) > 1 else ''}",
+        "verdict": "as the configuration says, whole" if figures["ok"] else found,
         "files": f"{figures['num_files']}, {figures['num_tensors']} tensors, {figures['bytes_on_disk']:,} B",
     }
     if figures["bytes_predicted"] is not None:

@@ -58,6 +58,8 @@ def load_configuration(name: str) -> Configuration:
     """
     if name == SHIPPED.name and not Path(name).exists():
         name = str(SHIPPED)
+    if not name:
+        raise ValueError("the model's name is empty: give a folder, a config.json, a hub id or a bundled name")
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -69,7 +71,8 @@ def load_configuration(name: str) -> Configuration:
         document = json.loads((BUNDLED / f"{name.lower()}.json").read_text())
         published = {"repository": document["repository"], **document["published"]}
         return Configuration(name.lower(), document["config"], published)
-    if name.count("/") == 1 and not name.startswith((".", "~", "/")):
+    # "models/typo" looks like a hub id, but whoever has a folder "models" here meant that one.
+    if name.count("/") == 1 and not name.startswith((".", "~", "/")) and not path.parent.is_dir():
         return Configuration(name, read_config(_fetch_config(name)))
     raise ValueError(
         f"model {name}: no such folder or file, not a hub id such as Qwen/Qwen3-30B-A3B, and not one of the"
@@ -78,15 +81,23 @@ def load_configuration(name: str) -> Configuration:
 
 
 def _fetch_config(repo: str) -> Path:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import RepositoryNotFoundError
 
-    for offline in (True, False):
-        with contextlib.suppress(Exception):  # requests, httpx and the hub each raise their own
-            return Path(hf_hub_download(repo, "config.json", local_files_only=offline, etag_timeout=5))
+    with contextlib.suppress(Exception):  # requests, httpx and the hub each raise their own
+        return Path(hf_hub_download(repo, "config.json", local_files_only=True))
+    reason = "could not be fetched"
+    try:
+        HfApi().model_info(repo, timeout=5)  # a dead network shows here, at once; a download tries again and again
+        return Path(hf_hub_download(repo, "config.json"))
+    except RepositoryNotFoundError:
+        reason = "the hub has no such model, or not for everybody"
+    except Exception:
+        pass
     raise ValueError(
-        f"model {repo}: its config.json is not in the hub cache and could not be fetched; without a network"
+        f"model {repo}: its config.json is not in the hub cache and {reason}; without a network"
         f" give a folder, a config.json, or a bundled name: {', '.join(bundled_names())}"
-    )
+    ) from None
 
 
 # --- building -----------------------------------------------------------------------------------

@@ -125,6 +125,7 @@ def test_copies_and_odd_numbers_of_devices(tmp_path):
     assert copied["memory"]["devices"][1]["with_copies_bytes"] > plain["memory"]["devices"][1]["replicated_rest_bytes"]
     refused(run_script(SCRIPT, "--devices", 2, "--redundant-experts", 400), "128 experts and 400 copies")
     refused(run_script(SCRIPT, "--devices", 0), "--devices 0")
+    refused(run_script(SCRIPT, "--devices", 2, 129), "--devices 129", "1 to 128")
 
 
 def test_what_is_refused(tmp_path):
@@ -137,6 +138,13 @@ def test_what_is_refused(tmp_path):
     refused(run_script(SCRIPT, "--model", "nobody/nothing"), "nobody/nothing", "qwen3-coder-30b")
     refused(run_script(SCRIPT, "--hardware", "abacus"), "abacus", "m3-ultra")
     refused(run_script(SCRIPT, "--forward"), "needs weights")
+    refused(run_script(SCRIPT, "--prompt", "x = 1"), "needs weights")
+    (tmp_path / "prompt").write_bytes(b"\xff\xfe")
+    refused(run_script(SCRIPT, "--model", SHIPPED, "--prompt", tmp_path / "prompt", "--quiet"), "prompt is not UTF-8")
+    dead = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}  # nobody listens there
+    refused(run_script(SCRIPT, "--model", "nobody/nothing", **dead), "could not be fetched", "qwen3-coder-30b")
+    refused(run_script(SCRIPT, "--model", "models/typo"), "models/typo: no such folder")
+    refused(run_script(SCRIPT, "--model", ""), "name is empty")
     refused(run_script(SCRIPT, "--json", tmp_path / "no" / "o.json"), "does not exist")
     refused(run_script(SCRIPT, "--context", -1), "--context")
     refused(run_script(SCRIPT, "--device-memory", 0), "--device-memory")
