@@ -3,7 +3,7 @@
     python qwen3_expert_parallel.py                               8 simulated devices, shipped model
     python qwen3_expert_parallel.py --prompt "def main():" --devices 4
     mpirun -np 2 python qwen3_expert_parallel.py                  2 real ranks, each holds its half
-    mlx.launch -n 2 --backend ring -- qwen3_expert_parallel.py    the same over sockets
+    mlx.launch -n 2 --backend ring --python "$(which python)" -- qwen3_expert_parallel.py    over sockets
 
 Every figure says whether it is measured, simulated or modelled.
 """

@@ -253,7 +253,7 @@ def rebalancing_table(figures: dict) -> Group:
     columns = ("after", "moved", "read", "pause", "predicted", "gain", "unmoved", "as moved")
     side = "" if figures["costs"]["side_by_side"] else ", as if devices ran side by side"
     note = Text(
-        "after so many tokens; experts moved, bytes read and pause are measured, predicted pause and gain\n"
+        "after so many tokens; experts moved, bytes read and pause are measured, predicted pause and gain "
         f"modelled{side}; last, balancedness of the tokens since (measured)"
     )
     return Group(table("Rebalancing", *columns, rows=rows), note)

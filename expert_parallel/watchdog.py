@@ -152,7 +152,8 @@ class Watchdog:
     def address(self) -> dict:
         """Where other watchdogs reach this one: to be shared by the ranks, then `join`."""
         hosts = os.environ.get("MLX_HOSTFILE")
-        host = socket.gethostname()
+        coordinator = os.environ.get("MLX_JACCL_COORDINATOR", "").rpartition(":")[0]  # rank 0's, the one that is asked
+        host = coordinator or os.environ.get("NCCL_HOST_IP") or socket.gethostname()
         if hosts:
             entry = json.loads(Path(hosts).read_text())[int(os.environ["MLX_RANK"])]
             entry = entry if isinstance(entry, list) else entry.get("ips", [])
