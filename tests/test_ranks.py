@@ -1,6 +1,7 @@
 """Real ranks, over MPI and over sockets: the tokens and logits of stock mlx-lm."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -150,6 +151,7 @@ def test_one_process_is_the_same_code_path():
     assert run_script(*RUN, "--devices", 2).returncode == 0
 
 
+@pytest.mark.skipif(not shutil.which("mpirun"), reason="no mpirun on this machine")
 def test_standard_input_reaches_every_rank():
     """mpirun hands it to rank 0 alone."""
     ((command, environment),) = launch_command("mpi", 2, *RUN[:3], "--prompt", "-", "--max-tokens", 4, "--quiet")
