@@ -1,8 +1,13 @@
 """Run a Mixture-of-Experts model with its experts spread over devices, and report what that does.
 
-    python qwen3_expert_parallel.py                               8 simulated devices, shipped model
+    python qwen3_expert_parallel.py                       8 simulated devices
     python qwen3_expert_parallel.py --prompt "def main():" --devices 4
-    mpirun -np 2 python qwen3_expert_parallel.py                  2 real ranks, each holds its half
+    python qwen3_expert_parallel.py --prompt text.txt --trace run.npz
+        keep where the tokens of this run went, and place experts by it:
+    python qwen3_expert_parallel.py --placement balanced --placement-trace run.npz
+    python qwen3_expert_parallel.py --max-tokens 400 --rebalance-every 64
+        move experts between devices while it answers
+    mpirun -np 2 python qwen3_expert_parallel.py          2 real ranks, half of the experts on each
     mlx.launch -n 2 --backend ring --python "$(which python)" -- qwen3_expert_parallel.py    over sockets
 
 Every figure says whether it is measured, simulated or modelled.
@@ -62,10 +67,15 @@ def setup_arg_parser():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", help="folder or hub id (default: Qwen3-Coder-30B if it is in the hub cache, else the shipped model)")
-    add("--prompt", help="a text, a file, or - for standard input")
+    add("--prompt", help="a text, a file, or - for standard input (default: one that fits the model)")
     add("--max-tokens", type=int, default=64, help="tokens to generate (default: 64)")
     add("--temp", type=float, default=0.0, help="sampling temperature, 0 takes the likeliest token (default: 0)")
-    add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability")
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="sample from the likeliest tokens of this total probability (default: 1)",
+    )
     add("--seed", type=int, default=0, help="of sampling (default: 0)")
     add(
         "--devices",
@@ -76,44 +86,55 @@ def setup_arg_parser():
         "--placement",
         default="contiguous",
         metavar="STRATEGY_OR_FILE",
-        help="contiguous, round-robin, balanced, replicated, affinity, or a placement file (default: contiguous)",
+        help="contiguous: neighbours together; round-robin: dealt in turn; by a trace balanced: even loads,"
+        " replicated: with copies, affinity: few devices a token; or a placement file (default: contiguous)",
     )
     add(
         "--placement-trace",
         type=Path,
         metavar="FILE",
-        help="trace that balanced, replicated and affinity are fitted on",
+        help="what --trace saved: balanced, replicated and affinity place experts by its loads",
     )
-    add("--redundant-experts", type=int, default=0, metavar="R", help="extra copies of hot experts per layer")
+    add(
+        "--redundant-experts",
+        type=int,
+        default=0,
+        metavar="R",
+        help="copies of hot experts in each layer, with --placement replicated (default: 0)",
+    )
     add(
         "--rebalance-every",
         type=int,
         metavar="TOKENS",
-        help="look at the loads that often and move experts between devices where it pays; the answer stays the same",
+        help="every so many tokens look at the loads since, and move experts between devices where the time that is"
+        " predicted to save is more than the pause it takes; the answer stays the same (default: never)",
     )
     add(
         "--rebalance-threshold",
         type=float,
         metavar="B",
-        help="look too when balancedness since the last look falls under B",
+        help="with --rebalance-every: look at once when balancedness (mean load / fullest device's) falls under B,"
+        " 0 to 1 (default: wait)",
     )
     add(
         "--rebalance-horizon",
         type=int,
         metavar="TOKENS",
-        help="tokens over which a move must repay its pause (default: those until the next look)",
+        help="with --rebalance-every: tokens over which a move must repay its pause (default: those until the"
+        " next look)",
     )
     add(
         "--combine",
         choices=("auto", "reduce", "gather"),
         default="auto",
-        help="how ranks bring outputs together: sum weighted outputs, or sum every slot's (default: auto)",
+        help="how ranks bring outputs together: reduce sums weighted outputs, gather sums every chosen expert's, top-k"
+        " times the bytes; auto takes reduce where the model allows it (default: auto)",
     )
     add(
         "--attention",
         choices=("replicated", "sharded"),
         default="replicated",
-        help="with several ranks: all but the experts on each, or sharded by mlx-lm",
+        help="with several ranks: all but the experts whole on each, or sharded by mlx-lm (default: replicated)",
     )
     add(
         "--dtype",
@@ -133,9 +154,9 @@ def setup_arg_parser():
         default=300,
         help="with several ranks: seconds until one that waits for others gives up (default: 300)",
     )
-    add("--trace", type=Path, metavar="FILE", help="save the routing trace")
+    add("--trace", type=Path, metavar="FILE", help="save the routing trace, .npz")
     add("--save-placement", type=Path, metavar="FILE", help="save the placement as JSON")
-    add("--plots", type=Path, metavar="DIR", help="save pictures of the loads")
+    add("--plots", type=Path, metavar="DIR", help="save pictures of the loads, two .png")
     add("--json", type=Path, metavar="FILE", help="save all figures")
     add("--quiet", action="store_true", help="print the answer alone")
     return parser  # fmt: skip
@@ -335,16 +356,9 @@ def run(args, watchdog):
             raise
         error = str(problem)
     agree(group, {}, error)
-    about = {
-        "model": str(args.model or folder.name),
-        "MoE layers": f"{placement.num_layers} x {placement.num_experts} experts",
-        "devices": f"{ranks} ranks" if ranks > 1 else f"{placement.num_devices} simulated in one process",
-        "placement": repr(placement),
-        "running on": "{device}, {device_name}, {cores} cores, {system}".format(**versions),
-        "read": f"{report.size(reading.bytes_read_experts + reading.bytes_read_rest)} in {reading.seconds:.1f} s",
-        "versions": f"mlx {versions['mlx']}, mlx-lm {versions['mlx_lm']}, Python {versions['python']}",
-    }
-    console.print(report.facts("What runs where", about))
+    name = str(args.model or folder.name)
+    console.print()
+    console.print(report.what_runs_where(name, config, model, placement, ranks, reading, versions))
 
     # 3. The answer, with every routing decision recorded.
     console.rule("answer", style="dim", align="left")
@@ -352,7 +366,7 @@ def run(args, watchdog):
         print(prompt if not tokenizer.has_chat_template else "", end="", flush=True)
     live = start_rebalancing(args, model, placement, read, group) if read else None
     with (
-        record_routing(model, name=about["model"], prompt_tokens=len(ids)) as trace,
+        record_routing(model, name=name, prompt_tokens=len(ids)) as trace,
         count_collectives() as counted,
         live or nullcontext(),
     ):
@@ -376,7 +390,7 @@ def run(args, watchdog):
     # 5. The figures, once for programs and once for people.
     if first:
         figures = {
-            "model": {"name": about["model"], "config": config, "environment": versions},
+            "model": {"name": name, "config": config, "environment": versions},
             "placement": {"strategy": placement.strategy, "devices": placement.num_devices, "ranks": ranks,
                           "experts_per_device": placement.held.sum(axis=2).tolist()},
             "generation": {"source": "measured", "prompt_tokens": len(ids), "text": text, "tokens": tokens,
@@ -409,13 +423,13 @@ def start_rebalancing(args, model, placement, read, group):
 
 
 def stock_run(folder, ids, args):
-    """The same answer by stock mlx-lm: (token ids, model)."""
+    """The same answer by stock mlx-lm: (token ids, tokens per second, model)."""
     model, tokenizer = load(str(folder), lazy=True)
     dtype = activation_dtype(args.dtype)
     if dtype is not None:
         model.set_dtype(dtype)
-    tokens, *_ = generate(model, tokenizer, ids, args, None, NoWatchdog(), out=False)
-    return tokens, model
+    tokens, _, last, _ = generate(model, tokenizer, ids, args, None, NoWatchdog(), out=False)
+    return tokens, last.generation_tps, model
 
 
 def write_files(args, figures, trace, placement):

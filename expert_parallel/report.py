@@ -13,6 +13,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 from rich.console import Console, Group
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
@@ -144,6 +145,30 @@ def table(title: str, *columns: str, rows=(), names: bool = False) -> Group:
     return Group(Text(title, style="bold"), result)
 
 
+def what_runs_where(name: str, config: dict, model, placement: Placement, ranks: int, reading, versions) -> Group:
+    """Model, types, devices, placement, hardware, versions; `reading` is a loading.ReadReport."""
+    dtype = next(
+        array.dtype for _, array in tree_flatten(model.parameters()) if mx.issubdtype(array.dtype, mx.floating)
+    )
+    packed = config.get("quantization") or {}
+    weights = f"{packed['bits']}-bit in groups of {packed['group_size']}, " if packed else ""
+    counts = placement.held.sum(axis=2)
+    held = " to ".join(map(str, sorted({int(counts.min()), int(counts.max())})))
+    copies = int(placement.copies.sum()) // placement.num_layers - placement.num_experts
+    items = {
+        "model": name,
+        "MoE layers": f"{placement.num_layers} x {placement.num_experts} experts",
+        "dtype": f"{weights}{'the rest ' if packed else ''}{str(dtype).removeprefix('mlx.core.')}",
+        "devices": f"{ranks} ranks" if ranks > 1 else f"{placement.num_devices} simulated in one process",
+        "placement": f"{placement.strategy}, {held} of {placement.num_experts} experts on each device"
+        + (f", {copies} copies a layer" if copies else ""),
+        "running on": "{device}, {device_name}, {cores} cores, {system}".format(**versions),
+        "read": f"{size(reading.bytes_read_experts + reading.bytes_read_rest)} of files in {reading.seconds:.1f} s",
+        "versions": f"mlx {versions['mlx']}, mlx-lm {versions['mlx_lm']}, Python {versions['python']}",
+    }
+    return facts("What runs where", items)
+
+
 def facts(title: str, items: dict) -> Group:
     """Name and value, a line each."""
     rows = [(name, value) for name, value in items.items() if value not in (None, "")]
@@ -222,8 +247,12 @@ def balance_tables(figures: dict, layer_numbers: list[int], most: int = 16) -> l
     }  # fmt: skip
     for name, phase in figures["phases"].items():
         summary[f"balancedness in {name} ({phase['tokens']} tokens)"] = f"{phase['balancedness_layers']:.3f}"
+    words = Text(
+        "A device's load: how often its experts were chosen. balancedness: mean / max, 1 is"
+        f" even, 1/{len(figures['device_loads'][0])} all on one device. fan-out: devices that a token goes to."
+    )
     return [
-        table(f"Balance over devices (measured{note})", *columns, rows=rows),
+        Group(table(f"Balance over devices (measured{note})", *columns, rows=rows), words),
         facts("Balance over all layers", summary),
         heat_map("Load per device", figures["device_loads"]),
     ]
@@ -268,7 +297,8 @@ def memory_tables(figures: dict) -> list:
     if len(rows) > 16:
         rows = [*rows[:8], ("...", "", "", ""), *rows[-4:]]
     summary = {
-        "whole model": f"{size(figures['full_model_bytes'])}, experts {size(figures['full_model_expert_bytes'])}",
+        "whole model": f"{size(figures['full_model_bytes'])} in memory, {size(figures['full_model_expert_bytes'])}"
+        " of it experts",
         "fullest device": f"{size(max(figures['per_device_bytes']))}: {figures['reduction']:.2f}x less than the whole",
         "experts alone": f"{figures['reduction_of_experts']:.2f}x less",
         "key-value cache": f"{size(figures['kv_cache_bytes'])} on each device besides",
@@ -283,23 +313,26 @@ def communication_table(figures: dict) -> Group:
     items = {
         "reduce: weighted sums, all-summed": f"{size(both['reduce'])} per token",
         "gather: every slot's output, all-summed": f"{size(both['gather'])} per token",
-        f"a ring sends per rank ({figures['combine']})": f"{size(sent)} per token",
+        f"{figures['combine']} by a ring, sent by each rank": f"{size(sent)} per token",
     }
     if "counted" in figures:
         counted = figures["counted"]
         items["counted at the calls (measured)"] = (
             f"{size(counted['payload_bytes_per_token'])} per token, {counted['calls']} calls in all"
         )
-    return facts(f"Communication ({figures['source']}, {figures['value_bytes']}-byte values)", items)
+    one = "" if "counted" in figures else "; in one process nothing is sent"
+    return facts(f"Communication ({figures['source']}, {figures['value_bytes']}-byte values{one})", items)
 
 
 def speed_table(figures: dict) -> Group:
     """Speed of the run, and where the time of one token goes."""
     generation, time = figures["generation"], figures["time"]
     spent = max(time["total"], 1e-12)
+    stock = figures["parity"] and figures["parity"]["stock_tokens_per_second"]
     items = {
         "prompt": f"{generation['prompt_tokens_per_second']:.1f} tokens/s ({generation['prompt_tokens']} tokens)",
         "generation": f"{generation['tokens_per_second']:.1f} tokens/s ({len(generation['tokens'])} tokens)",
+        "generation by stock mlx-lm": f"{stock:.1f} tokens/s" if stock else "",
         "share of time in experts": f"{time['experts'] / spent:.0%} (measured on {time['tokens']} tokens with stops)",
     }
     return facts("Speed (measured)", items)

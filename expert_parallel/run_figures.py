@@ -40,7 +40,7 @@ def parity_figures(model, ids: list[int], tokens: list[int], args, group, stock_
     mx.eval(logits)
     result = None
     if group.rank() == 0:
-        expected, stock = stock_run()
+        expected, speed, stock = stock_run()
         difference = mx.abs(stock(sequence).astype(mx.float32) - logits.astype(mx.float32)).max().item()
         result = {
             "source": "measured",
@@ -48,6 +48,7 @@ def parity_figures(model, ids: list[int], tokens: list[int], args, group, stock_
             "tokens_compared": len(expected),
             "max_abs_logit_difference": difference,
             "logits_compared": logits.size,
+            "stock_tokens_per_second": speed,
         }
     gather_objects(group, 0)  # nobody leaves while rank 0 still compares
     return result
@@ -80,7 +81,7 @@ def memory_figures(whole: ModelBytes, placement: Placement, cache, per_rank: lis
     per_device = experts + rest
     predicted = whole.per_device(placement)
     return {
-        "source": "measured" if ranks > 1 else "experts measured, the rest replicated on each device modelled",
+        "source": "measured" if ranks > 1 else "experts measured; the rest, here once, modelled on each",
         "per_device_bytes": per_device.tolist(),
         "experts_per_device_bytes": experts.tolist(),
         "experts_per_device_bytes_modelled": predicted.tolist(),
