@@ -56,6 +56,8 @@ def test_main_script_answers_reports_and_writes(tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert max(map(len, result.stdout.splitlines())) <= 80
+    for words in ("4-bit in groups of 64, the rest float32", "contiguous, 42 to 43 of 128 experts", "by stock mlx-lm"):
+        assert words in result.stdout
     for heading in ("Parity", "Routing", "Balance", "Memory per device", "Communication", "Speed"):
         assert heading in result.stdout
     figures = json.loads(files["json"].read_text())
@@ -317,6 +319,8 @@ def test_a_placement_file_says_how_many_devices(here, tmp_path):
     (tmp_path / "p.json").write_text('{"every_layer": ["0-79", "48-127"]}')
     assert "2 simulated" in here(*QUICK[:-1], "--placement", tmp_path / "p.json").stdout
     refused(here(*QUICK, "--placement", tmp_path / "p.json", "--devices", 3), "places 2 devices, this run has 3")
+    refused(here(*QUICK, "--placement", tmp_path / "p.json", "--redundant-experts", 3), "names the copies itself")
+    refused(here(*QUICK, "--placement-trace", tmp_path / "p.json"), "of no use with --placement contiguous")
 
 
 def test_a_file_that_is_no_trace(here):
