@@ -225,6 +225,7 @@ def place_experts(
     about = {name: value.tolist() for name, value in uneven.items()}
     if hierarchical:
         held = spread_in_nodes(loads, num_devices, redundant, num_nodes, num_groups)
+        about["num_nodes"] = num_nodes  # rebalancing keeps experts in their nodes
     else:
         held = spread(loads, num_devices, redundant, **uneven)
     if num_nodes > 1:

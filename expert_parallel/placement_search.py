@@ -125,15 +125,37 @@ def spread_in_nodes(loads, num_devices: int, redundant: int, num_nodes: int, num
 
 def _spread_nodes(loads, num_devices, redundant, experts_of):
     """bool [L, D, E], each node's experts, `experts_of` bool [L, nodes, E], inside it."""
-    num_layers, num_nodes, num_experts = experts_of.shape
-    ids = np.argsort(~experts_of, axis=2, kind="stable")[..., : num_experts // num_nodes]
-    rows = np.arange(num_layers)[:, None, None]
-    local_loads = loads[rows, ids].reshape(num_layers * num_nodes, -1)
+    num_nodes = experts_of.shape[1]
+    apart = np.repeat(experts_of, num_devices // num_nodes, axis=1)
+    ids, local_loads, _ = node_problems(loads, apart, num_nodes)
     local = spread(local_loads, num_devices // num_nodes, redundant // num_nodes)
+    return join_nodes(ids, local, apart.shape)
+
+
+def node_problems(loads, held, num_nodes):
+    """(ids [L, nodes, E / nodes], loads [L nodes, E / nodes], held [L nodes, D / nodes, E / nodes]).
+
+    Each node, with the experts that its devices hold, as a layer of its own; every node has as many.
+    Raises ValueError where that is not so, as in a placement file changed by hand.
+    """
+    num_layers, num_devices, num_experts = held.shape
+    of_node = None if num_devices % num_nodes else held.reshape(num_layers, num_nodes, -1, num_experts).any(axis=2)
+    if of_node is None or (of_node.sum(axis=1) > 1).any() or (of_node.sum(axis=2) != num_experts / num_nodes).any():
+        raise ValueError(f"a placement with num_nodes {num_nodes} has as many experts in each, and none in two")
+    ids = np.argsort(~of_node, axis=2, kind="stable")[..., : num_experts // num_nodes]
+    local_loads = loads[np.arange(num_layers)[:, None, None], ids].reshape(num_layers * num_nodes, -1)
+    local = np.take_along_axis(held.reshape(num_layers, num_nodes, -1, num_experts), ids[:, :, None], axis=3)
+    return ids, local_loads, local.reshape(num_layers * num_nodes, num_devices // num_nodes, -1)
+
+
+def join_nodes(ids, local, shape) -> np.ndarray:
+    """bool [L, D, E] again, from what `node_problems` took apart."""
+    num_layers, num_devices, num_experts = shape
+    num_nodes = ids.shape[1]
     local = local.reshape(num_layers, num_nodes, num_devices // num_nodes, -1)
     held = np.zeros((num_layers, num_nodes, num_devices // num_nodes, num_experts), dtype=bool)
     np.put_along_axis(held, np.broadcast_to(ids[:, :, None], local.shape), local, axis=3)
-    return held.reshape(num_layers, num_devices, num_experts)
+    return held.reshape(shape)
 
 
 def divides_into_nodes(num_experts, num_devices, redundant, num_nodes, num_groups) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 from .balance import balancedness
 from .copies import count_copies, device_times, replicate
 from .placement import Placement, check_loads
-from .placement_search import spread, swap_search
+from .placement_search import join_nodes, node_problems, spread, swap_search
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def propose(
             A gain must show in both and counts as the smaller. None: `loads` are taken as exact
     A layer's time is that of its slowest device; copies share a load equally. Considered are: to stay;
     1, 2, 4, 8 and any number of swaps; copies of other experts, with and without swaps; all searched anew.
-    Counts and copies per layer stay, groups inside nodes (`num_nodes`) do not.
+    Slots per device and layer stay, and experts stay in their node where `current` keeps groups in nodes.
     """
     loads = check_loads(loads)
     if loads.shape != (current.num_layers, current.num_experts):
@@ -155,15 +155,14 @@ def propose(
         raise ValueError(f"the horizon is a number of tokens from 1 up, got {horizon_tokens}")
     speed = np.ones(current.num_devices) if device_speed is None else np.asarray(device_speed, dtype=np.float64)
     held = current.held
-    candidates = [swap_search(loads, held, speed, most) for most in (1, 2, 4, 8, None)]
-    if (current.copies > 1).any():
-        other_copies = _recopy(loads, held)
-        candidates += [other_copies, *(swap_search(loads, other_copies, speed, most) for most in (2, 4, None))]
-    counts = held.sum(axis=2)
-    slots = set(counts.sum(axis=1).tolist())
-    if (counts.max(axis=1) - counts.min(axis=1) <= 1).all() and len(slots) == 1:
-        anew = spread(loads, current.num_devices, slots.pop() - current.num_experts, None, device_speed, effort=0.1)
-        candidates.append(renumber(held, anew) if device_speed is None else anew)
+    nodes = current.metadata.get("num_nodes", 1)
+    if nodes > 1 and device_speed is not None:
+        raise ValueError("expert groups kept in nodes and devices of unequal speed do not go together")
+    if nodes > 1:
+        ids, local_loads, local = node_problems(loads, held, nodes)
+        candidates = [join_nodes(ids, part, held.shape) for part in _candidates(local_loads, local, None)]
+    else:
+        candidates = _candidates(loads, held, device_speed)
     judges, noise = [loads], [0.0]
     if fresh is not None:
         judges.append(check_loads(fresh))
@@ -188,6 +187,21 @@ def propose(
         balancedness_before=balancedness(current.device_loads(judges[-1])),
         balancedness_after=balancedness(placement.device_loads(judges[-1])),
     )
+
+
+def _candidates(loads, held, device_speed) -> list:
+    """Other placements bool [L, D, E] that might pay; layer by layer each for itself."""
+    num_devices, num_experts = held.shape[1:]
+    candidates = [swap_search(loads, held, device_speed, most) for most in (1, 2, 4, 8, None)]
+    if (held.sum(axis=1) > 1).any():
+        other_copies = _recopy(loads, held)
+        candidates += [other_copies, *(swap_search(loads, other_copies, device_speed, most) for most in (2, 4, None))]
+    counts = held.sum(axis=2)
+    slots = set(counts.sum(axis=1).tolist())
+    if (counts.max(axis=1) - counts.min(axis=1) <= 1).all() and len(slots) == 1:
+        anew = spread(loads, num_devices, slots.pop() - num_experts, None, device_speed, effort=0.1)
+        candidates.append(renumber(held, anew) if device_speed is None else anew)
+    return candidates
 
 
 def _recopy(loads, held):

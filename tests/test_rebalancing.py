@@ -139,6 +139,24 @@ def test_a_plan_is_a_placement_and_never_slower(seed):
     assert plan.gain_seconds >= plan.pause_seconds
 
 
+@pytest.mark.parametrize("redundant", [0, 8])
+def test_groups_stay_in_the_nodes_they_were_placed_in(redundant, tmp_path):
+    """Rebalancing once searched over all devices: traffic between nodes that the groups were to avoid."""
+    random = np.random.default_rng(redundant)
+    before, after = random.zipf(1.5, (2, 3, 32)).clip(max=200).astype(float)
+    place_experts(before, 8, "replicated", redundant, num_nodes=2, num_groups=4).save(tmp_path / "placement.json")
+    current = Placement.load(tmp_path / "placement.json")
+    plan = propose(current, after, FREE, 1000)
+    assert plan.moves and plan.balancedness_after > plan.balancedness_before + 0.02
+    node = [placement.held.reshape(3, 2, 4, 32).any(axis=2) for placement in (current, plan.placement)]
+    assert (node[0] == node[1]).all() and (node[1].sum(axis=1) == 1).all()
+    with pytest.raises(ValueError, match="unequal speed"):
+        propose(current, after, FREE, 1000, device_speed=np.ones(8))
+    mixed = Placement(np.ones((3, 8, 32)), metadata={"num_nodes": 2})
+    with pytest.raises(ValueError, match="none in two"):
+        propose(mixed, after, FREE, 1000)
+
+
 def test_rebalancer_looks_when_it_is_time():
     current = place_experts(np.ones((1, 8)), 2)
     even, skewed = np.full((1, 8), 1.0), np.array([[3.0, 2, 1, 1, 0.4, 0.3, 0.2, 0.1]])
