@@ -256,9 +256,8 @@ def test_device_bias_evens_the_shipped_model_and_keeps_its_perplexity(shipped):
     bias = fit_bias(read(fit)[1].loads, 1.0, placement)
     before, stock = read(test)
     after, steered = read(test, bias=bias)
-    assert (
-        balancedness(placement.device_loads(steered.loads)) > balancedness(placement.device_loads(stock.loads)) + 0.08
-    )
+    missing_before, missing_after = (1 - balancedness(placement.device_loads(c.loads)) for c in (stock, steered))
+    assert missing_after < 0.9 * missing_before  # a fit on 384 tokens closes a tenth of what is missing at least
     assert after - before < 0.03  # 3% of perplexity
     dropped, limited = read(test, capacity=Capacity(1.0))
     assert dropped - before > 0.1 and limited.shares()["dropped"] > 0.2  # what a hard limit costs instead
