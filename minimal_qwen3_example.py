@@ -14,7 +14,7 @@ from expert_parallel import balancedness, place_experts, record_routing, shard_m
 # 1. mlx-lm loads the model as ever, and we note what it answers.
 model, tokenizer = load(str(Path(__file__).parent / "models/tiny-qwen3-moe"))
 model.set_dtype(mx.float32)  # faster on a CPU; leave it out on a GPU
-prompt = tokenizer.encode("def read_lines(path):\n")
+prompt = tokenizer.encode("class Parser:\n    def parse(self, text):\n        if not text:")
 logits = model(mx.array([prompt]))
 
 # 2. Eight devices, 16 of the 128 experts on each; only the experts move, the router stays.

@@ -18,7 +18,8 @@ from .report import check_writable
 from .routing import RoutingTrace
 
 CHAT_PROMPT = "Write a Python function that returns the n-th Fibonacci number."
-CODE_PROMPT = 'def read_lines(path):\n    """Return the lines of a text file."""\n'
+# No end of line at its end: that would be one token with the indent of the next line.
+CODE_PROMPT = "class Parser:\n    def parse(self, text):\n        if not text:"
 
 
 class Parser(argparse.ArgumentParser):
