@@ -36,6 +36,7 @@ server.listen(128)
 print(server.getsockname()[1], flush=True)
 
 def end(why):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one line is enough
     sys.stderr.write("\n" + name + why + "\n")
     sys.stderr.flush()
     for how, seconds in (signal.SIGQUIT, 2), (signal.SIGKILL, 0):
