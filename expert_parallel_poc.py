@@ -26,11 +26,45 @@ from expert_parallel.remedies import BATCH, Choices
 from expert_parallel.scenarios import SCENARIOS, preferences
 from expert_parallel.trace_import import fit_and_test, read_trace, without_warm_up
 
+WORDS = """words in the report:
+  load per device        share of the slots, (token, chosen expert) pairs, that
+                         each device computes; contiguous: experts in order
+  off mlx-lm, off dense  largest difference of a value from mlx-lm's layer, and
+                         from computing every expert for every token
+  one pass               route (choose experts), dispatch (copy tokens to
+                         devices), compute, combine (weigh and add up)
+  machines               the same if each device were a machine: compute is the
+                         measured mean of the devices, straggler what the
+                         slowest takes longer, communication from --bandwidth
+                         and --latency; the largest is the bottleneck
+  balancedness           mean device load over the fullest one's; 1 is even
+  seen after             tokens until an expert chosen n times counts as hot
+  affinity's bound       how much fuller than balanced's its fullest device may
+                         be. It holds for the tokens that it was fitted on
+  fit, test              balancedness on the tokens that a remedy was fitted on,
+                         and on those that judge it
+  fan-out                devices that a token is sent to
+  modelled, measured     ms of the slowest device: from the fit's balancedness,
+                         and run on 512 test tokens
+  round-robin            expert e on device e mod D
+  balanced               experts placed so that the fullest device has least
+  replicated             balanced, with copies of hot experts
+  affinity               experts chosen together are placed together
+  cap and drop           an expert takes 1.25 times its even share of a batch;
+                         the slots beyond are lost (re-route: go to the next
+                         best expert). Changes the model's output
+  load-aware router      a bias on the choice levels the devices. Changes the
+                         model's output
+  rebalancing            balanced, and experts move while that repays the pause
+"""
+
 MOST_TRACED = 65_536  # tokens of a longer trace are thinned to so many, whole batches
 
 
 def setup_arg_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=WORDS, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--scenarios", metavar="LIST", help=f"of {', '.join(SCENARIOS)} (default: all; with --trace none)")
     add(
@@ -46,7 +80,7 @@ def setup_arg_parser():
     add("--tokens", type=int, default=8192, help="tokens routed per scenario (default: 8192)")
     add("--bandwidth", type=float, default=5.0, help="GB/s of each device's link, for modelled times (default: 5)")
     add("--latency", type=float, default=20.0, help="microseconds of a message, for modelled times (default: 20)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of weights, tokens and scenarios (default: 0)")
     add("--json", type=Path, metavar="FILE", help="save all figures")
     add("--quiet", action="store_true", help="print nothing")
     return parser
@@ -59,13 +93,16 @@ def check_arguments(args):
             raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
     if args.top_k > args.experts:
         raise ValueError(f"--top-k {args.top_k}: there are {args.experts} experts to choose from")
-    if not args.bandwidth > 0 or args.latency < 0:
-        raise ValueError(f"--bandwidth {args.bandwidth}, --latency {args.latency}: needs more than 0 and at least 0")
+    if not (args.bandwidth > 0 and 0 <= args.latency < np.inf):
+        raise ValueError(f"--bandwidth {args.bandwidth}, --latency {args.latency}: needs more than 0, and 0 or more")
+    if not 0 <= args.seed < 1 << 63:
+        raise ValueError(f"--seed {args.seed}: needs a whole number from 0 up to 2^63 - 1")
     if args.test_trace and not args.trace:
         raise ValueError("--test-trace needs --trace, the trace to fit on")
     if args.json:
         report.check_writable(args.json)
     names = [] if args.trace and args.scenarios is None else (args.scenarios or ",".join(SCENARIOS)).split(",")
+    names = [name.strip() for name in names]
     for name in names:
         preferences(name, 1, 1)
     return names
@@ -86,7 +123,13 @@ def recorded(args, console):
     """(fit, test) of --trace, and of --test-trace where given; warm-up rows left out."""
     parts = []
     for path in filter(None, (args.trace, args.test_trace)):
-        trace = without_warm_up(read_trace(path))
+        trace = read_trace(path)
+        if 0 in trace.experts.shape:
+            raise ValueError(f"{path}: nothing in it, it is {list(trace.experts.shape)} [tokens, layers, k]")
+        trace = without_warm_up(trace)
+        if len(trace) < 2 * MEASURED:
+            left = f" after {n} warm-up rows, all alike" if (n := trace.metadata.get("warm_up_rows")) else ""
+            raise ValueError(f"{path}: {len(trace)} tokens{left}, at least {2 * MEASURED} are needed")
         if "warm_up_rows" in trace.metadata:
             console.print(f"{path.name}: left out {trace.metadata['warm_up_rows']} warm-up rows, all alike")
         if len(trace) > MOST_TRACED:
@@ -98,8 +141,6 @@ def recorded(args, console):
         parts.append(trace)
     if len({(part.experts.shape[1:], part.num_experts) for part in parts}) > 1:
         raise ValueError(f"{args.trace} and {args.test_trace} are of different models: {parts[0]}, {parts[1]}")
-    if min(map(len, parts)) < 2 * MEASURED:
-        raise ValueError(f"{args.trace}: {min(map(len, parts))} tokens, at least {2 * MEASURED} are needed")
     fit, test = parts if len(parts) == 2 else fit_and_test(parts[0])
     return tuple(Choices(part.experts.astype(np.int64), part.num_experts) for part in (fit, test))
 
@@ -122,7 +163,7 @@ def main():
         console.print(
             f"{args.experts} experts, top-{args.top_k}, hidden {args.hidden}, expert width {args.expert_width}, float32"
             f"\n{about['device']}, {about['cores']} cores, mlx {about['mlx']};"
-            f" link {args.bandwidth:g} GB/s, {args.latency:g} us (assumed)\n"
+            f" link {args.bandwidth:g} GB/s, {args.latency:g} us (assumed); words: --help\n"
         )
 
         # 2. Each scenario, and the trace with its own choices on random tokens.

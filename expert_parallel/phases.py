@@ -81,8 +81,7 @@ def run_phases(layer: SmallLayer, x, preference, placement: Placement, experts=N
     clock = [time.perf_counter()]
     gates, chosen, weights = layer.route(x, preference)
     if experts is not None:
-        chosen = mx.array(np.asarray(experts, dtype=np.uint32))
-        weights = mx.full(chosen.shape, 1 / layer.top_k)
+        chosen, weights = given(experts)[1:]
     mx.eval(chosen, weights)
     clock.append(time.perf_counter())
     ids = np.array(chosen)
@@ -100,6 +99,12 @@ def run_phases(layer: SmallLayer, x, preference, placement: Placement, experts=N
     clock.append(time.perf_counter())
     alone = [device_seconds(shard, x, ids, s) for shard, s in zip(shards, slots, strict=True)]
     return y, Phases(*np.diff(clock).tolist(), device_seconds=alone, device_slots=[len(s) for s in slots])
+
+
+def given(experts):
+    """(None, experts [T, k], weights [T, k]), as `route` has them, for choices made elsewhere: weights all alike."""
+    chosen = mx.array(np.asarray(experts, dtype=np.uint32))
+    return None, chosen, mx.full(chosen.shape, 1 / chosen.shape[1])
 
 
 def device_seconds(shard: ExpertShard, x, ids, slots, repeats: int = 3) -> float:

@@ -168,7 +168,8 @@ def place_experts(
                   balanced      the fullest device as little loaded as a search can make it
                   replicated    the same with `redundant` further copies per layer for hot experts
                   affinity      experts chosen together put together: tokens go to fewer devices; the
-                                fullest device at most `balance_bound` above that of `balanced`
+                                fullest device at most `balance_bound` above that of `balanced` for these
+                                loads; other tokens burden both otherwise, and not alike
     num_nodes, num_groups  balanced and replicated keep each group of experts (E / num_groups neighbours)
                   inside one node where all divides, and are global otherwise (DeepSeek, EPLB)
     coactivation  for `affinity`: [L, E, E] tokens that chose both experts, or a trace's experts [T, L, k]

@@ -8,7 +8,7 @@ import numpy as np
 from . import report
 from .balance import hot_experts, lower_bound, tokens_until_hot
 from .communication import Link, traffic_matrix
-from .phases import Phases, SmallLayer, run_phases, slowest_device_seconds
+from .phases import Phases, SmallLayer, given, run_phases, slowest_device_seconds
 from .placement import place_experts
 from .rebalancing import Costs
 from .remedies import Choices, compare
@@ -64,21 +64,23 @@ def study(
              "slowest_device_seconds_predicted": predicted, "slowest_device_seconds_measured": measured,
              **outcome.figures}
         )  # fmt: skip
-    mean_loads = loads.sum(axis=1) / num_devices
+    # Without copies the hottest expert has company: its device's other slots, at best the coldest experts.
+    company = np.sort(loads, axis=1)[:, : loads.shape[1] // num_devices - 1].sum(axis=1)
+    least = np.maximum(lower_bound(loads, num_devices), loads.max(axis=1) + company)
     return {
         "tokens_fit": len(fit.experts), "tokens_test": len(test.experts), "layer": worst,
-        "parity": differences(layer, x, wish, y) if experts is None else None,
+        "parity": differences(layer, x, wish, y, experts),
         "device_loads_simulated": contiguous.device_loads(loads).tolist(),
-        "most_balancedness_without_copies": float((mean_loads / lower_bound(loads, num_devices)).mean()),
+        "most_balancedness_without_copies": float((loads.sum(axis=1) / num_devices / least).mean()),
         "phases_seconds_measured": vars(phases), "parts_seconds_modelled": parts,
         "bottleneck": max(parts, key=parts.get), "hot_experts": hot_figures(fit, num_devices),
         "remedies": remedies, "proposed": proposed(remedies),
     }  # fmt: skip
 
 
-def differences(layer, x, preference, y) -> dict:
+def differences(layer, x, preference, y, chosen=None) -> dict:
     """Largest differences of the devices' y from mlx-lm's whole layer, and from a dense one on 32 tokens; measured."""
-    _, experts, weights = layer.route(x, preference)
+    _, experts, weights = layer.route(x, preference) if chosen is None else given(chosen)
     some = slice(0, 32)
     dense = layer.dense(x[some], experts[some], weights[some])
     whole = layer.whole(x, experts, weights)
@@ -130,9 +132,8 @@ def tables(figures: dict) -> list:
     """Of `study`, 80 columns wide."""
     phases, parts, plan = (figures[n] for n in ("phases_seconds_measured", "parts_seconds_modelled", "proposed"))
     loads = np.array(figures["device_loads_simulated"])[figures["layer"]]
-    items = {"load per device, %": " ".join(f"{s:.0f}" for s in 100 * loads / loads.sum())}
-    if figures["parity"]:
-        items["off mlx-lm, off dense"] = "{whole_layer:.1g}, {dense:.1g} (measured)".format(**figures["parity"])
+    items = {"load per device, %": " ".join(f"{s:.0f}" for s in 100 * loads / loads.sum()) + " (simulated)"}
+    items["off mlx-lm, off dense"] = "{whole_layer:.1g}, {dense:.1g} (measured)".format(**figures["parity"])
     names = ("route", "dispatch", "compute", "combine")
     items |= {
         "one pass, ms (measured)": ", ".join(f"{name} {1e3 * phases[name]:.1f}" for name in names),
@@ -140,22 +141,27 @@ def tables(figures: dict) -> list:
             f"{name} {1e3 * parts[name]:.1f}" for name in ("compute", "straggler", "communication")
         ),
         "bottleneck": f"{figures['bottleneck']}, {parts[figures['bottleneck']] / sum(parts.values()):.0%} of the layer",
-        "balance without copies": f"at most {figures['most_balancedness_without_copies']:.3f}",
+        "balance without copies": f"at most {figures['most_balancedness_without_copies']:.3f} (bound)",
     }
     for hot in figures["hot_experts"]["hottest"][:1]:
         alone = ", too much for one device" if hot["alone_over_device_mean"] > 1 else ""
         items["hottest expert"] = f"#{hot['expert']}, {hot['over_mean']:.1f}x the mean{alone}"
         items["seen after"] = f"{hot['tokens_until_seen']} tokens: {figures['hot_experts']['rule']}"
     before, predicted, measured = (1e3 * plan[f"seconds_{n}"] for n in ("before_measured", "predicted", "measured"))
-    items["proposed"] = f"{plan['remedy']}: {before:.1f} to {predicted:.1f} ms predicted, {measured:.1f} measured"
+    items["proposed"] = f"{plan['remedy']}: {before:.1f} to {predicted:.1f} ms modelled, {measured:.1f} measured"
+    apart = next(r for r in figures["remedies"] if r["remedy"] == "affinity")
+    items["affinity's bound"] = (
+        f"+{apart['balance_bound']:.0%}; {apart['fullest_over_balanced_fit']:+.1%} where fitted,"
+        f" {apart['fullest_over_balanced_test']:+.1%} on the test"
+    )
     rows = [
         (r["remedy"], f"{r['balancedness_fit']:.2f}", f"{r['balancedness_test']:.2f}", f"{r['fan_out']:.1f}",
          f"{1e3 * r['slowest_device_seconds_predicted']:.1f}", f"{1e3 * r['slowest_device_seconds_measured']:.1f}",
          r["price"]) for r in figures["remedies"]
     ]  # fmt: skip
     title = f"{len(loads)} contiguous devices, {MEASURED} tokens, layer {figures['layer']}"
-    columns = ("remedy", "fit", "test", "fan-out", "predicted", "measured", "price")
+    columns = ("remedy", "fit", "test", "fan-out", "modelled", "measured", "price")
     return [
         report.facts(title, items),
-        report.table("Remedies (balancedness simulated; ms of the slowest device)", *columns, rows=rows),
+        report.table("Remedies (balancedness and fan-out simulated; ms of the slowest device)", *columns, rows=rows),
     ]

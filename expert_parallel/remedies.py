@@ -106,6 +106,8 @@ def compare(fit: Choices, test: Choices, num_devices: int, redundant: int, costs
     outcomes = []
     for name, placement in placed.items():
         outcomes.append(_judge(name, placement, fit, test, prices.get(name, "")))
+        if name == "affinity":
+            outcomes[-1].figures = _against_bound(placement, placed["balanced"], fit, test)
     for reroute in (False, True):
         if reroute and test.gates is None:
             continue
@@ -140,6 +142,18 @@ def rebalanced(placement: Placement, fit: Choices, test: Choices, costs: Costs) 
     fitted = np.concatenate([placement.device_loads(batch.loads()) for batch in fit.batches()])
     return _outcome("rebalancing", watcher.placement, test, fitted,
                     np.concatenate(device_loads), float(np.mean(touched)), price, moved)  # fmt: skip
+
+
+def _against_bound(placement, balanced, fit, test):
+    """How much fuller than balanced's the fullest device is, in the layer where it is most: on both parts.
+
+    The bound holds where the placement was fitted. On other tokens both are off, and not in the same way.
+    """
+    over = {}
+    for part, loads in (("fit", fit.loads()), ("test", test.loads())):
+        fullest = [p.device_loads(loads).max(axis=1) for p in (placement, balanced)]
+        over[f"fullest_over_balanced_{part}"] = float((fullest[0] / fullest[1]).max() - 1)
+    return {"balance_bound": placement.metadata["balance_bound"], **over}
 
 
 def _judge(remedy, placement, fit, test, price):

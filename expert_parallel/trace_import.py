@@ -38,7 +38,7 @@ def read_trace(path, num_experts: int | None = None) -> RoutingTrace:
             return _of_so_many(RoutingTrace.load(path), num_experts, path)
         arrays = [content] if path.suffix == ".npy" else [content[name] for name in content.files]
     except Exception as error:  # zipfile, numpy and os each have their own
-        text = str(error)
+        text = "it is no numpy file" if "pickle" in str(error) else str(error)
         raise ValueError(text if text.startswith("cannot") else f"cannot read routing trace {path}: {text}") from None
     try:
         return from_arrays(arrays, num_experts, model=path.stem)
@@ -128,8 +128,10 @@ def warm_up_rows(trace: RoutingTrace) -> np.ndarray:
     blank tokens before the first request; their one choice counts as a hot expert in every figure.
     """
     marks = np.zeros(len(trace), dtype=bool)
+    if trace.experts.shape[2] >= trace.num_experts:
+        return marks  # every token chooses all experts: rows say nothing
     starts = [s for s in trace.metadata.get("segment_starts", [0]) if s < len(trace)]
-    for start, end in zip(starts, [*starts[1:], len(trace)], strict=True):
+    for start, end in zip(starts, [*starts[1:], len(trace)], strict=bool(starts)):
         part = np.sort(trace.experts[start : min(end, start + WARM_UP_RUN)], axis=2)
         if len(part) < WARM_UP_RUN or (part != part[0]).any():
             continue

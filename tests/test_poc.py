@@ -168,10 +168,15 @@ def test_script_on_scenarios(tmp_path):
     for name, of_scenario in figures.items():
         assert f"{name}: {SCENARIOS[name]}" in result.stdout
         assert of_scenario["parity"]["whole_layer"] == 0
+        affinity = of_scenario["remedies"][4]  # its bound is one of the fit: both figures are there
+        assert affinity["fullest_over_balanced_fit"] <= affinity["balance_bound"] + 1e-9
+        assert "fullest_over_balanced_test" in affinity
         assert of_scenario["parity"]["dense"] < 1e-5 * of_scenario["parity"]["dense_largest_value"] + 1e-7
         assert len(of_scenario["remedies"]) == 9
         assert len(of_scenario["device_loads_simulated"][0]) == 8
     assert figures["hot"]["hot_experts"]["count"] == 1
+    hot = {r["remedy"]: r["balancedness_fit"] for r in figures["hot"]["remedies"]}
+    assert hot["balanced"] <= figures["hot"]["most_balancedness_without_copies"] + 0.02 < 0.9
     assert figures["balanced"]["hot_experts"]["count"] == 0
 
 
@@ -189,7 +194,9 @@ def test_script_on_traces(tmp_path):
     result = run_script("expert_parallel_poc.py", *SMALL[:4], "--trace", tmp_path / "one.npz", "--devices", 4,
                         "--test-trace", tmp_path / "two.npz", "--json", tmp_path / "j.json", "--quiet")  # fmt: skip
     assert result.returncode == 0 and result.stdout == ""
-    balanced = json.loads((tmp_path / "j.json").read_text())["results"]["one.npz"]["remedies"][2]
+    figures = json.loads((tmp_path / "j.json").read_text())["results"]["one.npz"]
+    assert figures["parity"]["whole_layer"] == 0 and 0 < figures["parity"]["dense"] < 1e-6
+    balanced = figures["remedies"][2]
     assert balanced["remedy"] == "balanced"
     assert balanced["balancedness_fit"] > balanced["balancedness_test"] + 0.02  # fitted on another domain
 
@@ -204,6 +211,10 @@ def test_script_on_traces(tmp_path):
         (["--tokens", 10], "--tokens must be at least"),
         (["--redundant-experts", -1], "-1 redundant experts"),
         (["--bandwidth", 0], "--bandwidth 0"),
+        (["--latency", "nan"], "--latency nan"),
+        (["--latency", "inf"], "--latency inf"),
+        (["--seed", -1], "--seed -1"),
+        (["--seed", 1 << 64], f"--seed {1 << 64}"),
         (["--trace", "absent.npz"], "absent.npz"),
         (["--test-trace", "absent.npz"], "--test-trace needs --trace"),
         (["--json", "absent/x.json"], "folder"),
@@ -216,3 +227,77 @@ def test_script_mistakes(arguments, message, monkeypatch, capsys):
     assert stop.value.code == 2
     out, err = capsys.readouterr()
     assert message in err and err.count("\n") == 1 and out == ""
+
+
+def choices_of(num_tokens, top_k, num_experts=16):
+    return np.random.default_rng(0).random((num_tokens, 2, num_experts)).argsort(axis=2)[..., :top_k]
+
+
+@pytest.mark.parametrize(
+    ("experts", "message"),
+    [
+        (np.zeros((0, 2, 4)), "[0, 2, 4] [tokens, layers, k]"),
+        (np.zeros((3000, 0, 4)), "nothing in it"),
+        (np.full((3000, 2, 4), 3), "0 tokens after 3000 warm-up rows, all alike, at least 1024"),
+        (choices_of(10, 4), "10 tokens, at least 1024"),
+    ],
+)
+def test_traces_with_nothing_to_judge(experts, message, tmp_path, monkeypatch, capsys):
+    """Named is the trace at fault, also where it is the second."""
+    RoutingTrace(experts, 16).save(tmp_path / "bad.npz")
+    RoutingTrace(choices_of(3000, 4), 16).save(tmp_path / "good.npz")
+    for arguments in (["--trace", "bad.npz"], ["--trace", "good.npz", "--test-trace", "bad.npz"]):
+        monkeypatch.setattr(sys, "argv", ["expert_parallel_poc.py", *arguments])
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit) as stop:
+            expert_parallel_poc.main()
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1
+        assert "bad.npz: " in err and message in err and "good" not in err
+
+
+TINY = ("--hidden", "16", "--expert-width", "8", "--tokens", "1024", "--experts", "13", "--top-k", "3")
+
+
+ODD = ["--devices 1", "--devices 13", "--devices 5", "--devices 4 --top-k 13", "--experts 1 --top-k 1 --devices 1"]
+
+
+@pytest.mark.parametrize("options", ODD)
+def test_odd_shapes(options, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["expert_parallel_poc.py", *TINY, "--scenarios", " hot", *options.split()])
+    expert_parallel_poc.main()
+    out = capsys.readouterr().out
+    assert out.count("replicated") >= 1 and "nan" not in out and max(map(len, out.splitlines())) <= 80
+
+
+def test_every_token_may_choose_every_expert(tmp_path, monkeypatch, capsys):
+    """With k = E all rows are alike, which was once taken for warm-up."""
+    RoutingTrace(choices_of(1500, 16), 16).save(tmp_path / "all.npz")
+    monkeypatch.setattr(sys, "argv", ["x", *TINY[:4], "--trace", str(tmp_path / "all.npz"), "--devices", "3"])
+    expert_parallel_poc.main()
+    assert "warm-up" not in capsys.readouterr().out
+
+
+def test_closed_output_and_devices(tmp_path):
+    """Standard output closed was a traceback; --json /dev/stdout put a file in place of the device."""
+    script = ["expert_parallel_poc.py", *TINY, "--scenarios", "hot"]
+    line = " ".join([sys.executable, *script, "--json", str(tmp_path / "x.json")])
+    closed = run_script("-c", f"import subprocess, sys; sys.exit(subprocess.call({line + ' >&-'!r}, shell=True))")
+    assert closed.returncode == 0 and closed.stderr == ""
+    assert list(json.loads((tmp_path / "x.json").read_text())["results"]) == ["hot"]
+    (tmp_path / "link").symlink_to("/dev/stdout")
+    piped = run_script(*script, "--quiet", "--json", tmp_path / "link")
+    assert piped.returncode == 0, piped.stderr
+    assert list(json.loads(piped.stdout)["results"]) == ["hot"] and (tmp_path / "link").is_symlink()
+
+
+def test_every_word_of_the_report_is_in_help(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x", *TINY, "--scenarios", "hot", "--experts", "64"])
+    expert_parallel_poc.main()
+    report = capsys.readouterr().out
+    for word in ("load per device", "off mlx-lm, off dense", "one pass", "machines", "straggler", "bottleneck",
+                 "balancedness", "seen after", "affinity's bound", "fit", "test", "fan-out", "modelled", "measured",
+                 "round-robin", "balanced", "replicated", "affinity", "cap and drop", "re-route",
+                 "load-aware router", "rebalancing"):  # fmt: skip
+        assert word in report and word in expert_parallel_poc.WORDS
+    assert max(map(len, expert_parallel_poc.WORDS.splitlines())) <= 80
