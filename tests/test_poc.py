@@ -153,6 +153,8 @@ def test_hot_experts_and_proposal():
     remedies = [("contiguous", 5, 6), ("balanced", 3, 3.5), ("cap and drop", 1, 1)]
     keys = ("remedy", "slowest_device_seconds_predicted", "slowest_device_seconds_measured")
     plan = proposed([dict(zip(keys, r, strict=True)) for r in remedies])
+    even = [dict(zip(keys, r, strict=True)) for r in [("contiguous", 5, 6), ("balanced", 4.95, 3)]]
+    assert proposed(even)["remedy"] == "contiguous"
     assert plan == {"remedy": "balanced", "seconds_before_measured": 6, "seconds_predicted": 3, "seconds_measured": 3.5}
 
 
