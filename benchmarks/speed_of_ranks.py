@@ -4,11 +4,20 @@
     python tools/make_checkpoint.py --out checkpoints/coder-4 --layers 4     1.8 GB, full width
     python benchmarks/speed_of_ranks.py --model checkpoints/coder-4 --json speed.json
 
-Measured: decoding given tokens one by one, and filling the cache with a prompt. All processes are
-alive at once and idle but for the one whose turn it is; every round goes through all variants, so
-that a noisy machine slows all of them alike. Printed: the median of each round's ratio to stock
-mlx-lm and to mlx-lm's tensor parallelism on the same ranks, with the middle half of the ratios;
-then where a token's time goes on rank 0, taken with a stop after every part.
+    stock                     mlx-lm, one process
+    2 simulated, 2 on streams one process, two devices by turns or side by side
+    tensor parallel           mlx-lm's own, every expert is split
+    rest whole, rest split    expert parallel, all that is no expert on every rank or sharded
+    copies                    a quarter of the experts is held twice
+
+    decode   given tokens one by one
+    prompt   filling the cache, as generation does: of the last layer stock computes keys and values alone
+    layers   the same prompt through all of every layer
+
+All processes are alive at once and idle but for those whose turn it is; every round goes through all
+variants, so that a noisy machine slows all of them alike. Printed: the median of each round's ratio
+to stock and to tensor parallelism on the same ranks, with the middle half of the ratios; then where a
+token's time goes on rank 0, taken with a stop after every part.
 """
 
 import argparse
@@ -26,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
 from rich.progress import track
 
 from expert_parallel import load_sharded, place_experts, report
@@ -33,14 +43,16 @@ from expert_parallel.checkpoint import build_lazily
 from expert_parallel.default_model import SHIPPED
 from expert_parallel.link_probe import rank_commands
 from expert_parallel.loading import load_whole
-from expert_parallel.machine_fit import random_tokens, seconds_of_prompt, seconds_per_token
+from expert_parallel.machine_fit import head_seconds, random_tokens, seconds_of_prompt, seconds_per_token
 from expert_parallel.measuring import resident_bytes, time_parts
 from expert_parallel.moe import moe_layers, num_experts
 
 CONTEXT = 8
-STOCK, TENSOR = "stock mlx-lm", "mlx-lm tensor parallelism"
-ONE_PROCESS = (STOCK, "2 simulated devices", "2 simulated, on streams")
-ON_RANKS = (TENSOR, "experts, rest replicated", "experts, rest sharded", "rest sharded, 25% copies")
+STOCK, TENSOR = "stock", "tensor parallel"
+ONE_PROCESS = (STOCK, "2 simulated", "2 on streams", "2 on streams, copies")
+ON_RANKS = (TENSOR, "rest whole", "rest split", "rest split, copies")
+PARTS = ("total", "experts", "head", "collectives", "waiting")
+WORKS = {"decode": "ms/token", "prompt": "ms", "layers": "ms"}
 
 
 # --- one process of a backend, which waits for its turns -----------------------------------------
@@ -56,13 +68,14 @@ def build(variant, args, group):
         mx.eval(model.parameters())
         mx.clear_cache()
         return model
-    options = {"num_devices": 2, "streams": variant.endswith("streams")}
+    options = {"num_devices": 2, "streams": "streams" in variant}
     if group.size() > 1:
-        options = {"group": group, "attention": "replicated" if variant.endswith("replicated") else "sharded"}
-        if variant.endswith("copies"):
-            layers = moe_layers(build_lazily(Path(args.model)).model)
-            shape = (len(layers), num_experts(layers[0].experts))
-            options["placement"] = place_experts(np.ones(shape), group.size(), "replicated", redundant=shape[1] // 4)
+        options = {"group": group, "attention": "sharded" if "split" in variant else "replicated"}
+    if variant.endswith("copies"):
+        layers = moe_layers(build_lazily(Path(args.model)).model)
+        shape = (len(layers), num_experts(layers[0].experts))
+        devices = max(group.size(), 2)
+        options["placement"] = place_experts(np.ones(shape), devices, "replicated", redundant=shape[1] // 4)
     return load_sharded(args.model, **options)[0]
 
 
@@ -73,9 +86,17 @@ def take_turn(turn, model, tokens, prompt, group):
         return float(seconds_per_token(model, tokens, CONTEXT, rounds=1).mean())
     if turn["work"] == "prompt":
         return seconds_of_prompt(model, prompt, rounds=1)
+    cache = make_prompt_cache(model)
+    if turn["work"] == "layers":
+        begin = time.perf_counter()
+        mx.eval(model.model(mx.array([prompt]), cache=cache))
+        return time.perf_counter() - begin
+    mx.eval(model(mx.array([tokens[:CONTEXT]]), cache=cache))
     with time_parts(len(tokens), group) as seconds:
-        seconds_per_token(model, tokens, CONTEXT, rounds=1)
-    return {name: value / len(tokens) for name, value in vars(seconds).items() if name != "tokens"}
+        for token in tokens:
+            mx.eval(model(mx.array([[token]]), cache=cache))
+    each = {name: value / len(tokens) for name, value in vars(seconds).items() if name in PARTS}
+    return {**each, "head": head_seconds(model, model.args.hidden_size)}
 
 
 def worker(args):
@@ -190,10 +211,10 @@ def run(args):
     with Workers(args, variants) as workers:
         refused = {(b, v): why for b, started in workers.started.items() for v, why in started["refused"].items()}
         cases = [(b, v) for b, names in variants.items() for v in names if (b, v) not in refused]
-        seconds = {(*case, work): [] for case in cases for work in ("decode", "prompt")}
-        plan = [(n, case, work) for n in range(args.rounds + 1) for work in ("decode", "prompt") for case in cases]
+        seconds = {(*case, work): [] for case in cases for work in WORKS}
+        plan = [(n, case, work) for n in range(args.rounds + 1) for work in WORKS for case in cases]
         for n, case, work in track(plan, "measuring", console=report.console(), transient=True):
-            if n == 0 and work == "prompt":
+            if n == 0 and work != "decode":
                 continue  # the round of decoding warms up
             taken = workers.ask(*case, work)
             if n:
@@ -213,7 +234,7 @@ def run(args):
         )  # fmt: skip
         rows.append((work, backend, variant, times, stock, tensor))
     name = Path(args.model).name
-    for work, unit in (("decode", "ms/token"), ("prompt", "ms")):
+    for work, unit in WORKS.items():
         cells = [
             (backend, variant, f"{1e3 * np.median(times):.1f}", words(stock), words(tensor) if tensor else "")
             for at, backend, variant, times, stock, tensor in rows
@@ -223,12 +244,11 @@ def run(args):
         title = f"{work} (measured, {name}, {what}, {args.rounds} rounds; speed as a ratio)"
         console.print(report.table(title, "over", "variant", unit, "to stock", "to tensor", rows=cells))
     parts = [
-        (backend, variant, *(f"{1e3 * profile[part]:.1f}" for part in ("total", "experts", "collectives", "waiting")))
+        (backend, variant, *(f"{1e3 * profile[part]:.1f}" for part in PARTS))
         for (backend, variant), profile in profiles.items()
-        if not variant.startswith((STOCK, TENSOR))
     ]
-    title = "Where a token's time goes (measured on rank 0 with stops, ms)"
-    console.print(report.table(title, "over", "variant", "total", "experts", "collectives", "waiting", rows=parts))
+    title = "Where a token's time goes (measured on rank 0 with stops, ms; stock's experts are not told apart)"
+    console.print(report.table(title, "over", "variant", *PARTS, rows=parts))
     for (backend, variant), why in refused.items():
         console.print(f"{variant} over {backend} is not possible here: {why}")
     if args.json:
