@@ -17,7 +17,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from expert_parallel import report
+from expert_parallel import output, report
 from expert_parallel.communication import Link
 from expert_parallel.phases import SmallLayer
 from expert_parallel.placement import place_experts
@@ -100,7 +100,7 @@ def check_arguments(args):
     if args.test_trace and not args.trace:
         raise ValueError("--test-trace needs --trace, the trace to fit on")
     if args.json:
-        report.check_writable(args.json)
+        output.check_writable(args.json)
     names = [] if args.trace and args.scenarios is None else (args.scenarios or ",".join(SCENARIOS)).split(",")
     names = [name.strip() for name in names]
     for name in names:
@@ -147,9 +147,9 @@ def recorded(args, console):
 
 def main():
     args = setup_arg_parser().parse_args()
-    with report.exit_on_user_error():
+    with output.exit_on_user_error():
         # 1. What to study, and the layer to study it on.
-        names, console = check_arguments(args), report.console(args.quiet)
+        names, console = check_arguments(args), output.console(args.quiet)
         trace = recorded(args, console) if args.trace else None
         if trace:
             args.experts, args.top_k = trace[0].num_experts, trace[0].experts.shape[2]
@@ -182,7 +182,7 @@ def main():
         # 3. The same figures for programs.
         if args.json:
             options = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
-            report.write_json(args.json, {"environment": about, "options": options, "results": results})
+            output.write_json(args.json, {"environment": about, "options": options, "results": results})
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 # transformers imports torch where it is installed, 180 MB that nothing here needs.
 sys.modules.setdefault("torch", None)
 
-from expert_parallel import analysis_figures, analysis_tables, forward_pass, report  # noqa: E402
+from expert_parallel import analysis_figures, analysis_tables, forward_pass, output  # noqa: E402
 from expert_parallel.architecture import describe  # noqa: E402
 from expert_parallel.checkpoint_check import check_checkpoint  # noqa: E402
 from expert_parallel.hardware import LINKS, MACHINES, USUAL_LINK, find  # noqa: E402
@@ -62,7 +62,7 @@ def check_arguments(args):
     if (args.forward or args.prompt) and args.model.lower() in bundled_names():
         raise ValueError(f"--forward needs weights: {args.model} is a configuration alone, give a folder or a hub id")
     if args.json:
-        report.check_writable(args.json)
+        output.check_writable(args.json)
 
 
 def read_trace(path, described):
@@ -82,7 +82,7 @@ def read_trace(path, described):
 
 def run(args):
     check_arguments(args)
-    console = report.console(args.quiet)
+    console = output.console(args.quiet)
 
     def show(tables):
         for part in tables:
@@ -150,7 +150,7 @@ def run(args):
         show(analysis_tables.forward_tables(figures["forward"]))
 
     if args.json:
-        report.write_json(args.json, figures)
+        output.write_json(args.json, figures)
     return 0 if figures["checkpoint"] is None or figures["checkpoint"]["ok"] else 1
 
 
@@ -193,7 +193,7 @@ def forward_figures(name, texts, most):
 
 def main():
     args = setup_arg_parser().parse_args()
-    with report.exit_on_user_error():
+    with output.exit_on_user_error():
         status = run(args)
     sys.exit(status)
 

@@ -23,7 +23,7 @@ from mlx_lm.generate import stream_generate
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
-from expert_parallel import report
+from expert_parallel import output, report
 from expert_parallel.checkpoint import build_lazily, resolve_model, tokenizer_of
 from expert_parallel.default_model import SHIPPED, default_model
 from expert_parallel.live_rebalancing import LiveRebalancing, measured_costs
@@ -43,11 +43,13 @@ from expert_parallel.ranks import agree, checkpoint_mark, follow_rank_0, gather_
 from expert_parallel.rebalancing import Rebalancer
 from expert_parallel.routing import record_routing
 from expert_parallel.run_figures import (
+    balance_figures,
     communication_figures,
     memory_figures,
     parity_figures,
     rank_figures,
     rebalancing_figures,
+    routing_figures,
 )
 from expert_parallel.watchdog import NoWatchdog, Watchdog, failing_together
 
@@ -118,7 +120,7 @@ def run(args, watchdog):
     check_numbers(args)
     group = start_group(args.timeout, watchdog)
     ranks, first = group.size(), group.rank() == 0
-    console = report.console(args.quiet or not first)
+    console = output.console(args.quiet or not first)
     # A launcher passes its standard input to rank 0 alone.
     if args.prompt == "-":
         watchdog.limit(args.timeout, f"no end of standard input within {args.timeout:g} s (--timeout); give a file")
@@ -148,7 +150,7 @@ def run(args, watchdog):
     whole = model_bytes(model)
     layer_numbers = [layer.number for layer in moe_layers(model)]
     try:
-        with report.progress_bar("reading", first and not args.quiet) as progress:
+        with output.progress_bar("reading", first and not args.quiet) as progress:
             model, tokenizer, reading = load_sharded(
                 folder, placement=placement, group=group, dtype=args.dtype, combine=args.combine,
                 attention=args.attention, streams=args.streams, progress=progress, return_report=True,
@@ -198,8 +200,8 @@ def run(args, watchdog):
             "generation": {"source": "measured", "prompt_tokens": len(ids), "text": text, "tokens": tokens,
                            "prompt_tokens_per_second": last.prompt_tps, "tokens_per_second": last.generation_tps},
             "parity": parity,
-            "routing": report.routing_figures(trace),
-            "balance": report.balance_figures(trace, changes[0][1], later=changes[1:]),
+            "routing": routing_figures(trace),
+            "balance": balance_figures(trace, changes[0][1], later=changes[1:]),
             "rebalancing": rebalancing_figures(live, trace) if live else None,
             "memory": memory_figures(whole, placement, cache, per_rank, ranks),
             "communication": communication_figures(model, trace, args.combine, seconds.value_bytes, counted, ranks),
@@ -240,7 +242,7 @@ def write_files(args, figures, trace, placement):
     if args.save_placement:
         placement.save(args.save_placement)
     if args.json:
-        report.write_json(args.json, figures)
+        output.write_json(args.json, figures)
     if args.plots:
         from expert_parallel.plots import plot_loads
 
@@ -252,7 +254,7 @@ def main():
     args = parser_of(__doc__).parse_args()
     rank = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("MLX_RANK")
     name = f"rank {rank}: " if rank else ""
-    with report.exit_on_user_error(name):
+    with output.exit_on_user_error(name):
         if rank is None:
             run(args, NoWatchdog())
             return

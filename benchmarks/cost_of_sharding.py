@@ -20,7 +20,7 @@ import numpy as np
 from mlx_lm import load
 from mlx_lm.models.cache import make_prompt_cache
 
-from expert_parallel import place_experts, record_routing, report, shard_model
+from expert_parallel import output, place_experts, record_routing, report, shard_model
 from expert_parallel.default_model import SHIPPED
 from expert_parallel.moe import moe_layers, num_experts
 
@@ -86,12 +86,12 @@ def main():
         (name, f"{1e3 * np.median(times[name]):.3f}", f"{q[1]:.3f}", f"{q[0]:.3f} - {q[2]:.3f}")
         for name, q in quartiles.items()
     ]
-    console = report.console()
+    console = output.console()
     title = f"Time per token (measured, {args.rounds} interleaved rounds of {args.tokens} tokens)"
     console.print(report.table(title, "variant", "ms", "to stock", "middle half", rows=rows))
     if args.json:
         figures = {"environment": report.environment(), "seconds_per_token": times, "ratio_quartiles": quartiles}
-        report.write_json(args.json, figures)
+        output.write_json(args.json, figures)
 
 
 if __name__ == "__main__":

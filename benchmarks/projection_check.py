@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mlx.core as mx
 import numpy as np
 
-from expert_parallel import load_sharded, place_experts, record_routing, report
+from expert_parallel import load_sharded, output, place_experts, record_routing, report
 from expert_parallel.architecture import describe
 from expert_parallel.lazy_model import load_configuration
 from expert_parallel.link_probe import measure_link, run_ranks
@@ -48,7 +48,7 @@ def worker(args):
 
 
 def run(args):
-    console = report.console()
+    console = output.console()
 
     # 1. Fit on one process
     configuration = load_configuration(args.model)
@@ -105,8 +105,8 @@ def run(args):
             "--rounds",
             str(args.rounds),
         ]
-        output = run_ranks(backend, 2, command, timeout=args.timeout)
-        line = next(line for line in output.splitlines() if line.startswith('{"decode"'))
+        printed = run_ranks(backend, 2, command, timeout=args.timeout)
+        line = next(line for line in printed.splitlines() if line.startswith('{"decode"'))
         measured["2 ranks", backend] = json.loads(line)
 
     # 3. Report
@@ -133,7 +133,7 @@ def run(args):
             ],
             "largest_error": worst,
         }
-        report.write_json(args.json, figures)
+        output.write_json(args.json, figures)
 
 
 def main():
@@ -148,7 +148,7 @@ def main():
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    with report.exit_on_user_error():
+    with output.exit_on_user_error():
         worker(args) if args.worker else run(args)
 
 

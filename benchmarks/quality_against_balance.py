@@ -25,7 +25,7 @@ import mlx.nn as nn
 from mlx_lm import load
 from tqdm import tqdm
 
-from expert_parallel import balancedness, place_experts, report
+from expert_parallel import balancedness, output, place_experts, report
 from expert_parallel.default_model import SHIPPED
 from expert_parallel.router_bias import fit_bias
 from expert_parallel.router_control import Capacity, control_router
@@ -87,7 +87,7 @@ def main():
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quiet", action="store_true")
     args = parser.parse_args()
-    with report.exit_on_user_error():
+    with output.exit_on_user_error():
         # 1. The model, and held-out text of every domain in two parts.
         if args.tokens < WINDOW or args.tokens % WINDOW:
             raise ValueError(f"--tokens {args.tokens}: needs a multiple of {WINDOW}")
@@ -97,7 +97,7 @@ def main():
         fit, test = windows(tokenizer, args.model / "held-out", args.tokens)
         if not fit:
             raise ValueError(f"no held-out text in {args.model / 'held-out'}")
-        console = report.console(args.quiet)
+        console = output.console(args.quiet)
 
         # 2. Loads of the first part, for everything that is fitted.
         work = (METHODS + 2) * len(test) * WINDOW
@@ -138,7 +138,7 @@ def main():
         columns = ("method", "perplexity", "cost", "balance", "other expert", "dropped")
         console.print(report.table(title, *columns, rows=rows))
         if args.json:
-            report.write_json(args.json, {"source": "measured", "tokens": count, "devices": args.devices,
+            output.write_json(args.json, {"source": "measured", "tokens": count, "devices": args.devices,
                                           "environment": about, "results": results})  # fmt: skip
 
 

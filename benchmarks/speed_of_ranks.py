@@ -38,7 +38,7 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 from rich.progress import track
 
-from expert_parallel import load_sharded, place_experts, report
+from expert_parallel import load_sharded, output, place_experts, report
 from expert_parallel.checkpoint import build_lazily
 from expert_parallel.default_model import SHIPPED
 from expert_parallel.link_probe import rank_commands
@@ -207,13 +207,13 @@ def spread(values):
 
 def run(args):
     variants = {"one process": ONE_PROCESS, **dict.fromkeys(args.backends, ON_RANKS)}
-    console = report.console()
+    console = output.console()
     with Workers(args, variants) as workers:
         refused = {(b, v): why for b, started in workers.started.items() for v, why in started["refused"].items()}
         cases = [(b, v) for b, names in variants.items() for v in names if (b, v) not in refused]
         seconds = {(*case, work): [] for case in cases for work in WORKS}
         plan = [(n, case, work) for n in range(args.rounds + 1) for work in WORKS for case in cases]
-        for n, case, work in track(plan, "measuring", console=report.console(), transient=True):
+        for n, case, work in track(plan, "measuring", console=output.console(), transient=True):
             if n == 0 and work != "decode":
                 continue  # the round of decoding warms up
             taken = workers.ask(*case, work)
@@ -255,7 +255,7 @@ def run(args):
         profile = [{"backend": b, "variant": v, **parts} for (b, v), parts in profiles.items()]
         about = {"environment": report.environment(), "model": name, "ranks": args.ranks, "tokens": args.tokens}
         about |= {"prompt_tokens": args.prompt_tokens, "source": "measured"}
-        report.write_json(args.json, {**about, "speeds": figures, "seconds_per_token_with_stops": profile})
+        output.write_json(args.json, {**about, "speeds": figures, "seconds_per_token_with_stops": profile})
 
 
 def words(ratio):
@@ -276,7 +276,7 @@ def main():
         parser.add_argument(hidden, help=argparse.SUPPRESS, type=Path if hidden == "--folder" else str)
     parser.add_argument("--variants", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    with report.exit_on_user_error():
+    with output.exit_on_user_error():
         worker(args) if args.worker else run(args)
 
 

@@ -19,7 +19,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm import load
 
-from expert_parallel import balancedness, place_experts, record_routing, report
+from expert_parallel import balancedness, output, place_experts, record_routing, report
 from expert_parallel.balance import balancedness_per_layer
 from expert_parallel.default_model import SHIPPED
 
@@ -56,7 +56,7 @@ def main():
     texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted((args.model / "held-out").glob("*.txt"))}
     results = {name: domain_figures(model, tokenizer, text) for name, text in texts.items()}
 
-    console, rows = report.console(), []
+    console, rows = output.console(), []
     for name, (perplexity, bits, loads) in results.items():
         per_layer = balancedness_per_layer(place_experts(loads, 8).device_loads(loads))
         hottest, unused = loads.max(axis=1) / loads.mean(axis=1), (loads == 0).sum(axis=1)
@@ -84,7 +84,7 @@ def main():
         f"\nall domains together: balancedness {balancedness(place_experts(whole, 8).device_loads(whole)):.2f}"
     )
     if args.json:
-        report.write_json(args.json, {f"{user} on {owner}": share for (user, owner), share in shares.items()})
+        output.write_json(args.json, {f"{user} on {owner}": share for (user, owner), share in shares.items()})
 
 
 if __name__ == "__main__":

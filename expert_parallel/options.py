@@ -13,8 +13,8 @@ from math import inf
 from pathlib import Path
 
 from .moe import moe_layers, num_experts
+from .output import check_writable
 from .placement import STRATEGIES, Placement, place_experts
-from .report import check_writable
 from .routing import RoutingTrace
 
 CHAT_PROMPT = "Write a Python function that returns the n-th Fibonacci number."

@@ -1,28 +1,18 @@
-"""Reports: figures as one dictionary (for --json), tables of the same figures for people."""
+"""Reports: tables for people, of the figures that --json saves for programs."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
 import os
 import platform
-import sys
-from itertools import pairwise
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
-from rich.console import Console, Group
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from . import balance
 from .placement import Placement
-from .routing import RoutingTrace
-from .whole_files import written_whole
 
 SHADES = " ░▒▓█"
 
@@ -47,79 +37,6 @@ def environment() -> dict:
         "mlx_lm": mlx_lm.__version__,
         "numpy": np.__version__,
     }
-
-
-def routing_figures(trace: RoutingTrace) -> dict:
-    """Measured from a trace: per layer hottest expert, entropy, unused experts; by phase."""
-
-    def figures(part: RoutingTrace) -> dict:
-        loads = part.loads()
-        mean = loads.mean(axis=1)
-        return {
-            "tokens": len(part),
-            "hottest_expert_per_layer": loads.argmax(axis=1).tolist(),
-            "hottest_over_mean_per_layer": np.round(loads.max(axis=1) / np.maximum(mean, 1e-12), 3).tolist(),
-            "entropy_per_layer": np.round(balance.routing_entropy(loads), 4).tolist(),
-            "unused_experts_per_layer": (loads == 0).sum(axis=1).tolist(),
-        }
-
-    prefill, decode = trace.phase("prefill"), trace.phase("decode")
-    return {
-        "source": "measured",
-        "num_experts": trace.num_experts,
-        "top_k": trace.experts.shape[2],
-        "all": figures(trace),
-        "prefill": figures(prefill) if len(prefill) else None,
-        "decode": figures(decode) if len(decode) else None,
-        "dropped_tokens": trace.metadata.get("dropped_tokens", 0),
-    }
-
-
-def balance_figures(trace: RoutingTrace, placement: Placement, later=()) -> dict:
-    """Measured load of each device over a trace, under a placement; copies share their expert's load.
-
-    later  [(tokens before, Placement)] that took over while the trace was recorded
-    """
-    starts = [0, *(tokens for tokens, _ in later), len(trace)]
-    parts = [trace[first:end] for first, end in pairwise(starts)]
-    placements = [placement, *(each for _, each in later)]
-
-    def device_loads(parts):
-        return sum(each.device_loads(part.loads()) for each, part in zip(placements, parts, strict=True))
-
-    loads = device_loads(parts)
-    touched = sum(
-        balance.fan_out(part.experts, each.held) * (len(part) / len(trace))
-        for each, part in zip(placements, parts, strict=True)
-        if len(part)
-    )
-    counts = placement.held.sum(axis=2).mean(axis=0).round().astype(int)
-    result = {
-        "source": "measured",
-        "device_loads": np.round(loads, 3).tolist(),
-        "balancedness_per_layer": np.round(balance.balancedness_per_layer(loads), 4).tolist(),
-        "imbalance_ratio_per_layer": np.round(balance.imbalance_ratio(loads), 4).tolist(),
-        "coefficient_of_variation_per_layer": np.round(balance.coefficient_of_variation(loads), 4).tolist(),
-        "min_max_ratio_per_layer": np.round(balance.min_max_ratio(loads), 4).tolist(),
-        "fan_out_per_layer": np.round(touched, 3).tolist(),
-        "balancedness_layers": round(balance.balancedness(loads), 4),
-        "balancedness_aggregate": round(balance.balancedness(loads, "aggregate"), 4),
-        "fan_out": round(float(touched.mean()), 3),
-        "phases": {},
-    }
-    if int(placement.copies.max()) == 1:
-        expected = balance.expected_fan_out(counts, placement.num_experts, trace.experts.shape[2])
-        result["fan_out_if_uniform_modelled"] = round(expected, 3)
-    for name in ("prefill", "decode"):
-        of_phase = [part.phase(name) for part in parts]
-        if any(map(len, of_phase)):
-            part_loads = device_loads(of_phase)
-            result["phases"][name] = {
-                "tokens": sum(map(len, of_phase)),
-                "balancedness_layers": round(balance.balancedness(part_loads), 4),
-                "balancedness_aggregate": round(balance.balancedness(part_loads, "aggregate"), 4),
-            }
-    return result
 
 
 # --- tables -----------------------------------------------------------------------------------
@@ -365,101 +282,3 @@ def all_tables(figures: dict, layer_numbers: list[int]) -> list:
     parts.append(communication_table(figures["communication"]))
     parts += [rank_table(figures["ranks"])] if figures["ranks"] else []
     return [*parts, speed_table(figures)]
-
-
-# --- files and mistakes -----------------------------------------------------------------------
-
-
-def check_writable(path) -> None:
-    """Say now, not after a long run, that a file could not be written."""
-    path = Path(path)
-    folder = path.absolute().parent
-    if path.name == "-":
-        raise ValueError("cannot write -: give a file's name; for standard output --quiet and /dev/stdout")
-    if not folder.is_dir():
-        raise ValueError(f"cannot write {path}: folder {folder} does not exist")
-    if path.is_dir():
-        raise ValueError(f"cannot write {path}: it is a folder")
-    special = path.exists() and not path.is_file()  # a pipe or a device
-    if not os.access(path if special else folder, os.W_OK):
-        raise ValueError(f"cannot write {path}: no permission")
-
-
-def write_json(path, figures: dict) -> None:
-    """Figures as a file for programs, see `written_whole`."""
-    text = json.dumps(figures, indent=1, default=_plain) + "\n"
-    with written_whole(path) as file:
-        file.write(text)
-
-
-def _plain(value):
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if isinstance(value, np.generic):
-        return value.item()
-    return str(value)
-
-
-def console(quiet: bool = False) -> Console:
-    """Where reports go: standard output, 80 columns where it is not a terminal; nowhere where it was closed."""
-    if sys.stdout is None:  # started with >&-
-        return Console(quiet=True, file=io.StringIO())
-    width = None if sys.stdout.isatty() else 80
-    return _Console(quiet=quiet, width=width, highlight=False, soft_wrap=False)
-
-
-class _Console(Console):
-    def on_broken_pipe(self):
-        raise BrokenPipeError  # rich itself would exit with status 1, which can mean a damaged checkpoint
-
-
-@contextlib.contextmanager
-def progress_bar(what: str, show: bool = True):
-    """A bar of bytes on standard error while the block runs, where that is a terminal; gives (done, total) -> None."""
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    show = show and sys.stderr is not None and sys.stderr.isatty()
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not show) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def exit_of(error: BaseException) -> tuple[int, str] | None:
-    """(exit status, one line) that a program ends with; None for an error that is our own mistake."""
-    if isinstance(error, BrokenPipeError):  # `| head` closed the other end
-        return 141, ""
-    if isinstance(error, KeyboardInterrupt):
-        return 130, "stopped"
-    if isinstance(error, (ValueError, OSError)):
-        return 2, "error: " + " ".join(str(error).split())
-    return None
-
-
-@contextlib.contextmanager
-def exit_on_user_error(prefix: str = ""):
-    """Turn the errors of wrong input into one line on standard error and exit status 2."""
-    if sys.stdout is None:  # closed by whoever started us
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123, for as long as the process lives
-    try:
-        try:
-            yield
-        finally:
-            _flush_output()
-    except (Exception, KeyboardInterrupt) as error:
-        known = exit_of(error)
-        if known is None:
-            raise
-        status, line = known
-        if line:
-            start = "\n" if status == 130 else ""  # the answer may stand in mid-line
-            print(f"{start}{prefix}{line}", file=sys.stderr)
-        raise SystemExit(status) from None
-
-
-def _flush_output() -> None:
-    """Print what still waits; where that fails drop it, or Python would try again at its end and complain."""
-    try:
-        if sys.stdout:
-            sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise

@@ -1,11 +1,13 @@
-"""Figures of one run: parity with stock mlx-lm, memory, communication, ranks."""
+"""Figures of one run: parity with stock mlx-lm, routing, balance, memory, communication, ranks."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
 
-from .balance import balancedness
+from . import balance
 from .communication import bytes_per_token, ring_traffic
 from .live_rebalancing import LiveRebalancing
 from .measuring import Collectives, Seconds, resident_bytes
@@ -63,8 +65,8 @@ def rebalancing_figures(live: LiveRebalancing, trace: RoutingTrace) -> dict:
         loads = trace[first:end].loads()
         look["since"] = {
             "tokens": end - first,
-            "balancedness": balancedness(after.device_loads(loads)),
-            "balancedness_unmoved": balancedness(before.device_loads(loads)),
+            "balancedness": balance.balancedness(after.device_loads(loads)),
+            "balancedness_unmoved": balance.balancedness(before.device_loads(loads)),
         }
     return {"source": "measured; names with modelled in them are not", **figures}
 
@@ -125,4 +127,77 @@ def communication_figures(model, trace, combine: str, value_bytes: int, counted:
             "by_kind": counted.by_kind,
             "payload_bytes_per_token": round(counted.bytes / max(1, len(trace)), 1),
         }
+    return result
+
+
+def routing_figures(trace: RoutingTrace) -> dict:
+    """Measured from a trace: per layer hottest expert, entropy, unused experts; by phase."""
+
+    def figures(part: RoutingTrace) -> dict:
+        loads = part.loads()
+        mean = loads.mean(axis=1)
+        return {
+            "tokens": len(part),
+            "hottest_expert_per_layer": loads.argmax(axis=1).tolist(),
+            "hottest_over_mean_per_layer": np.round(loads.max(axis=1) / np.maximum(mean, 1e-12), 3).tolist(),
+            "entropy_per_layer": np.round(balance.routing_entropy(loads), 4).tolist(),
+            "unused_experts_per_layer": (loads == 0).sum(axis=1).tolist(),
+        }
+
+    prefill, decode = trace.phase("prefill"), trace.phase("decode")
+    return {
+        "source": "measured",
+        "num_experts": trace.num_experts,
+        "top_k": trace.experts.shape[2],
+        "all": figures(trace),
+        "prefill": figures(prefill) if len(prefill) else None,
+        "decode": figures(decode) if len(decode) else None,
+        "dropped_tokens": trace.metadata.get("dropped_tokens", 0),
+    }
+
+
+def balance_figures(trace: RoutingTrace, placement: Placement, later=()) -> dict:
+    """Measured load of each device over a trace, under a placement; copies share their expert's load.
+
+    later  [(tokens before, Placement)] that took over while the trace was recorded
+    """
+    starts = [0, *(tokens for tokens, _ in later), len(trace)]
+    parts = [trace[first:end] for first, end in pairwise(starts)]
+    placements = [placement, *(each for _, each in later)]
+
+    def device_loads(parts):
+        return sum(each.device_loads(part.loads()) for each, part in zip(placements, parts, strict=True))
+
+    loads = device_loads(parts)
+    touched = sum(
+        balance.fan_out(part.experts, each.held) * (len(part) / len(trace))
+        for each, part in zip(placements, parts, strict=True)
+        if len(part)
+    )
+    counts = placement.held.sum(axis=2).mean(axis=0).round().astype(int)
+    result = {
+        "source": "measured",
+        "device_loads": np.round(loads, 3).tolist(),
+        "balancedness_per_layer": np.round(balance.balancedness_per_layer(loads), 4).tolist(),
+        "imbalance_ratio_per_layer": np.round(balance.imbalance_ratio(loads), 4).tolist(),
+        "coefficient_of_variation_per_layer": np.round(balance.coefficient_of_variation(loads), 4).tolist(),
+        "min_max_ratio_per_layer": np.round(balance.min_max_ratio(loads), 4).tolist(),
+        "fan_out_per_layer": np.round(touched, 3).tolist(),
+        "balancedness_layers": round(balance.balancedness(loads), 4),
+        "balancedness_aggregate": round(balance.balancedness(loads, "aggregate"), 4),
+        "fan_out": round(float(touched.mean()), 3),
+        "phases": {},
+    }
+    if int(placement.copies.max()) == 1:
+        expected = balance.expected_fan_out(counts, placement.num_experts, trace.experts.shape[2])
+        result["fan_out_if_uniform_modelled"] = round(expected, 3)
+    for name in ("prefill", "decode"):
+        of_phase = [part.phase(name) for part in parts]
+        if any(map(len, of_phase)):
+            part_loads = device_loads(of_phase)
+            result["phases"][name] = {
+                "tokens": sum(map(len, of_phase)),
+                "balancedness_layers": round(balance.balancedness(part_loads), 4),
+                "balancedness_aggregate": round(balance.balancedness(part_loads, "aggregate"), 4),
+            }
     return result

@@ -23,8 +23,8 @@ import traceback
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from .output import exit_of
 from .ranks import RanksDisagree
-from .report import exit_of
 
 _WATCH = r"""
 import os, select, signal, socket, sys

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes, quantize_model
 from tokenizers import Tokenizer, models
 
-from expert_parallel.report import exit_on_user_error
+from expert_parallel.output import exit_on_user_error
 from tools import make_checkpoint, random_weights
 
 SMALL = {

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from expert_parallel import report
+from expert_parallel import output
 from expert_parallel.whole_files import written_whole
 
 
@@ -26,12 +26,12 @@ def test_a_pipe_is_written_into_and_stays_a_pipe(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE)
-    report.check_writable(pipe)
-    report.write_json(pipe, {"a": 1})
+    output.check_writable(pipe)
+    output.write_json(pipe, {"a": 1})
     assert json.loads(reader.communicate(timeout=30)[0]) == {"a": 1}
     reader = subprocess.Popen(["head", "-c", "1", pipe], stdout=subprocess.DEVNULL)
     with pytest.raises(OSError, match="cannot write .*pipe: Broken pipe"):
-        report.write_json(pipe, {"a": "x" * 1_000_000})
+        output.write_json(pipe, {"a": "x" * 1_000_000})
     reader.wait(timeout=30)
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
     assert pipe.is_fifo()
@@ -40,18 +40,18 @@ def test_a_pipe_is_written_into_and_stays_a_pipe(tmp_path):
 def test_a_link_stays_and_its_target_is_written(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "target")
     for value in (1, 2):
-        report.write_json(tmp_path / "link", {"a": value})
+        output.write_json(tmp_path / "link", {"a": value})
     assert (tmp_path / "link").is_symlink()
     assert json.loads((tmp_path / "target").read_text()) == {"a": 2}
 
 
 def test_names_that_cannot_be_written(tmp_path):
     with pytest.raises(ValueError, match="/dev/stdout"):
-        report.check_writable("-")
+        output.check_writable("-")
     with pytest.raises(ValueError, match="is a folder"):
-        report.check_writable(tmp_path)
+        output.check_writable(tmp_path)
     with pytest.raises(ValueError, match="does not exist"):
-        report.check_writable(tmp_path / "no" / "a.json")
+        output.check_writable(tmp_path / "no" / "a.json")
 
 
 @pytest.mark.parametrize(

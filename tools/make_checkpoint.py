@@ -29,7 +29,8 @@ from tokenizers import Tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that it runs from anywhere, uninstalled
 
-from expert_parallel.report import console, exit_on_user_error, facts, size  # noqa: E402
+from expert_parallel.output import console, exit_on_user_error  # noqa: E402
+from expert_parallel.report import facts, size  # noqa: E402
 from tools.random_weights import cut_layers, plan, write_weights  # noqa: E402
 
 # huggingface.co/Qwen/Qwen3-Coder-30B-A3B-Instruct, config.json

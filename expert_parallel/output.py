@@ -1,0 +1,111 @@
+"""Output: the console, a bar of bytes, figures for programs, and how a script ends when something is wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from .whole_files import written_whole
+
+
+def check_writable(path) -> None:
+    """Say now, not after a long run, that a file could not be written."""
+    path = Path(path)
+    folder = path.absolute().parent
+    if path.name == "-":
+        raise ValueError("cannot write -: give a file's name; for standard output --quiet and /dev/stdout")
+    if not folder.is_dir():
+        raise ValueError(f"cannot write {path}: folder {folder} does not exist")
+    if path.is_dir():
+        raise ValueError(f"cannot write {path}: it is a folder")
+    special = path.exists() and not path.is_file()  # a pipe or a device
+    if not os.access(path if special else folder, os.W_OK):
+        raise ValueError(f"cannot write {path}: no permission")
+
+
+def write_json(path, figures: dict) -> None:
+    """Figures as a file for programs, see `written_whole`."""
+    text = json.dumps(figures, indent=1, default=_plain) + "\n"
+    with written_whole(path) as file:
+        file.write(text)
+
+
+def _plain(value):
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    return str(value)
+
+
+def console(quiet: bool = False) -> Console:
+    """Where reports go: standard output, 80 columns where it is not a terminal; nowhere where it was closed."""
+    if sys.stdout is None:  # started with >&-
+        return Console(quiet=True, file=io.StringIO())
+    width = None if sys.stdout.isatty() else 80
+    return _Console(quiet=quiet, width=width, highlight=False, soft_wrap=False)
+
+
+class _Console(Console):
+    def on_broken_pipe(self):
+        raise BrokenPipeError  # rich itself would exit with status 1, which can mean a damaged checkpoint
+
+
+@contextlib.contextmanager
+def progress_bar(what: str, show: bool = True):
+    """A bar of bytes on standard error while the block runs, where that is a terminal; gives (done, total) -> None."""
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    show = show and sys.stderr is not None and sys.stderr.isatty()
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not show) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def exit_of(error: BaseException) -> tuple[int, str] | None:
+    """(exit status, one line) that a program ends with; None for an error that is our own mistake."""
+    if isinstance(error, BrokenPipeError):  # `| head` closed the other end
+        return 141, ""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "stopped"
+    if isinstance(error, (ValueError, OSError)):
+        return 2, "error: " + " ".join(str(error).split())
+    return None
+
+
+@contextlib.contextmanager
+def exit_on_user_error(prefix: str = ""):
+    """Turn the errors of wrong input into one line on standard error and exit status 2."""
+    if sys.stdout is None:  # closed by whoever started us
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123, for as long as the process lives
+    try:
+        try:
+            yield
+        finally:
+            _flush_output()
+    except (Exception, KeyboardInterrupt) as error:
+        known = exit_of(error)
+        if known is None:
+            raise
+        status, line = known
+        if line:
+            start = "\n" if status == 130 else ""  # the answer may stand in mid-line
+            print(f"{start}{prefix}{line}", file=sys.stderr)
+        raise SystemExit(status) from None
+
+
+def _flush_output() -> None:
+    """Print what still waits; where that fails drop it, or Python would try again at its end and complain."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
