@@ -66,7 +66,8 @@ def main():
             cells += [f"{fan:.2f}", f"{balancedness(loads):.3f}", f"{worst:.3f}"]
         rows.append(cells)
     columns = ("placement, bound", "fan-out", "balancedness", "fullest", "fan-out", "balancedness", "fullest")
-    where = f"fitted on {len(fit)} tokens of {args.fit} (left), judged on {len(test)} of {args.test or 'the same'} (right)"
+    judged = f"judged on {len(test)} of {args.test or 'the same'} (right)"
+    where = f"fitted on {len(fit)} tokens of {args.fit} (left), {judged}"
     console = output.console()
     console.print(report.table(f"Affinity {where}, measured, {args.devices} devices", *columns, rows=rows))
     console.print("fullest: a device's highest load over that of `balanced`, in the worst layer")
