@@ -190,7 +190,7 @@ def projection_figures(
             "tokens_per_second_if_even": round(decode_step(demand, cluster, context=context).tokens_per_second, 4),
             "prompt_tokens_per_second": round(read.tokens_per_second, 3),
             "bottleneck": decoded.bottleneck,
-            "milliseconds": {part: round(1e3 * getattr(decoded, part), 4) for part in PARTS},
+            "milliseconds": {part: float(f"{1e3 * getattr(decoded, part):.5g}") for part in PARTS},
         }
         if count > 1 and hybrid_bytes.get(count):
             share = (hybrid_bytes[count] - fullest_device_bytes(weighed, count, rest=0)) / weighed.rest

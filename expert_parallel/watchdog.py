@@ -23,6 +23,8 @@ import traceback
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import mlx.core as mx
+
 from .output import exit_of
 from .ranks import RanksDisagree
 
@@ -115,9 +117,13 @@ def failing_together(name: str, watchdog):
     """
     try:
         yield
-    except RanksDisagree:
+    except RanksDisagree as error:
+        status, line = exit_of(error)
+        print(f"{name}{line}", file=sys.stderr, flush=True)
+        # All have said it before one leaves: mpirun then ends the others at once.
+        mx.eval(mx.distributed.all_sum(mx.zeros(1)))
         watchdog.close()
-        raise
+        raise SystemExit(status) from None
     except (Exception, KeyboardInterrupt) as error:
         text = " ".join(str(error).split())
         if isinstance(error, RuntimeError) and _LOST.search(text):

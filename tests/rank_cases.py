@@ -33,7 +33,7 @@ def main(cases: Path):
         results.append({})
         case = case[rank] if isinstance(case[0], list) else case
         try:
-            script.run(script.setup_arg_parser().parse_args(case), watchdog)
+            script.run(script.parser_of("").parse_args(case), watchdog)
         except ValueError as error:
             results[-1]["error"] = str(error)
     cases.with_name(f"rank-{rank}.json").write_text(json.dumps(results))
