@@ -97,7 +97,8 @@ def exit_on_user_error(prefix: str = ""):
         status, line = known
         if line:
             start = "\n" if status == 130 else ""  # the answer may stand in mid-line
-            print(f"{start}{prefix}{line}", file=sys.stderr)
+            # One write, so that lines of several ranks do not mix.
+            (sys.stderr or io.StringIO()).write(f"{start}{prefix}{line}\n")
         raise SystemExit(status) from None
 
 

@@ -119,7 +119,7 @@ def failing_together(name: str, watchdog):
         yield
     except RanksDisagree as error:
         status, line = exit_of(error)
-        print(f"{name}{line}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"{name}{line}\n")
         # All have said it before one leaves: mpirun then ends the others at once.
         mx.eval(mx.distributed.all_sum(mx.zeros(1)))
         watchdog.close()
@@ -136,7 +136,8 @@ def failing_together(name: str, watchdog):
         with suppress(OSError):  # whoever read it may be gone
             sys.stdout.flush()
         if line:
-            print(f"\n{name}{line}", file=sys.stderr, flush=True)
+            sys.stderr.write(f"\n{name}{line}\n")
+            sys.stderr.flush()
         os._exit(status)
     watchdog.close()
 

@@ -342,7 +342,9 @@ def test_an_index_that_names_missing_files(here, broken):
 def test_an_interrupt_in_mid_answer_leaves_one_line_and_no_file(tmp_path):
     """Ctrl-C: exit status 130."""
     command = [sys.executable, SCRIPT, "--max-tokens", "490", "--json", tmp_path / "o.json", "--trace", tmp_path / "t"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heeded = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a job in the background ignores it
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes, **heeded)
     while "class Parser" not in process.stdout.readline():  # the answer begins after its prompt
         assert process.poll() is None, process.stderr.read()
     process.send_signal(signal.SIGINT)
