@@ -108,12 +108,7 @@ def build_lazily(folder: Path) -> LazyModel:
     """The model of a folder after all checks; no weight is read. ValueError or FileNotFoundError in one line."""
     config = read_config(folder)
     try:
-        arguments_class = _get_classes(config)[1]
-    except Exception:  # a module of mlx-lm that is no architecture raises AttributeError
-        kind = config["model_type"]
-        raise ValueError(f'model {folder}: mlx-lm does not know model_type "{kind}"; a newer mlx-lm may') from None
-    try:
-        config_check.check_config(config, arguments_class)
+        config_check.checked_classes(config)
         if config.get("quantization"):
             config_check.check_quantization(config["quantization"])
     except ValueError as error:

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import mlx.core as mx
+from mlx_lm.utils import _get_classes
 
 # Fields that count something, in whatever architecture.
 COUNT = re.compile(r"^(num|n)_|_(size|dim|rank|heads|experts|window)$|top_?k$|per_tok(en)?$")
@@ -52,6 +53,17 @@ def shown(value) -> str:
     """A value as JSON, cut where it is long."""
     text = json.dumps(value, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def checked_classes(config: dict) -> tuple[type, type]:
+    """mlx-lm's (model, arguments) classes of a configuration that passes `check_config`, else a ValueError."""
+    try:
+        classes = _get_classes(config)
+    except Exception:  # a module of mlx-lm that is no architecture raises AttributeError
+        kind = config["model_type"]
+        raise ValueError(f'mlx-lm does not know model_type "{kind}"; a newer mlx-lm may') from None
+    check_config(config, classes[1])
+    return classes
 
 
 def check_config(config: dict, arguments_class) -> None:

@@ -18,9 +18,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.utils import _compressed_tensors_quantization, _get_classes, infer_quant_config, quantize_model
+from mlx_lm.utils import _compressed_tensors_quantization, infer_quant_config, quantize_model
 
-from .config_check import check_config, check_quantization, culprit, read_config
+from .config_check import check_quantization, checked_classes, culprit, read_config
 from .default_model import SHIPPED
 from .moe import moe_layers
 
@@ -134,11 +134,7 @@ def build_model(config: dict) -> nn.Module:
     Raises ValueError naming the field for a configuration that mlx-lm cannot build, or a dense one.
     """
     kind = config["model_type"]
-    try:
-        model_class, arguments_class = _get_classes(config)
-    except Exception:  # a module of mlx-lm that is no architecture raises AttributeError
-        raise ValueError(f'mlx-lm does not know model_type "{kind}"; a newer mlx-lm may') from None
-    check_config(config, arguments_class)
+    model_class, arguments_class = checked_classes(config)
 
     def built(config):
         model = model_class(arguments_class.from_dict(config))
