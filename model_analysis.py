@@ -14,23 +14,18 @@ import logging
 import sys
 from pathlib import Path
 
-# transformers imports torch where it is installed, 180 MB that nothing here needs.
-sys.modules.setdefault("torch", None)
+from expert_parallel.command import output
+from expert_parallel.projection.hardware import LINKS, MACHINES, USUAL_LINK, find
 
-from expert_parallel import analysis_figures, analysis_tables, forward_pass, output  # noqa: E402
-from expert_parallel.architecture import describe  # noqa: E402
-from expert_parallel.checkpoint_check import check_checkpoint  # noqa: E402
-from expert_parallel.hardware import LINKS, MACHINES, USUAL_LINK, find  # noqa: E402
-from expert_parallel.lazy_model import BUNDLED, bundled_names, load_configuration, quantization_of  # noqa: E402
-from expert_parallel.loading import load_whole  # noqa: E402
-from expert_parallel.moe import moe_layers  # noqa: E402
-from expert_parallel.routing import RoutingTrace  # noqa: E402
+HERE = Path(__file__).resolve().parent
+BUNDLED = HERE / "expert_parallel" / "models" / "configs"
 
 
 def setup_arg_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = sorted(path.stem for path in BUNDLED.glob("*.json"))
+    parser = output.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", default="qwen3-coder-30b", help=f"folder, config.json, hub id, or: {', '.join(bundled_names())}")
+    add("--model", default="qwen3-coder-30b", help=f"folder, config.json, hub id, or: {', '.join(names)}")
     add("--bits", type=int, choices=(2, 3, 4, 5, 6, 8, 16), help="quantise to so many bits; 16: not at all")
     add("--group-size", type=int, help="of the quantisation (default: 64)")
     add("--mode", default="affine", choices=("affine", "mxfp4", "nvfp4", "mxfp8"), help="of the quantisation")
@@ -45,7 +40,7 @@ def setup_arg_parser():
     add("--prompt", nargs="+", metavar="[NAME=]TEXT", help="texts or files for --forward, e.g. code=a.py prose=b.txt")
     add("--prompt-tokens", type=int, default=256, help="at most so many tokens of each text (default: 256)")
     add("--measure", action="store_true", help="fit the projection's constants on this machine, a few minutes")
-    add("--json", type=Path, metavar="FILE", help="save all figures")
+    add("--json", type=Path, metavar="FILE", help="save all figures; - for standard output, and then nothing else")
     add("--quiet", action="store_true", help="print nothing")
     return parser
 
@@ -57,34 +52,24 @@ def check_arguments(args):
     if args.device_memory is not None and not 0 < args.device_memory < float("inf"):
         raise ValueError(f"--device-memory must be above 0 and finite, got {args.device_memory:g}")
     find("hardware", args.hardware, MACHINES)
-    if args.link:
-        find("link", args.link, LINKS)
-    if (args.forward or args.prompt) and args.model.lower() in bundled_names():
+    find("link", args.link or USUAL_LINK[args.hardware.lower()], LINKS)
+    if (args.forward or args.prompt) and (BUNDLED / f"{args.model.lower()}.json").exists():
         raise ValueError(f"--forward needs weights: {args.model} is a configuration alone, give a folder or a hub id")
-    if args.json:
+    if args.json and str(args.json) != "-":
         output.check_writable(args.json)
-
-
-def read_trace(path, described):
-    """The trace to project with; ValueError if it is of another shape of model."""
-    if path is None:
-        return None
-    trace = RoutingTrace.load(path)
-    found = (trace.experts.shape[1], trace.num_experts, trace.experts.shape[2])
-    wanted = (described.num_moe_layers, described.num_experts, described.chosen)
-    if found != wanted:
-        raise ValueError(
-            f"{path} is of {found[0]} layers, top-{found[2]} of {found[1]}; the model has {wanted[0]}, top-{wanted[2]}"
-            f" of {wanted[1]}"
-        )
-    return trace
 
 
 def run(args):
     check_arguments(args)
-    console = output.console(args.quiet)
+    from expert_parallel.models.architecture import describe
+    from expert_parallel.models.configurations import load_configuration
+    from expert_parallel.models.lazy import quantization_of
+    from expert_parallel.report import checks, model, projection, table
+
+    console, shown = output.console(args.quiet or str(args.json) == "-"), []
 
     def show(tables):
+        shown.extend(tables)
         for part in tables:
             console.print(part)
             console.print()
@@ -98,67 +83,69 @@ def run(args):
         raise ValueError("--group-size and --mode say how --bits are stored: give --bits too")
     quantisation = {"bits": bits, "group_size": args.group_size, "mode": args.mode}
     described = describe(configuration, **quantisation)
-    usual = [count for count in analysis_figures.DEVICES if count <= described.num_experts]
-    args.devices = sorted(set(args.devices or usual))
-    for count in args.devices:
-        if not 1 <= count <= described.num_experts:
-            raise ValueError(f"--devices {count}: needs 1 to {described.num_experts}, the experts of a layer")
-    figures = {"architecture": analysis_figures.architecture_figures(described, configuration, args.context)}
-    show(analysis_tables.model_tables(figures["architecture"]))
+    devices = sorted(set(args.devices or [count for count in model.DEVICES if count <= described.num_experts]))
+    if not 1 <= devices[0] <= devices[-1] <= described.num_experts:
+        raise ValueError(f"--devices {devices}: needs 1 to {described.num_experts}, the experts of a layer")
+    show(model.architecture(described, configuration, args.context))
 
-    # 2. Memory per device
-    figures["memory"] = analysis_figures.memory_figures(described, args.redundant_experts, args.devices)
-    figures["fit"] = None
+    # 2. What it needs on each device
+    tables, memory_rows = model.memory(described, args.redundant_experts, devices)
+    show(tables)
     if args.device_memory:
-        figures["fit"] = analysis_figures.fit_figures(described, args.device_memory * 1e9, args.context, args.devices)
-    show(analysis_tables.memory_tables(figures["memory"], figures["fit"]))
+        show([model.fit(described, args.device_memory * 1e9, args.context, devices)])
 
-    # 3. What it would do
-    machine = find("hardware", args.hardware, MACHINES)
+    # 3. What it would do, there and here
     link = args.link or USUAL_LINK[args.hardware.lower()]
     wire, link_source = find("link", link, LINKS)
-    trace = read_trace(args.trace, described)
-    figures["projection"] = analysis_figures.projection_figures(
-        described, machine, wire, args.context, trace, args.redundant_experts, figures["memory"], args.devices
-    ) | {"link": link, "link_source": link_source}
-    figures["original_claims"] = analysis_figures.original_cases(described.demand)
-    show(analysis_tables.projection_tables(figures["projection"], figures["original_claims"]))
-
-    figures["this_machine"] = None
+    trace, about = read_trace(args.trace, described), {"link": link, "link_source": link_source}
+    like = (args.context, trace, args.redundant_experts, memory_rows, devices)
+    show(projection.projection(described, find("hardware", args.hardware, MACHINES), wire, about, *like))
+    show(projection.original_claims(described))
     if args.measure:
-        here = analysis_figures.measure_here(configuration, described, quantisation)
-        figures["this_machine"] = here["figures"]
-        show(analysis_tables.machine_tables(here["figures"]))
-        for name, local in here["links"].items():
-            projected = analysis_figures.projection_figures(
-                described, here["machine"], local, args.context, trace, devices=args.devices
-            )
-            here["figures"]["links"][name]["projection"] = projected
-            shown = projected | {"link": name, "link_source": "all-sums of 2 processes on this machine"}
-            show(analysis_tables.projection_tables(shown, None))
+        here, links, measured = checks.machine(configuration, described, quantisation)
+        show([measured])
+        for name, local in links.items():
+            about = {"link": name, "link_source": "all-sums of 2 processes on this machine"}
+            like = (args.context, trace, 0, (), devices, f"this_machine.projection.{name}")
+            show(projection.projection(described, here, local, about, *like))
 
-    # 4. The files, where there are any
-    figures["checkpoint"] = None
+    # 4. Its files, and real text through its weights
+    whole = True
     if configuration.folder and any(configuration.folder.glob("model*.safetensors")):
-        figures["checkpoint"] = check_checkpoint(configuration).figures()
-        show(analysis_tables.checkpoint_tables(figures["checkpoint"]))
+        from expert_parallel.models.checkpoint_check import check_checkpoint
 
-    # 5. Real text through the real weights
-    figures["forward"] = None
+        checked = check_checkpoint(configuration).figures()
+        whole = checked["ok"]
+        show(checks.checkpoint(checked))
     if args.forward or args.prompt:
-        figures["forward"] = forward_figures(args.model, texts_of(args.prompt), args.prompt_tokens)
-        show(analysis_tables.forward_tables(figures["forward"]))
+        show(forward_tables(args.model, texts_of(args.prompt), args.prompt_tokens))
 
     if args.json:
-        output.write_json(args.json, figures)
-    return 0 if figures["checkpoint"] is None or figures["checkpoint"]["ok"] else 1
+        missing = dict.fromkeys(("fit", "original_claims", "this_machine", "checkpoint", "forward"))
+        document = missing | {"options": vars(args), "environment": table.environment()} | table.sections(shown)
+        output.write_json(args.json, document)
+    return 0 if whole else 1
+
+
+def read_trace(path, described):
+    """The trace to project with; ValueError if it is of another shape of model."""
+    if path is None:
+        return None
+    from expert_parallel import RoutingTrace
+
+    trace = RoutingTrace.load(path)
+    found = (trace.experts.shape[1], trace.experts.shape[2], trace.num_experts)
+    wanted = (described.num_moe_layers, described.chosen, described.num_experts)
+    if found != wanted:
+        shapes = ("{} layers, top-{} of {}".format(*shape) for shape in (found, wanted))
+        raise ValueError("{} is of {}; the model has {}".format(path, *shapes))
+    return trace
 
 
 def texts_of(prompts):
     """{name: text}; without prompts code, prose and data that come with the project."""
     if not prompts:
-        here = Path(__file__).resolve().parent
-        files = {"code": here / "model_analysis.py", "prose": here / "README.md", "data": BUNDLED / "deepseek-v3.json"}
+        files = {"code": Path(__file__), "prose": HERE / "README.md", "data": BUNDLED / "deepseek-v3.json"}
         return {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
     texts = {}
     for number, prompt in enumerate(prompts, start=1):
@@ -176,19 +163,21 @@ def texts_of(prompts):
     return texts
 
 
-def forward_figures(name, texts, most):
-    """Everything of forward_pass on each text; the first text is timed."""
+def forward_tables(name, texts, most):
+    """Routing of each text, and where the first one's time goes."""
+    from expert_parallel.checkpoint.loading import load_whole
+    from expert_parallel.layers import moe_layers
+    from expert_parallel.models import forward
+    from expert_parallel.report import checks
+
     logging.getLogger("transformers").setLevel(logging.ERROR)  # of texts longer than the context: they are cut below
     model, tokenizer, _ = load_whole(name)
     numbers = [layer.number for layer in moe_layers(model)]
     tokens = {title: tokenizer.encode(text[: 20 * most])[:most] for title, text in texts.items()}
-    passes = {title: forward_pass.run_text(model, ids, title) for title, ids in tokens.items()}
-    return {
-        "texts": {title: forward_pass.pass_figures(one, numbers) for title, one in passes.items()},
-        "domains": forward_pass.domain_figures(passes),
-        "experts": forward_pass.expert_similarity(model),
-        "seconds": vars(forward_pass.time_layers(model, next(iter(tokens.values())))),
-    }
+    passes = {title: forward.run_text(model, ids, title) for title, ids in tokens.items()}
+    figures = {title: forward.pass_figures(one, numbers) for title, one in passes.items()}
+    seconds = forward.time_layers(model, next(iter(tokens.values())))
+    return checks.forward(figures, forward.similarity_of_loads(passes), seconds)
 
 
 def main():

@@ -17,9 +17,11 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm import load
 
-from expert_parallel import balancedness, output, place_experts, record_routing, report
+from expert_parallel import balancedness, place_experts, record_routing
 from expert_parallel.balance import fan_out
-from expert_parallel.default_model import SHIPPED
+from expert_parallel.checkpoint.opened import SHIPPED
+from expert_parallel.command import output
+from expert_parallel.report import table
 
 WINDOW, DOMAINS = 512, ("docs", "go", "json", "prose", "python")
 
@@ -69,7 +71,7 @@ def main():
     judged = f"judged on {len(test)} of {args.test or 'the same'} (right)"
     where = f"fitted on {len(fit)} tokens of {args.fit} (left), {judged}"
     console = output.console()
-    console.print(report.table(f"Affinity {where}, measured, {args.devices} devices", *columns, rows=rows))
+    console.print(table.of_rows(f"Affinity {where}, measured, {args.devices} devices", *columns, rows=rows))
     console.print("fullest: a device's highest load over that of `balanced`, in the worst layer")
 
 

@@ -20,9 +20,11 @@ import numpy as np
 from mlx_lm import load
 from mlx_lm.models.cache import make_prompt_cache
 
-from expert_parallel import output, place_experts, record_routing, report, shard_model
-from expert_parallel.default_model import SHIPPED
-from expert_parallel.moe import moe_layers, num_experts
+from expert_parallel import place_experts, record_routing, shard_model
+from expert_parallel.checkpoint.opened import SHIPPED
+from expert_parallel.command import output
+from expert_parallel.layers import moe_shape
+from expert_parallel.report import table
 
 
 def build(folder, devices=None, streams=False):
@@ -30,9 +32,7 @@ def build(folder, devices=None, streams=False):
     if mx.default_device().type == mx.cpu:
         model.set_dtype(mx.float32)
     if devices:
-        layers = moe_layers(model)
-        loads = np.zeros((len(layers), num_experts(layers[0].experts)))
-        shard_model(model, place_experts(loads, devices), streams=streams)
+        shard_model(model, place_experts(np.zeros(moe_shape(model)), devices), streams=streams)
     return model
 
 
@@ -88,9 +88,9 @@ def main():
     ]
     console = output.console()
     title = f"Time per token (measured, {args.rounds} interleaved rounds of {args.tokens} tokens)"
-    console.print(report.table(title, "variant", "ms", "to stock", "middle half", rows=rows))
+    console.print(table.of_rows(title, "variant", "ms", "to stock", "middle half", rows=rows))
     if args.json:
-        figures = {"environment": report.environment(), "seconds_per_token": times, "ratio_quartiles": quartiles}
+        figures = {"environment": table.environment(), "seconds_per_token": times, "ratio_quartiles": quartiles}
         output.write_json(args.json, figures)
 
 

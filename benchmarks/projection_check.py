@@ -20,13 +20,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mlx.core as mx
 import numpy as np
 
-from expert_parallel import load_sharded, output, place_experts, record_routing, report
-from expert_parallel.architecture import describe
-from expert_parallel.lazy_model import load_configuration
-from expert_parallel.link_probe import measure_link, run_ranks
-from expert_parallel.loading import load_whole
-from expert_parallel.machine_fit import measure_machine, random_tokens, seconds_of_prompt, seconds_per_token
-from expert_parallel.projection import Cluster, decode_step, fullest_device, prefill
+from expert_parallel import load_sharded, place_experts, record_routing
+from expert_parallel.checkpoint.loading import load_whole
+from expert_parallel.command import output
+from expert_parallel.models.architecture import describe
+from expert_parallel.models.configurations import load_configuration
+from expert_parallel.projection.constants import measure_machine, random_tokens, seconds_of_prompt, seconds_per_token
+from expert_parallel.projection.link_probe import measure_link
+from expert_parallel.projection.step import Cluster, decode_step, fullest_device, prefill
+from expert_parallel.ranks.launch import run_ranks
+from expert_parallel.report import table
 
 CONTEXT = 8
 
@@ -121,11 +124,11 @@ def run(args):
         (c, w, f"{1e3 * t:.1f}", f"{1e3 * e:.1f}", f"{r:.2f}{' (fitted)' if f else ''}") for c, w, t, e, r, f in rows
     ]
     title = f"Projection against measurement ({configuration.name}, milliseconds)"
-    console.print(report.table(title, "run", "of", "measured", "predicted", "ratio", rows=print_rows))
+    console.print(table.of_rows(title, "run", "of", "measured", "predicted", "ratio", rows=print_rows))
     console.print(f"largest error of a prediction: {worst:.0%}")
     if args.json:
         figures = {
-            "environment": report.environment(),
+            "environment": table.environment(),
             "machine": {name: value for name, value in vars(machine).items() if name != "memory_bytes"},
             "links": links,
             "runs": [

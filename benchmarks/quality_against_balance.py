@@ -25,10 +25,12 @@ import mlx.nn as nn
 from mlx_lm import load
 from tqdm import tqdm
 
-from expert_parallel import balancedness, output, place_experts, report
-from expert_parallel.default_model import SHIPPED
-from expert_parallel.router_bias import fit_bias
-from expert_parallel.router_control import Capacity, control_router
+from expert_parallel import balancedness, place_experts
+from expert_parallel.checkpoint.opened import SHIPPED
+from expert_parallel.command import output
+from expert_parallel.report import table
+from expert_parallel.router.bias import fit_bias
+from expert_parallel.router.control import Capacity, control_router
 
 WINDOW = 512  # tokens of a batch: capacity limits hold for each
 LEARNING = 128  # tokens of a batch while the sign rule learns: one step after each
@@ -133,10 +135,10 @@ def main():
         ]  # fmt: skip
         count = sum(text.shape[1] - 1 for text in test)
         title = f"Quality against balance (measured, {count} held-out tokens, {args.devices} devices)"
-        about = report.environment()
+        about = table.environment()
         console.print("{device}, {cores} cores; mlx {mlx}, mlx-lm {mlx_lm}; ".format(**about) + args.model.name)
         columns = ("method", "perplexity", "cost", "balance", "other expert", "dropped")
-        console.print(report.table(title, *columns, rows=rows))
+        console.print(table.of_rows(title, *columns, rows=rows))
         if args.json:
             output.write_json(args.json, {"source": "measured", "tokens": count, "devices": args.devices,
                                           "environment": about, "results": results})  # fmt: skip

@@ -38,14 +38,14 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 from rich.progress import track
 
-from expert_parallel import load_sharded, output, place_experts, report
-from expert_parallel.checkpoint import build_lazily
-from expert_parallel.default_model import SHIPPED
-from expert_parallel.link_probe import rank_commands
-from expert_parallel.loading import load_whole
-from expert_parallel.machine_fit import head_seconds, random_tokens, seconds_of_prompt, seconds_per_token
-from expert_parallel.measuring import resident_bytes, time_parts
-from expert_parallel.moe import moe_layers, num_experts
+from expert_parallel import load_sharded, place_experts
+from expert_parallel.checkpoint.loading import load_whole
+from expert_parallel.checkpoint.opened import SHIPPED, Checkpoint
+from expert_parallel.command import output
+from expert_parallel.projection.constants import head_seconds, random_tokens, seconds_of_prompt, seconds_per_token
+from expert_parallel.ranks.launch import rank_commands
+from expert_parallel.report import table
+from expert_parallel.report.measuring import resident_bytes, time_parts
 
 CONTEXT = 8
 STOCK, TENSOR = "stock", "tensor parallel"
@@ -72,8 +72,7 @@ def build(variant, args, group):
     if group.size() > 1:
         options = {"group": group, "attention": "sharded" if "split" in variant else "replicated"}
     if variant.endswith("copies"):
-        layers = moe_layers(build_lazily(Path(args.model)).model)
-        shape = (len(layers), num_experts(layers[0].experts))
+        shape = Checkpoint(args.model).shape
         devices = max(group.size(), 2)
         options["placement"] = place_experts(np.ones(shape), devices, "replicated", redundant=shape[1] // 4)
     return load_sharded(args.model, **options)[0]
@@ -242,18 +241,18 @@ def run(args):
         ]
         what = f"{args.tokens} tokens" if work == "decode" else f"a prompt of {args.prompt_tokens}"
         title = f"{work} (measured, {name}, {what}, {args.rounds} rounds; speed as a ratio)"
-        console.print(report.table(title, "over", "variant", unit, "to stock", "to tensor", rows=cells))
+        console.print(table.of_rows(title, "over", "variant", unit, "to stock", "to tensor", rows=cells))
     parts = [
         (backend, variant, *(f"{1e3 * profile[part]:.1f}" for part in PARTS))
         for (backend, variant), profile in profiles.items()
     ]
     title = "Where a token's time goes (measured on rank 0 with stops, ms; stock's experts are not told apart)"
-    console.print(report.table(title, "over", "variant", *PARTS, rows=parts))
+    console.print(table.of_rows(title, "over", "variant", *PARTS, rows=parts))
     for (backend, variant), why in refused.items():
         console.print(f"{variant} over {backend} is not possible here: {why}")
     if args.json:
         profile = [{"backend": b, "variant": v, **parts} for (b, v), parts in profiles.items()]
-        about = {"environment": report.environment(), "model": name, "ranks": args.ranks, "tokens": args.tokens}
+        about = {"environment": table.environment(), "model": name, "ranks": args.ranks, "tokens": args.tokens}
         about |= {"prompt_tokens": args.prompt_tokens, "source": "measured"}
         output.write_json(args.json, {**about, "speeds": figures, "seconds_per_token_with_stops": profile})
 

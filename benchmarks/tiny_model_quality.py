@@ -19,9 +19,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm import load
 
-from expert_parallel import balancedness, output, place_experts, record_routing, report
+from expert_parallel import balancedness, place_experts, record_routing
 from expert_parallel.balance import balancedness_per_layer
-from expert_parallel.default_model import SHIPPED
+from expert_parallel.checkpoint.opened import SHIPPED
+from expert_parallel.command import output
+from expert_parallel.report import table
 
 WINDOW, MOST, END = 512, 16_384, "<|endoftext|>"
 
@@ -66,7 +68,7 @@ def main():
         )  # fmt: skip
     columns = ("domain", "perplexity", "bits/byte", "balancedness", "hottest / mean", "unused experts")
     console.print(
-        report.table("Held-out files (measured; ranges over layers, 8 contiguous devices)", *columns, rows=rows)
+        table.of_rows("Held-out files (measured; ranges over layers, 8 contiguous devices)", *columns, rows=rows)
     )
 
     shares = {}
@@ -78,7 +80,7 @@ def main():
     rows = [(user, *(f"{shares[user, owner]:.2f}" for owner in results)) for user in results]
     title = "Share of a domain's traffic (row) on the 16 favourites of another (column)"
     console.print()
-    console.print(report.table(title, "traffic of", *results, rows=rows))
+    console.print(table.of_rows(title, "traffic of", *results, rows=rows))
     whole = sum(loads for _, _, loads in results.values())
     console.print(
         f"\nall domains together: balancedness {balancedness(place_experts(whole, 8).device_loads(whole)):.2f}"

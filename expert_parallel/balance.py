@@ -10,16 +10,7 @@ import math
 
 import numpy as np
 
-
-def _check(device_loads) -> np.ndarray:
-    loads = np.asarray(device_loads, dtype=np.float64)
-    if loads.ndim != 2 or 0 in loads.shape:
-        raise ValueError(f"loads are [layers, devices] or [layers, experts], got {list(loads.shape)}")
-    bad = np.argwhere(~np.isfinite(loads) | (loads < 0))
-    if len(bad):
-        layer, column = bad[0]
-        raise ValueError(f"loads must be finite and not negative: layer {layer} has {loads[layer, column]} at {column}")
-    return loads
+from .placement import check_loads
 
 
 def balancedness(device_loads, average: str = "layers") -> float:
@@ -30,7 +21,7 @@ def balancedness(device_loads, average: str = "layers") -> float:
              aggregate  sum over layers of the mean / sum over layers of the maximum: the share of
                         time that devices are busy if layers wait for each other (vLLM, eplb_state.py)
     """
-    loads = _check(device_loads)
+    loads = check_loads(device_loads)
     if average == "layers":
         return float(balancedness_per_layer(loads).mean())
     if average == "aggregate":
@@ -41,70 +32,34 @@ def balancedness(device_loads, average: str = "layers") -> float:
 
 def balancedness_per_layer(device_loads) -> np.ndarray:
     """[L]; see `balancedness`."""
-    loads = _check(device_loads)
+    loads = check_loads(device_loads)
     return (loads.mean(axis=1) + 1e-5) / (loads.max(axis=1) + 1e-5)
 
 
 def imbalance_ratio(device_loads) -> np.ndarray:
     """[L]; max / mean - 1: the extra time the fullest device takes (TensorRT-LLM)."""
-    loads = _check(device_loads)
+    loads = check_loads(device_loads)
     mean = loads.mean(axis=1)
     return np.divide(loads.max(axis=1), mean, out=np.ones_like(mean), where=mean > 0) - 1
 
 
 def coefficient_of_variation(device_loads) -> np.ndarray:
     """[L]; standard deviation over mean, 0 for a layer without load."""
-    loads = _check(device_loads)
+    loads = check_loads(device_loads)
     mean = loads.mean(axis=1)
     return np.divide(loads.std(axis=1), mean, out=np.zeros_like(mean), where=mean > 0)
 
 
 def min_max_ratio(device_loads) -> np.ndarray:
     """[L]; load of the emptiest device over that of the fullest, 1 for a layer without load."""
-    loads = _check(device_loads)
+    loads = check_loads(device_loads)
     highest = loads.max(axis=1)
     return np.divide(loads.min(axis=1), highest, out=np.ones_like(highest), where=highest > 0)
 
 
-def lower_bound(loads, num_devices: int, redundant: int = 0) -> np.ndarray:
-    """[L]; load that the fullest device of no placement can go below, for expert loads [L, E].
-
-    max(mean device load, largest load per copy), where `redundant` copies were given, one after the
-    other, to the expert with the most load per copy: nothing makes the largest share smaller.
-    An expert has at most one copy per device. The bound itself is not always attainable.
-    """
-    loads = _check(loads)
-    copies = np.ones_like(loads)
-    rows = np.arange(len(loads))
-    for _ in range(redundant):
-        share = np.where(copies < num_devices, loads / copies, -1)
-        copies[rows, share.argmax(axis=1)] += 1
-    return np.maximum(loads.sum(axis=1) / num_devices, (loads / copies).max(axis=1))
-
-
-def hot_experts(loads, factor: float = 4.0, sigmas: float = 3.0) -> np.ndarray:
-    """bool [L, E]: experts with more than `factor` times the mean load, for expert loads [L, E] in slots.
-
-    A count of n slots is uncertain by sqrt(n): n - sigmas sqrt(n) must exceed factor x mean, so that a few
-    tokens make no hot expert. An expert above the mean load of a device, sum / D, is a straggler under every
-    placement without copies.
-    """
-    loads = _check(loads)
-    return loads - sigmas * np.sqrt(loads) > factor * loads.mean(axis=1, keepdims=True)
-
-
-def tokens_until_hot(experts, expert: int, num_experts: int, factor: float = 4.0, sigmas: float = 3.0) -> int | None:
-    """Tokens of one layer, experts [T, k], after which the rule of `hot_experts` first holds; None: never."""
-    experts = np.asarray(experts)
-    count = (experts == expert).any(axis=1).cumsum()
-    mean = np.arange(1, len(experts) + 1) * experts.shape[1] / num_experts
-    hot = count - sigmas * np.sqrt(count) > factor * mean
-    return int(hot.argmax()) + 1 if hot.any() else None
-
-
 def routing_entropy(loads) -> np.ndarray:
     """[L]; entropy of the expert loads [L, E] over log E: 1 for uniform use, 0 for a single expert."""
-    loads = _check(loads)
+    loads = check_loads(loads)
     if loads.shape[1] == 1:
         return np.ones(len(loads))
     total = loads.sum(axis=1, keepdims=True)
@@ -143,23 +98,3 @@ def expected_fan_out(experts_per_device, num_experts: int, top_k: int) -> float:
         raise ValueError(f"top-{top_k} of {num_experts} experts cannot be chosen")
     none = math.comb(num_experts, top_k)
     return sum(1 - math.comb(num_experts - n, top_k) / none for n in experts_per_device)
-
-
-def expert_capacity(num_tokens: int, top_k: int, num_experts: int, factor: float = 1.0, rule: str = "megatron") -> int:
-    """Most slots an expert takes of a batch.
-
-    megatron   ceil(T k / E f)            (Megatron-LM, moe_utils.py)
-    deepspeed  max(4, ceil(T k / E f))    (DeepSpeed, sharded_moe.py; min_capacity 4)
-    tutel      k int(f ceil(T / E))       (Tutel, fast_dispatch.py)
-    """
-    if min(num_tokens, top_k, num_experts) < 1 or not factor > 0:
-        raise ValueError(
-            f"capacity needs positive numbers: {num_tokens} tokens, top-{top_k}, {num_experts} experts, factor {factor}"
-        )
-    if rule == "megatron":
-        return math.ceil(num_tokens * top_k / num_experts * factor)
-    if rule == "deepspeed":
-        return max(4, math.ceil(num_tokens * top_k / num_experts * factor))
-    if rule == "tutel":
-        return top_k * int(factor * math.ceil(num_tokens / num_experts))
-    raise ValueError(f"capacity rule is megatron, deepspeed or tutel, got {rule!r}")

@@ -128,3 +128,22 @@ def launch(backend, ranks, *arguments, tmp_path, timeout=120):
 @pytest.fixture(scope="session")
 def shipped():
     return SHIPPED
+
+
+@pytest.fixture(scope="session")
+def held_out_traces():
+    """(fit, test): routing of the shipped model over held-out Python, one part of the file and the next."""
+    from mlx_lm import load
+
+    from expert_parallel import record_routing
+
+    model, tokenizer = load(str(SHIPPED))
+    model.set_dtype(mx.float32)
+    ids = tokenizer.encode((SHIPPED / "held-out" / "python.txt").read_text(), verbose=False)
+    traces = []
+    for start in (0, 768):
+        with record_routing(model, "tiny-qwen3-moe") as trace:
+            for window in range(start, start + 768, 384):
+                mx.eval(model(mx.array([ids[window : window + 384]])))
+        traces.append(trace)
+    return traces

@@ -13,15 +13,14 @@ from expert_parallel.balance import (
     balancedness_per_layer,
     coefficient_of_variation,
     expected_fan_out,
-    expert_capacity,
     fan_out,
-    hot_experts,
     imbalance_ratio,
-    lower_bound,
     min_max_ratio,
     routing_entropy,
-    tokens_until_hot,
 )
+from expert_parallel.placing.copies import lower_bound
+from expert_parallel.router.capacity import expert_capacity
+from expert_parallel.study.scenarios import hot_experts, tokens_until_hot
 
 # EPLB's README: loads of 2 layers x 12 experts and where its 16 copies go, two to each of 8 GPUs.
 EPLB_WEIGHT = [
@@ -167,10 +166,10 @@ def test_metrics_keep_their_bounds(loads, num_devices):
 @pytest.mark.parametrize(
     ("loads", "message"),
     [
-        ([1, 2], r"\[layers, devices\]"),
-        (np.zeros((2, 0)), r"\[layers, devices\]"),
-        ([[1, -1]], "layer 0 has -1.0 at 1"),
-        ([[1, 1], [np.nan, 1]], "layer 1 has nan at 0"),
+        ([1, 2], r"\[layers, experts\]"),
+        (np.zeros((2, 0)), r"\[layers, experts\]"),
+        ([[1, -1]], "layer 0: expert 1 has load -1.0"),
+        ([[1, 1], [np.nan, 1]], "layer 1: expert 0 has load nan"),
     ],
 )
 @pytest.mark.parametrize("metric", [balancedness, imbalance_ratio, coefficient_of_variation, routing_entropy])

@@ -7,7 +7,7 @@ from conftest import CONFIG, random_model
 from mlx.utils import tree_flatten
 
 from expert_parallel import place_experts, shard_model
-from expert_parallel.moe import moe_layers
+from expert_parallel.layers import moe_layers
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: the independent oracle is skipped")
 transformers = pytest.importorskip("transformers")

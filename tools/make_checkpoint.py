@@ -29,8 +29,8 @@ from tokenizers import Tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that it runs from anywhere, uninstalled
 
-from expert_parallel.output import console, exit_on_user_error  # noqa: E402
-from expert_parallel.report import facts, size  # noqa: E402
+from expert_parallel.command.output import console, exit_on_user_error  # noqa: E402
+from expert_parallel.report.table import Figure, Table, size  # noqa: E402
 from tools.random_weights import cut_layers, plan, write_weights  # noqa: E402
 
 # huggingface.co/Qwen/Qwen3-Coder-30B-A3B-Instruct, config.json
@@ -160,11 +160,8 @@ def main():
     # 4. What there is now.
     files = sorted(args.out.glob("*.safetensors"))
     rows = {"folder": str(args.out), "weights": "random, untrained", "tensors": f"{count:,} in {len(files)} files"}
-    out.print(
-        facts(
-            "Checkpoint", {**rows, "bytes": f"{total:,}", "quantisation": f"{args.bits} bits, group {args.group_size}"}
-        )
-    )
+    rows |= {"bytes": f"{total:,}", "quantisation": f"{args.bits} bits, group {args.group_size}"}
+    out.print(Table("Checkpoint", [Figure(None, label, text) for label, text in rows.items()], facts=True))
 
 
 if __name__ == "__main__":

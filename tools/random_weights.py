@@ -16,8 +16,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes, quantize_model
 
-from expert_parallel.moe import moe_layers
-from expert_parallel.tensor_files import INDEX, header_bytes
+from expert_parallel.checkpoint.tensors import INDEX
+from expert_parallel.layers import moe_layers
 
 DTYPES = {mx.uint32: "U32", mx.uint8: "U8", mx.int32: "I32", mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32"}
 CHUNK = 1 << 23  # values made at a time
@@ -62,8 +62,7 @@ def plan(config: dict, bits: int, group_size: int, seed: int = 0) -> tuple[dict[
             model, config = quantize_model(model, config, group_size, bits)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"mlx-lm cannot build a model of this config: {type(error).__name__}: {error}") from error
-    if not moe_layers(model):
-        raise ValueError(f"a {config['model_type']} of this config has no Mixture-of-Experts layers")
+    moe_layers(model)  # a dense model has nothing to spread, and this says so
     modules, cast = dict(model.named_modules()), getattr(model, "cast_predicate", lambda name: True)
     tensors = {}
     for name, array in tree_flatten(model.parameters()):
@@ -132,3 +131,14 @@ def write_weights(folder: Path, tensors: dict[str, Plan], max_file_size: int, se
                     note(piece.nbytes)
     document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
     (folder / INDEX).write_text(json.dumps(document, indent=1) + "\n")
+
+
+def header_bytes(tensors: dict[str, tuple[str, tuple[int, ...], int]]) -> bytes:
+    """What stands before the tensors in a file that holds them in this order: name to (dtype, shape, bytes)."""
+    entries, at = {"__metadata__": {"format": "mlx"}}, 0
+    for name, (dtype, shape, nbytes) in tensors.items():
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + nbytes]}
+        at += nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,1 @@
+"""Checkpoints: find and open one, read only the experts that a device holds."""

@@ -1,0 +1,179 @@
+"""Loading: read only the experts that a device holds, and never the whole model at once.
+
+Dimensions: L MoE layers, E experts, D devices.
+
+Single rows come from the files where their layout allows it (opened.py); else one layer at a time is evaluated,
+cut and freed.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from ..experts import ShardedExperts, check_request, install, is_rank
+from ..hybrid import shard_rest
+from ..layers import cast
+from ..placement import Placement, contiguous
+from ..stores import InMemory, picked
+from ..trials import check_computable, measure_masked
+from .opened import Checkpoint
+
+
+def activation_dtype(dtype=None) -> mx.Dtype | None:
+    """dtype of everything that is not packed; None leaves the checkpoint's.
+
+    dtype  None   float32 on the CPU, where anything else is many times slower; the checkpoint's own on a GPU
+           "keep" the checkpoint's own
+           or float32, bfloat16, float16, as a name or as mlx's dtype
+    """
+    if dtype is None:
+        return mx.float32 if mx.default_device().type == mx.cpu else None
+    if dtype == "keep":
+        return None
+    name = str(dtype).removeprefix("mlx.core.")
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype is float32, bfloat16, float16 or keep, got {dtype!r}")
+    return getattr(mx, name)
+
+
+def as_loaded(opened: Checkpoint, dtype: mx.Dtype | None):
+    """The checkpoint's lazy model with the bytes that it will have in memory."""
+    if dtype is not None:
+        opened.model.set_dtype(dtype)
+    return opened.model
+
+
+@dataclass
+class ReadReport:
+    """What one process read of a checkpoint: bytes of tensors, headers not counted; `progress` hears of each.
+
+    seconds  from the first look at the folder to the last byte
+    """
+
+    progress: object = None
+    total: int = 0
+    bytes_read_experts: int = 0
+    bytes_read_rest: int = 0
+    seconds: float = 0.0
+    began: float = field(default_factory=time.perf_counter)
+
+    def add(self, experts: int = 0, rest: int = 0):
+        self.bytes_read_experts += experts
+        self.bytes_read_rest += rest
+        self.seconds = time.perf_counter() - self.began
+        if self.progress:
+            self.progress(min(self.bytes_read_experts + self.bytes_read_rest, self.total), self.total)
+
+
+def load_whole(path_or_repo, dtype=None, progress=None, tokenizer_config=None):
+    """(model, tokenizer, config) as `mlx_lm.load` gives them, checked first, in `activation_dtype(dtype)`."""
+    opened, dtype = Checkpoint(path_or_repo), activation_dtype(dtype)
+    check_computable(opened.layers, dtype)
+    tokenizer = opened.tokenizer(tokenizer_config)
+    every = np.arange(opened.shape[1])
+    total = opened.rest_bytes + sum(opened.bytes_to_read(n, every) for n in range(opened.shape[0]))
+    report = ReadReport(progress, total)
+    _read_rest(opened.model, (), dtype, report)
+    if dtype is not None:
+        opened.model.set_dtype(dtype)  # arrays in lists, which few architectures have
+    mx.eval(opened.model.parameters())
+    return opened.model, tokenizer, opened.config
+
+
+def load_sharded(
+    path_or_repo,
+    num_devices: int | None = None,
+    placement: Placement | str | Path | None = None,
+    group=None,
+    dtype=None,
+    combine: str = "auto",
+    attention: str = "replicated",
+    streams: bool = False,
+    progress=None,
+    tokenizer_config: dict | None = None,
+    return_report: bool = False,
+):
+    """(model, tokenizer): the model with its experts spread, reading only what this process holds.
+
+    One process (`group` None or of size 1) builds D simulated devices and reads each row once.
+    One of N ranks reads the experts of device number `group.rank()` and all that is no expert.
+
+    path_or_repo  folder, hub id, or a Checkpoint that was opened before and is used up by this
+    num_devices   D; where None, what the placement or the group says
+    placement     a Placement or a file of one; where None contiguous
+    dtype         see `activation_dtype`; packed weights stay as they are
+    combine, attention, streams  see `shard_model`
+    progress      called as progress(done_bytes, total_bytes)
+    return_report a third value, a ReadReport
+    Raises ValueError, FileNotFoundError or OSError in one line, before anything large is read.
+    """
+    report, dtype = ReadReport(progress), activation_dtype(dtype)
+    opened = path_or_repo if isinstance(path_or_repo, Checkpoint) else Checkpoint(path_or_repo)
+    model = opened.model
+    placement = _placement(opened, num_devices, placement, group)
+    layers, devices = check_request(model, placement, group, combine, attention)
+    check_computable(layers, dtype)
+    tokenizer = opened.tokenizer(tokenizer_config)
+    paths = tuple(f"{layer.path}." for layer in layers)
+    wanted = [np.flatnonzero(held[devices].any(axis=0)) for held in placement.held]  # experts to read, by layer
+    report.total = opened.rest_bytes + sum(opened.bytes_to_read(n, ids) for n, ids in enumerate(wanted))
+
+    # 1. All that is no expert; read whole even where only a part of it is kept.
+    if attention == "sharded" and is_rank(group):
+        shard_rest(model, layers, group)
+    _read_rest(model, paths, dtype, report)
+    report.bytes_read_rest = opened.rest_bytes
+    # 2. Layer by layer the rows of the devices that are here.
+    lanes = [mx.new_stream(mx.default_device()) for _ in devices] if streams else None
+    for n, (layer, held, ids) in enumerate(zip(layers, placement.held, wanted, strict=True)):
+        rows, like, opened.experts[n] = opened.rows(n, dtype)(ids), opened.experts[n], None
+        stores = {}
+        for device in devices:
+            mine = np.flatnonzero(held[device])
+            stores[device] = InMemory(like, len(held[0]), mine, _of(rows, ids))
+        install(layer, ShardedExperts(stores, held, streams=lanes), group, combine)
+        report.add(experts=opened.bytes_to_read(n, ids))
+        del rows, like, stores
+    if dtype is not None:
+        model.set_dtype(dtype)  # arrays in lists, and what hangs on the experts' module
+    mx.eval(model.parameters())
+    mx.clear_cache()
+    measure_masked(layers, group)
+    return (model, tokenizer, report) if return_report else (model, tokenizer)
+
+
+def _of(rows, ids):
+    """The rows of these experts, read already, as a source."""
+    return lambda wanted: picked(rows, np.searchsorted(ids, wanted))
+
+
+def _placement(opened, num_devices, placement, group):
+    shape = opened.shape
+    if isinstance(placement, str | Path):
+        placement = Placement.load(placement, *shape)
+    if placement is None:
+        wanted = num_devices if num_devices is not None else group.size() if group else None
+        if wanted is None:
+            raise ValueError("num_devices, a placement or a group is needed to spread the experts")
+        placement = contiguous(*shape, wanted)
+    if num_devices not in (None, placement.num_devices):
+        raise ValueError(f"the placement is for {placement.num_devices} devices, {num_devices} devices are asked for")
+    return placement
+
+
+def _read_rest(model, expert_paths, dtype, report):
+    """Evaluate what is still lazy, a tensor at a time, so that only one is ever there in two dtypes."""
+    for path, module in model.named_modules():
+        if expert_paths and f"{path}.".startswith(expert_paths):
+            continue
+        for name in [name for name, value in module.items() if isinstance(value, mx.array)]:
+            if not name.startswith("_"):
+                size = module[name].nbytes
+                module[name] = cast(module[name], dtype)
+                mx.eval(module[name])
+                report.add(rest=size)

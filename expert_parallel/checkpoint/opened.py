@@ -1,0 +1,252 @@
+"""Checkpoints: find one, open it once; its model is built without reading a weight.
+
+What mlx-lm's expert arrays [E, ...] are made of says how single rows of them can be read:
+
+    mlx's layout           one tensor [E, ...] for all experts          read rows of it
+    Hugging Face's layout  one tensor per expert, stacked by mlx-lm     read the tensors of these experts
+    anything else          split, scaled or converted on the way        a whole layer is evaluated and cut
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from huggingface_hub import HfApi
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import _download, _get_classes, hf_repo_to_path, load_model, load_tokenizer
+
+from ..layers import cast, expert_tensors, moe_layers
+from ..stores import rows_of
+from .tensors import StoredTensor, checkpoint_tensors, read_rows, read_whole
+
+CODER = "mlx-community/Qwen3-Coder-30B-A3B-Instruct-4bit"
+SHIPPED = Path(__file__).resolve().parents[2] / "models" / "tiny-qwen3-moe"
+
+# --- finding one ------------------------------------------------------------------------------------------
+
+
+def default_model() -> tuple[Path, str]:
+    """Qwen3-Coder-30B if it is whole in the local hub cache, else the shipped model; and a note saying which."""
+    if (cached := find_cached(CODER)) is not None:
+        return cached, f"Taking {CODER},\nfound in the local hub cache. The small one: --model {SHIPPED}"
+    return SHIPPED, f"Taking {SHIPPED.name}, shipped with this project. The real one, 17.2 GB:\n--model {CODER}"
+
+
+def find_cached(repo: str) -> Path | None:
+    """Folder of a hub model that is in the local cache, whole; None otherwise. Never uses the network."""
+    try:
+        folder = hf_repo_to_path(repo)
+        checkpoint_tensors(folder)
+    except (OSError, ValueError):  # not there, only in part, or no hub id
+        return None
+    return folder if (folder / "config.json").exists() else None
+
+
+def resolve_model(path_or_repo) -> Path:
+    """Folder of a model: a local one, one from the hub cache, or downloaded with mlx-lm's progress bar.
+
+    Raises FileNotFoundError, ValueError or OSError with one line that names what is wrong.
+    """
+    repo, folder = str(path_or_repo), Path(path_or_repo).expanduser()
+    if not repo:
+        raise ValueError("the model's name is empty: give a folder or a hub id such as owner/name")
+    if not folder.exists():
+        # "models/typo" looks like a hub id, but whoever has a folder "models" here meant that one.
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repo) or folder.parent.is_dir():
+            raise FileNotFoundError(f"model {repo} does not exist: no such folder (a hub id looks like owner/name)")
+        folder = find_cached(repo) or from_hub(repo, _download)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file: give the model's folder")
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"{folder} has no config.json: it is no model folder")
+    return folder
+
+
+def from_hub(repo: str, download) -> Path:
+    """What `download(repo)` gives, after a look whether the hub can be reached; OSError or ValueError in one line."""
+    try:
+        HfApi().model_info(repo, timeout=10)  # a dead network shows here, in seconds
+        return Path(download(repo))
+    except GatedRepoError:
+        raise ValueError(f"the hub gives {repo} only after its terms were accepted there (hf auth login)") from None
+    except RepositoryNotFoundError:
+        raise ValueError(f"model {repo} does not exist: no such folder, and the hub has no such model") from None
+    except Exception as error:  # the hub's client and its HTTP library raise dozens of kinds
+        raise OSError(
+            f"model {repo} is no folder and not in the hub cache, and the hub cannot be reached: {in_a_line(error)}"
+        ) from None
+
+
+def in_a_line(error: BaseException, most: int = 200) -> str:
+    """Kind and text of an error on one line, cut where it is long."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def read_config(path) -> dict:
+    """A config.json as a dictionary that names its model_type. ValueError naming the file if it is not that."""
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {in_a_line(error)}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ValueError(f"{path} is no model's configuration: it names no model_type")
+    return config
+
+
+# --- opening it -------------------------------------------------------------------------------------------
+
+
+class Checkpoint:
+    """A model's folder, opened once; no weight is read.
+
+    folder, config  config as mlx-lm's loader leaves it
+    model           mlx-lm's, lazy: shapes, types and bytes are known
+    layers, experts its MoE layers, and mlx-lm's lazy module of each one's experts
+    rest_bytes      of all that is no expert, as stored
+    Raises ValueError, FileNotFoundError or OSError in one line for what cannot be loaded, a dense model among it.
+    """
+
+    def __init__(self, path_or_repo):
+        self.folder = resolve_model(path_or_repo)
+        read_config(self.folder / "config.json")
+        tensors, arrays = checkpoint_tensors(self.folder), {}
+        try:
+            self.model, self.config = load_model(self.folder, lazy=True, get_model_classes=_noting(arrays))
+            self.model(mx.zeros((1, 1), dtype=mx.int32), cache=make_prompt_cache(self.model))  # never computed
+        except (Exception, SystemExit) as error:  # whatever an architecture stumbles over; a missing library exits
+            where = self.folder / "config.json"
+            raise ValueError(f"{where}: mlx-lm cannot build this model: {in_a_line(error)}") from error
+        del self.model.sanitize  # the instance's; the class has its own
+        self.layers = moe_layers(self.model)
+        self.rest_bytes = sum(array.nbytes for _, array in tree_flatten(self.model.parameters()))
+        self.experts = [layer.experts for layer in self.layers]
+        stacked = list(map(expert_tensors, self.experts))
+        self._like = [{name: (array.shape, array.dtype) for name, array in each.items()} for each in stacked]
+        self._stored = _stored_rows(stacked, arrays, tensors)
+        self.rest_bytes -= sum(array.nbytes for each in stacked for array in each.values())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(L, E)."""
+        return len(self.layers), next(iter(self._like[0].values()))[0][0]
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether single experts of every layer can be read from the files."""
+        return all(self._stored)
+
+    def rows(self, layer: int, dtype: mx.Dtype | None = None):
+        """The source of MoE layer `layer` (see stores.py), with `dtype` for all that is not packed; None: as stored."""
+        stored, like = self._stored[layer], self._like[layer]
+
+        def read(ids):
+            if stored:
+                found = {name: _array(_bytes_of(stored[name], ids), *like[name]) for name in like}
+            else:
+                found = rows_of(self.experts[layer])(ids)
+            return {name: cast(array, dtype) for name, array in found.items()}
+
+        return read
+
+    def bytes_to_read(self, layer: int, ids) -> int:
+        """Of the files for these experts: their rows, or the whole layer where its layout has none."""
+        size = sum(math.prod(shape) * dtype.size for shape, dtype in self._like[layer].values())
+        return size // self.shape[1] * len(ids) if self._stored[layer] else size
+
+    def tokenizer(self, extra: dict | None = None):
+        """mlx-lm's tokenizer of the folder. FileNotFoundError or ValueError in one line."""
+        known = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken", "*.py")
+        if not any(any(self.folder.glob(pattern)) for pattern in known):  # transformers would make up an empty one
+            raise FileNotFoundError(f"{self.folder} has no tokenizer: neither tokenizer.json nor another kind")
+        try:
+            return load_tokenizer(self.folder, extra, eos_token_ids=self.config.get("eos_token_id"))
+        except Exception as error:  # transformers raises OSError, ValueError, TypeError, ... for a missing file
+            raise ValueError(f"{self.folder} has no tokenizer that can be read: {in_a_line(error)}") from error
+
+
+def _noting(arrays: dict):
+    """mlx-lm's way to a model's classes; the model notes the lazy arrays that its `sanitize` is given."""
+
+    def classes(config):
+        model_class, args_class = _get_classes(config)
+
+        def make(args):
+            model = model_class(args)
+            sanitize = getattr(model, "sanitize", dict)
+
+            def sanitize_and_note(weights):
+                arrays.update(weights)
+                return sanitize(weights)
+
+            model.sanitize = sanitize_and_note
+            return model
+
+        return make, args_class
+
+    return classes
+
+
+def _stored_rows(stacked: list[dict], arrays: dict, tensors: dict) -> list[dict[str, list[StoredTensor]] | None]:
+    """By layer {"down_proj.weight": its tensors in the files}, one [E, ...] or E of them; None in any other layout."""
+    names = {id(array): [name] for name, array in arrays.items()}
+    made = [array for each in stacked for array in each.values() if id(array) not in names]
+    names |= zip(map(id, made), _parts_of_stacks(made, arrays), strict=True)
+
+    def stored(array):
+        parts = [tensors[name] for name in names[id(array)]]
+        return parts if sum(t.nbytes for t in parts) == array.nbytes else None  # float64 is narrowed while it is loaded
+
+    found = [{name: stored(array) for name, array in each.items()} for each in stacked]
+    return [each if all(each.values()) else None for each in found]
+
+
+def _parts_of_stacks(made: list, arrays: dict) -> list[list[str]]:
+    """For each lazy array the names of the arrays that it is a stack of, in order, read off the graph of operations.
+
+    [] where anything else was done to their values on the way.
+    """
+    if not made:
+        return []
+    graph = io.StringIO()
+    parts = {f"part{n}": array for n, array in enumerate(arrays.values())}
+    mx.export_to_dot(graph, *made, **parts, **{f"made{n}": array for n, array in enumerate(made)})
+    names = dict(zip(parts, arrays, strict=True))
+    operation = dict(re.findall(r'(\d+) \[label ="(\w+)"', graph.getvalue()))
+    inputs, maker = defaultdict(list), {}
+    for source, target in re.findall(r"(\S+) -> (\S+)", graph.getvalue()):
+        if target in operation:
+            inputs[target].append(source.strip('"'))
+        else:
+            maker[target.strip('"')] = source
+
+    def part(name):
+        if operation[maker[name]] != "ExpandDims":
+            return None
+        inner = inputs[maker[name]][0]
+        return names[inner] if inner in names and operation[maker[inner]] == "Load" else None
+
+    result = []
+    for n, array in enumerate(made):
+        last = maker[f"made{n}"]
+        found = [part(name) for name in inputs[last]] if operation[last] == "Concatenate" else [None]
+        fits = all(name and arrays[name].shape == array.shape[1:] for name in found)
+        result.append(found if fits else [])
+    return result
+
+
+def _bytes_of(stored: list[StoredTensor], ids) -> np.ndarray:
+    return read_rows(stored[0], ids) if len(stored) == 1 else read_whole([stored[expert] for expert in ids])
+
+
+def _array(data: np.ndarray, shape, dtype) -> mx.array:
+    return mx.array(data).view(dtype).reshape(len(data), *shape[1:])

@@ -1,0 +1,1 @@
+"""What scripts share at the terminal: options, output, how they end."""

@@ -1,0 +1,226 @@
+"""Options of the main script: what can be asked for, and whether what was asked can be done.
+
+Everything is checked before weights are read; each ValueError is one line for the user.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+
+from .output import Parser, check_writable
+
+CHAT_PROMPT = "Write a Python function that returns the n-th Fibonacci number."
+# No end of line at its end: that would be one token with the indent of the next line.
+CODE_PROMPT = "class Parser:\n    def parse(self, text):\n        if not text:"
+BY_TRACE = ("balanced", "replicated", "affinity")
+STRATEGIES = ("contiguous", "round-robin", *BY_TRACE)
+OUTPUTS = ("trace", "save_placement", "json")  # files, each with an option of its own
+
+
+def parser_of(description: str) -> argparse.ArgumentParser:
+    """All options; `description` stands above them."""
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    # fmt: off
+    add("--model", help="folder or hub id (default: Qwen3-Coder-30B if it is in the hub cache, else the shipped model)")
+    add("--prompt", help="a text, a file, or - for standard input (default: one that fits the model)")
+    add("--max-tokens", type=int, default=64, help="tokens to generate (default: 64)")
+    add("--temp", type=float, default=0.0, help="sampling temperature, 0 takes the likeliest token (default: 0)")
+    add("--top-p", type=float, default=1.0, metavar="P",
+        help="sample from the likeliest tokens of this total probability (default: 1)")
+    add("--seed", type=int, default=0, help="of sampling (default: 0)")
+    add("--devices", type=int,
+        help="simulated devices (default: 8, or as many as a placement file has); each of several ranks is one")
+    add("--placement", default="contiguous", metavar="STRATEGY_OR_FILE",
+        help="contiguous: neighbours together; round-robin: dealt in turn; by a trace balanced: even loads,"
+        " replicated: with copies, affinity: few devices a token; or a placement file (default: contiguous)")
+    add("--placement-trace", type=Path, metavar="FILE",
+        help="what --trace saved: balanced, replicated and affinity place experts by its loads")
+    add("--redundant-experts", type=int, default=0, metavar="R",
+        help="copies of hot experts in each layer, with --placement replicated (default: 0)")
+    add("--rebalance-every", type=int, metavar="TOKENS",
+        help="every so many tokens look at the loads since, and move experts between devices where the time that is"
+        " predicted to save is more than the pause it takes; the answer stays the same (default: never)")
+    add("--rebalance-threshold", type=float, metavar="B",
+        help="with --rebalance-every: look at once when balancedness (mean load / fullest device's) falls under B,"
+        " 0 to 1 (default: wait)")
+    add("--rebalance-horizon", type=int, metavar="TOKENS",
+        help="with --rebalance-every: tokens over which a move must repay its pause (default: those until the"
+        " next look)")
+    add("--combine", choices=("auto", "reduce", "gather"), default="auto",
+        help="how ranks bring outputs together: reduce sums weighted outputs, gather sums every chosen expert's, top-k"
+        " times the bytes; auto takes reduce where the model allows it (default: auto)")
+    add("--attention", choices=("replicated", "sharded"), default="replicated",
+        help="with several ranks: all but the experts whole on each, or sharded by mlx-lm (default: replicated)")
+    add("--dtype", choices=("float32", "float16", "bfloat16", "keep"),
+        help="of activations and scales (default: float32 on the CPU, the checkpoint's own on a GPU)")
+    add("--streams", action="store_true", help="give each simulated device a stream, so that they run side by side")
+    add("--verify", action=argparse.BooleanOptionalAction, default=None,
+        help="run stock mlx-lm beside it and compare (default: with the shipped model)")
+    add("--timeout", type=float, default=300, metavar="SECONDS",
+        help="with several ranks: until one that waits for others gives up (default: 300)")
+    add("--trace", type=Path, metavar="FILE", help="save the routing trace, .npz")
+    add("--save-placement", type=Path, metavar="FILE", help="save the placement as JSON")
+    add("--plots", type=Path, metavar="DIR", help="save pictures of the loads, two .png")
+    add("--json", type=Path, metavar="FILE", help="save all figures; - for standard output, and then nothing else")
+    add("--quiet", action="store_true", help="print the answer alone")
+    # fmt: on
+    return parser
+
+
+# --- checks that need no model ------------------------------------------------------------------------------
+
+
+def check_numbers(args) -> None:
+    """What no file and no rank is needed for, the timeout of the first meeting included."""
+    limits = {"max_tokens": (1, inf), "redundant_experts": (0, inf), "temp": (0, 1e6), "top_p": (1e-6, 1)}
+    limits |= {"seed": (0, 2**64 - 1), "timeout": (0.1, 1e9), "devices": (1, inf)}
+    limits |= {"rebalance_every": (1, inf), "rebalance_horizon": (1, inf), "rebalance_threshold": (1e-9, 1)}
+    for name, (low, high) in limits.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:  # not a number fails too
+            limit = f"at least {low}" if high == inf else f"between {low} and {high}"
+            raise ValueError(f"{option(name)} must be {limit}, got {value}")
+    for name in ("rebalance_threshold", "rebalance_horizon"):
+        if getattr(args, name) is not None and args.rebalance_every is None:
+            raise ValueError(f"{option(name)} is of no use without --rebalance-every TOKENS")
+
+
+def check_files(args) -> None:
+    """That every output can be written, each into a file of its own."""
+    taken = {}
+    for name in OUTPUTS:
+        path = getattr(args, name)
+        if path and not (name == "json" and str(path) == "-"):
+            check_writable(path)
+            if taken.setdefault(path.resolve(), name) != name:
+                both = f"{option(taken[path.resolve()])} and {option(name)}"
+                raise ValueError(f"{both} both name {path}: give each a file of its own")
+    if args.plots:
+        if args.plots.exists() and not args.plots.is_dir():
+            raise ValueError(f"cannot write {args.plots}: it is a file, --plots takes a folder")
+        check_writable(args.plots / "expert_loads.png" if args.plots.is_dir() else args.plots)
+
+
+def option(name: str) -> str:
+    """max_tokens as it is written: --max-tokens."""
+    return f"--{name.replace('_', '-')}"
+
+
+# --- prompt ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids, the text they are of, and how many tokens may follow."""
+
+    ids: list[int]
+    text: str
+    max_tokens: int
+    note: str = ""
+
+
+def read_standard_input() -> str:
+    """All of it; bytes that are no UTF-8 come as surrogates, which `read_prompt` refuses."""
+    return sys.stdin.buffer.read().decode("utf-8", "surrogateescape") if sys.stdin else ""
+
+
+def read_prompt(args, tokenizer, context: int | None, standard_input: str | None = None) -> Prompt:
+    """The prompt that was asked for; ValueError if it is empty, no text, or fills the context.
+
+    context         tokens that the model can look at, where it says so
+    standard_input  for --prompt -
+    """
+    text = args.prompt
+    if text is None:
+        text = CHAT_PROMPT if tokenizer.has_chat_template else CODE_PROMPT
+    elif text == "-":
+        text = standard_input or ""
+    elif os.path.isfile(text):  # noqa: PTH113, pathlib's raises for a text too long for a file name
+        text = Path(text).read_text(encoding="utf-8", errors="surrogateescape")
+    elif os.path.isdir(text):  # noqa: PTH112
+        raise ValueError(f"--prompt {text} is a folder: give a file in it, a text, or - for standard input")
+    elif re.fullmatch(r"\S+\.(txt|md|py|json)", text):  # a model would answer the name of a file that is not there
+        raise ValueError(f"--prompt {text}: no such file (where this is a text, hand it over by standard input)")
+    if any("\ud800" <= letter <= "\udfff" or letter == "\0" for letter in text):
+        raise ValueError("the prompt is not UTF-8 text: give a text file, or convert it (iconv -t UTF-8)")
+    if not text.strip():
+        raise ValueError("the prompt is empty")
+    ids = _token_ids(text, tokenizer)
+    if context and len(ids) >= context:
+        raise ValueError(f"the prompt has {len(ids)} tokens, the model's context is {context}")
+    room = context - len(ids) if context else args.max_tokens
+    note = ""
+    if room < args.max_tokens:
+        note = (
+            f"--max-tokens {args.max_tokens} is cut to {room}: the prompt has {len(ids)} tokens, the context {context}"
+        )
+    return Prompt(ids, text, min(args.max_tokens, room), note)
+
+
+def _token_ids(text, tokenizer) -> list[int]:
+    if not tokenizer.has_chat_template:
+        return list(tokenizer.encode(text, verbose=False))  # too long a text is reported by the caller
+    try:
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
+    except Exception as error:  # templates are programs: jinja2, json and they themselves raise what they like
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"the model's chat template fails: {reason}") from None
+    if not ids:
+        raise ValueError("the prompt is empty after the model's chat template")
+    return list(ids)
+
+
+# --- placement ------------------------------------------------------------------------------------------------
+
+
+def check_placement(args) -> None:
+    """What can be said of --placement and what goes with it before a model is there."""
+    if args.placement_trace and args.placement not in BY_TRACE:
+        raise ValueError(f"--placement-trace is of no use with --placement {args.placement}, which looks at no loads")
+    if args.placement in BY_TRACE and args.placement_trace is None:
+        raise ValueError(f"--placement {args.placement} needs --placement-trace; record one with --trace FILE")
+    if args.placement not in STRATEGIES:
+        if not Path(args.placement).is_file():
+            raise ValueError(f"--placement {args.placement}: neither {', '.join(STRATEGIES)} nor a file")
+        if args.redundant_experts:
+            raise ValueError(f"--redundant-experts is of no use with {args.placement}, which names the copies itself")
+
+
+def make_placement(args, shape: tuple[int, int], ranks: int = 1):
+    """The Placement that was asked for, by strategy or from a file, for a model of (L, E).
+
+    One process has as many devices as are asked for, as the file says, else 8, or as many as there are experts.
+    """
+    import numpy as np
+
+    from ..placement import Placement
+    from ..placing.strategies import place_experts
+    from ..trace import RoutingTrace
+
+    if ranks > 1 and args.devices not in (None, ranks):
+        raise ValueError(f"--devices {args.devices}, but there are {ranks} ranks: each rank is a device")
+    num_devices = ranks if ranks > 1 else args.devices
+    check_placement(args)
+    if args.placement not in STRATEGIES:
+        placement = Placement.load(args.placement, *shape)
+        if num_devices not in (None, placement.num_devices):
+            raise ValueError(f"{args.placement} places {placement.num_devices} devices, this run has {num_devices}")
+        return placement
+    loads, coactivation = np.ones(shape), None
+    if args.placement in BY_TRACE:
+        trace = RoutingTrace.load(args.placement_trace)
+        loads = trace.loads()
+        if loads.shape != shape:
+            raise ValueError(
+                f"{args.placement_trace} is of {list(loads.shape)} [layers, experts], the model {list(shape)}"
+            )
+        coactivation = trace.experts if args.placement == "affinity" else None
+    num_devices = num_devices or min(8, shape[1])
+    return place_experts(loads, num_devices, args.placement, args.redundant_experts, coactivation=coactivation)

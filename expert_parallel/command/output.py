@@ -1,0 +1,129 @@
+"""Output: the console, a bar of bytes, figures for programs, and how a script ends when something is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+from ..files import written_whole
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are one line too."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (--help explains)\n")
+
+
+def check_writable(path) -> None:
+    """Say now, not after a long run, that a file could not be written."""
+    path = Path(path)
+    folder = path.absolute().parent
+    if path.name == "-":
+        raise ValueError("cannot write -: only --json - goes to standard output; give a file's name")
+    if not folder.is_dir():
+        raise ValueError(f"cannot write {path}: folder {folder} does not exist")
+    if path.is_dir():
+        raise ValueError(f"cannot write {path}: it is a folder")
+    special = path.exists() and not path.is_file()  # a pipe or a device
+    if not os.access(path if special else folder, os.W_OK):
+        raise ValueError(f"cannot write {path}: no permission")
+
+
+def write_json(path, figures: dict) -> None:
+    """Figures as a file for programs, see `written_whole`; `-` is standard output. What is no number becomes null."""
+    text = json.dumps(_plain(figures), indent=1, allow_nan=False) + "\n"
+    if str(path) == "-":
+        sys.stdout.write(text)
+        return
+    with written_whole(path) as file:
+        file.write(text)
+
+
+def _plain(value):
+    """The value in what JSON knows."""
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if hasattr(value, "tolist"):  # numpy's and mlx's
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def console(quiet: bool = False):
+    """Where reports go: standard output, 80 columns where it is not a terminal; nowhere where it was closed."""
+    from rich.console import Console
+
+    class Reporting(Console):
+        def on_broken_pipe(self):
+            raise BrokenPipeError  # rich itself would exit with status 1, which can mean a damaged checkpoint
+
+    if sys.stdout is None:  # started with >&-
+        return Console(quiet=True, file=io.StringIO())
+    width = None if sys.stdout.isatty() else int(os.environ.get("COLUMNS") or 80)
+    return Reporting(quiet=quiet, width=width, highlight=False, markup=False, soft_wrap=False)
+
+
+@contextlib.contextmanager
+def progress_bar(what: str, show: bool = True):
+    """A bar of bytes on standard error while the block runs, where that is a terminal; gives (done, total) -> None."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    show = show and sys.stderr is not None and sys.stderr.isatty()
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not show) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def exit_of(error: BaseException) -> tuple[int, str] | None:
+    """(exit status, one line) that a program ends with; None for an error that is our own mistake."""
+    if isinstance(error, BrokenPipeError):  # `| head` closed the other end
+        return 141, ""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "stopped"
+    if isinstance(error, ValueError | OSError):
+        return 2, "error: " + " ".join(str(error).split())
+    return None
+
+
+@contextlib.contextmanager
+def exit_on_user_error(prefix: str = ""):
+    """Turn the errors of wrong input into one line on standard error and exit status 2."""
+    if sys.stdout is None:  # closed by whoever started us
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123, for as long as the process lives
+    try:
+        try:
+            yield
+        finally:
+            _flush_output()
+    except (Exception, KeyboardInterrupt) as error:
+        known = exit_of(error)
+        if known is None:
+            raise
+        status, line = known
+        if line:
+            start = "\n" if status == 130 else ""  # the answer may stand in mid-line
+            # One write, so that lines of several ranks do not mix.
+            (sys.stderr or io.StringIO()).write(f"{start}{prefix}{line}\n")
+        raise SystemExit(status) from None
+
+
+def _flush_output() -> None:
+    """Print what still waits; where that fails drop it, or Python would try again at its end and complain."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise

@@ -1,0 +1,30 @@
+"""Files that are written whole, or not at all."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def written_whole(path, mode: str = "w"):
+    """A file to write into, which takes its place under its name when the block ends well: a reader never sees half.
+
+    A pipe or a device is written straight into, for a rename would put a plain file in its place.
+    Raises OSError in one line that names the path.
+    """
+    path = Path(path)
+    straight = path.exists() and not path.is_file()
+    path = path if straight else Path(os.path.realpath(path))  # a link stays, its target is replaced
+    beside = path if straight else path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with beside.open(mode) as file:
+            yield file
+        if not straight:
+            beside.replace(path)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        if not straight:
+            beside.unlink(missing_ok=True)

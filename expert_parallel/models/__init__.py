@@ -1,0 +1,1 @@
+"""Models without weights: configurations, architecture, checkpoint check, forward pass."""

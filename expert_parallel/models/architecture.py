@@ -1,0 +1,255 @@
+"""Architecture: what is in a Mixture-of-Experts model, layer by layer, from a lazily built one.
+
+Dimensions: L MoE layers, E experts, k chosen per token, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
+
+from ..hybrid import shard_rest
+from ..layers import expert_tensors, hidden_size, moe_layers, twin
+from ..projection.step import Demand
+from ..trace import Recorder
+from .configurations import Configuration
+from .lazy import build_model, quantise
+from .memory import ModelBytes, array_bytes, model_bytes
+from .parts import CacheEntry, Part, attention_kind, attention_width, cache_entries, parts_of
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer.
+
+    attention  its kind, e.g. "full, 32 heads, 4 of keys and values"
+    width      query heads times head size, 0 where the layer does not attend
+    parts      {"attention", "router", "experts", "shared experts", "dense", "other": Part}
+    """
+
+    number: int
+    moe: bool
+    attention: str
+    parts: dict[str, Part]
+    width: int = 0
+    cache: tuple[CacheEntry, ...] = ()
+
+    @property
+    def whole(self) -> Part:
+        return sum(self.parts.values(), Part())
+
+
+@dataclass
+class Architecture:
+    """A model's contents. `bytes` weighs experts and rest; `layers` and `outside` are where they are.
+
+    outside        {"embeddings", "head", "other": Part}, all that is in no layer
+    expert_shapes  {"gate_proj.weight": ("[128, 768, 256]", "uint32"), ...} of the first MoE layer
+    chosen         k
+    model          the lazy model itself
+    """
+
+    name: str
+    model_type: str
+    hidden: int
+    chosen: int
+    quantisation: str
+    bytes: ModelBytes
+    layers: list[Layer]
+    outside: dict[str, Part]
+    expert_shapes: dict[str, tuple[str, str]]
+    cache: list[CacheEntry] = field(default_factory=list)
+    model: nn.Module | None = field(default=None, repr=False)
+
+    @property
+    def num_experts(self) -> int:
+        return self.bytes.num_experts
+
+    @property
+    def num_moe_layers(self) -> int:
+        return len(self.bytes.expert_bytes)
+
+    @property
+    def whole(self) -> Part:
+        return sum((layer.whole for layer in self.layers), sum(self.outside.values(), Part()))
+
+    @property
+    def experts(self) -> Part:
+        return sum((layer.parts["experts"] for layer in self.layers if layer.moe), Part())
+
+    @property
+    def active(self) -> Part:
+        """All but the experts that are not chosen: what model cards call active."""
+        return self._less_idle(self.whole)
+
+    @property
+    def read_per_token(self) -> Part:
+        """As `active`, without the embedding table, of which one row is read: what decoding must move."""
+        table = self.outside.get("embeddings", Part()) if "head" in self.outside else Part()
+        return self._less_idle(self.whole) + Part(-table.parameters, -table.bytes)
+
+    def _less_idle(self, whole: Part) -> Part:
+        idle = self.num_experts - self.chosen
+        experts = self.experts
+        return whole + Part(
+            -experts.parameters // self.num_experts * idle,
+            -experts.bytes // self.num_experts * idle,
+        )
+
+    @property
+    def demand(self) -> Demand:
+        """For `projection`."""
+        read, chosen = self.read_per_token, self.chosen
+        moe = [layer.parts["experts"] for layer in self.layers if layer.moe]
+        parameters = np.array([part.parameters // self.num_experts for part in moe], dtype=np.int64)
+        return Demand(
+            num_layers=len(self.layers),
+            hidden=self.hidden,
+            chosen=chosen,
+            num_experts=self.num_experts,
+            expert_bytes=self.bytes.expert_bytes,
+            expert_parameters=parameters,
+            rest_bytes=read.bytes - int(self.bytes.expert_bytes.sum()) * chosen,
+            rest_parameters=read.parameters - int(parameters.sum()) * chosen,
+            head_parameters=self.outside.get("head", self.outside.get("embeddings", Part())).parameters,
+            cache_per_token=self.cache_per_token,
+            windows=tuple((entry.per_token, entry.limit) for entry in self.cache if entry.limit),
+            attention=tuple((l.width, l.cache[0].limit if l.cache else None) for l in self.layers if l.width),
+        )
+
+    def cache_bytes_at(self, tokens: int) -> int:
+        return sum(entry.bytes_at(tokens) for entry in self.cache)
+
+    @property
+    def cache_per_token(self) -> int:
+        """Bytes that each further token adds to a short context."""
+        return sum(entry.per_token for entry in self.cache)
+
+
+def describe(configuration: Configuration, bits=None, group_size=None, mode="affine") -> Architecture:
+    """Build a configuration lazily and look at it. Errors as `build_model` and `quantise`."""
+    model = build_model(configuration)
+    parameters = {path: array.size for path, array in tree_flatten(model.parameters())}
+    quantise(model, configuration, bits, group_size, mode)
+    num_bytes = {path: array.nbytes for path, array in tree_flatten(model.parameters())}
+    parts = parts_of(model, parameters, num_bytes)
+    chosen, cache = _try_a_token(model, configuration.config["model_type"])
+    moe = moe_layers(model)
+    numbers = [found.number for found in moe]
+    aligned = len(cache) == len(model.layers)  # some hybrids keep caches for a part of their layers only
+    layers = [
+        Layer(
+            number,
+            number in numbers,
+            attention_kind(layer, cache[number] if aligned else None),
+            parts[number],
+            attention_width(layer, cache[number] if aligned else None),
+            cache_entries(cache[number]) if aligned else (),
+        )
+        for number, layer in enumerate(model.layers)
+    ]
+    return Architecture(
+        name=configuration.name,
+        model_type=configuration.config["model_type"],
+        hidden=hidden_size(moe[0].experts),
+        chosen=chosen,
+        quantisation=_quantisation(model),
+        bytes=model_bytes(model),
+        layers=layers,
+        outside=parts[None],
+        expert_shapes={n: (str(list(a.shape)), _dtype(a)) for n, a in expert_tensors(moe[0].experts).items()},
+        cache=[entry for one in cache for entry in cache_entries(one)],
+        model=model,
+    )
+
+
+class PretendGroup:
+    """As a group of N ranks to mlx-lm's `shard()`, which asks it only for its size and a rank."""
+
+    def __init__(self, num_ranks: int):
+        self._num_ranks = num_ranks
+
+    def size(self) -> int:
+        return self._num_ranks
+
+    def rank(self) -> int:
+        return 0
+
+
+def hybrid_rest_bytes(model: nn.Module, num_devices: int) -> int:
+    """Bytes on the fullest device of all but the routed experts, when mlx-lm shards that over the devices.
+
+    The model itself stays as it is. Raises ValueError where mlx-lm cannot, e.g. 4 heads over 8 devices.
+    """
+    copy = twin(model)
+    shard_rest(copy, moe_layers(copy), PretendGroup(num_devices))
+    stand_ins = sum(array_bytes(layer.experts) for layer in moe_layers(copy))
+    return array_bytes(copy) - stand_ins
+
+
+def fullest_device_bytes(weighed: ModelBytes, num_devices: int, rest: int | None = None, redundant: int = 0) -> int:
+    """Bytes of the device that holds most: experts and copies cut as evenly as they go, and the rest.
+
+    rest       bytes of everything else on one device; None: replicated whole
+    redundant  copies in each layer beyond one of each expert
+    """
+    slots = -(-(weighed.num_experts + redundant) // num_devices)
+    if slots > weighed.num_experts or not 1 <= num_devices <= weighed.num_experts:
+        raise ValueError(
+            f"{weighed.num_experts} experts and {redundant} copies do not go on {num_devices} devices:"
+            f" 1 to {weighed.num_experts} devices, and no device takes two copies of one expert"
+        )
+    return slots * int(weighed.expert_bytes.sum()) + (weighed.rest if rest is None else rest)
+
+
+def fewest_devices(weighed: ModelBytes, device_bytes: float, besides: int = 0) -> int | None:
+    """The smallest number of devices of a size that holds the model, the rest replicated; None if none does.
+
+    besides  bytes that each device needs on top, e.g. for caches
+    """
+    numbers = range(1, weighed.num_experts + 1)
+    return next((n for n in numbers if fullest_device_bytes(weighed, n) + besides <= device_bytes), None)
+
+
+# --- looking at a model -----------------------------------------------------------------------
+
+
+def _try_a_token(model, kind: str):
+    """(k, cache) of a forward pass over one token that is built and never computed."""
+    layers, asked = moe_layers(model), []
+    originals = [layer.experts for layer in layers]
+    cache = make_prompt_cache(model)
+    try:
+        for layer in layers:
+            layer.experts = Recorder(layer.experts, lambda indices: asked.append(indices.shape[-1]))
+        model(mx.zeros((1, 1), dtype=mx.int32), cache=cache)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise ValueError(f"a {kind} of this configuration cannot read a single token in mlx-lm: {reason}") from None
+    finally:
+        for layer, experts in zip(layers, originals, strict=True):
+            layer.experts = experts
+    return max(asked), cache
+
+
+def _quantisation(model) -> str:
+    """In words, from the modules themselves, most common first."""
+    kinds = Counter()
+    for _, module in model.named_modules():
+        if "scales" in module:
+            kinds[f"{module.bits}-bit {module.mode}, groups of {module.group_size}"] += array_bytes(module)
+        else:
+            for array in module.values():
+                if isinstance(array, mx.array):
+                    kinds[_dtype(array)] += array.nbytes
+    return "; ".join(name for name, _ in kinds.most_common(3))
+
+
+def _dtype(array) -> str:
+    return str(array.dtype).rpartition(".")[2]

@@ -1,0 +1,1 @@
+"""Experts that move between devices while a model runs, when that repays its pause."""

@@ -1,0 +1,1 @@
+"""Placements by load: which device should hold which expert."""

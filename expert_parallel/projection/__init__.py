@@ -1,0 +1,1 @@
+"""Time per token on hardware that is not here; the constants of this machine."""

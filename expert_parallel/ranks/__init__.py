@@ -1,0 +1,1 @@
+"""Real ranks: starting together, agreeing, failing together."""

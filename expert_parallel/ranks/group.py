@@ -1,0 +1,148 @@
+"""A group of ranks: start it, agree on what must be the same, stop together.
+
+with all_or_none(group) as same:
+    placement = make_placement(...)          # a mistake of any rank stops all, each with a line
+    same["placement"] = placement.held.tobytes()
+# here every rank has the same facts, or none is here
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+# --- starting ---------------------------------------------------------------------------------------------
+
+
+def start_group(timeout: float, watchdog) -> mx.distributed.Group:
+    """This process's group: N ranks under mpirun or mlx.launch, else a group of one.
+
+    ValueError where several processes were started and do not find each other: each would run the whole model.
+    """
+    hosts = read_hostfile()
+    watchdog.limit(timeout, f"the other ranks did not start within {timeout:g} s (--timeout)")
+    group = mx.distributed.init()
+    started, by = processes_started(hosts)
+    if group.size() < started:
+        raise ValueError(
+            f"started as one of {started} processes ({by}), but MLX joined {group.size()}: use mlx.launch, or mpirun of"
+            " Open MPI with its development files (another library can be named in MLX_MPI_LIBNAME)"
+        )
+    if group.size() > 1:
+        addresses = gather_objects(group, watchdog.address())
+        if group.rank() > 0:
+            watchdog.join(addresses[0])
+    watchdog.limit(None)
+    return group
+
+
+def read_hostfile() -> list | None:
+    """What MLX_HOSTFILE names, as the ring wants it; None where it names none. ValueError with its name."""
+    path = os.environ.get("MLX_HOSTFILE")
+    if not path:
+        return None
+    try:
+        hosts = json.loads(Path(path).read_text())
+        good = all(isinstance(host, list) and host and all(":" in address for address in host) for host in hosts)
+        rank = int(os.environ.get("MLX_RANK", "0"))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"MLX_HOSTFILE {path} cannot be used: {error}") from None
+    if not good or not 0 <= rank < len(hosts):
+        raise ValueError(
+            f'MLX_HOSTFILE {path} is not for MLX_RANK {rank}: it should be like [["127.0.0.1:5000"], ...], an entry for'
+            " each rank; give a file with ssh and ips to mlx.launch --hostfile"
+        )
+    return hosts
+
+
+def processes_started(hosts: list | None = None) -> tuple[int, str]:
+    """(number of processes that this one was started with, the variable that says so), 1 where none does."""
+    environment = os.environ
+    names = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MLX_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+    counts = {name: int(environment[name]) for name in names if environment.get(name, "").isdigit()}
+    if environment.get("SLURM_PROCID", "0") != "0":  # in a job's own shell it is 0, whatever the job may start
+        counts["SLURM_NTASKS"] = int(environment.get("SLURM_NTASKS", "2"))
+    if "MLX_RANK" in environment:  # a ring of one has a hostfile of one
+        counts["MLX_RANK"] = len(hosts) if hosts else max(2, counts.get("MLX_WORLD_SIZE", 0))
+    by = max(counts, key=counts.get, default="")
+    return counts.get(by, 1), by
+
+
+# --- agreeing ---------------------------------------------------------------------------------------------
+
+
+class RanksDisagree(ValueError):
+    """Some rank stopped or differs; every rank raises this at the same point."""
+
+
+@contextmanager
+def all_or_none(group):
+    """The block is carried out by every rank or the run ends on all of them; a collective at its end.
+
+    Gives a dictionary for facts that must be the same on every rank, long ones are compared by hash. A ValueError or
+    OSError of one rank, or a fact that differs, is RanksDisagree on all; in a group of one an error goes its way.
+    """
+    facts, error = {}, None
+    try:
+        yield facts
+    except (ValueError, OSError) as problem:
+        if group.size() == 1:
+            raise
+        error = str(problem)
+    marks = {name: _short(str(fact)) for name, fact in facts.items()}
+    everyone = gather_objects(group, {"marks": marks, "error": error})
+    if error:
+        raise RanksDisagree(error)
+    for rank, other in enumerate(everyone):
+        if other["error"]:
+            raise RanksDisagree(f"rank {rank} stopped: {other['error']}")
+    expected = everyone[0]["marks"]
+    for rank, other in enumerate(everyone):
+        found = other["marks"]
+        differing = [name for name in expected | found if found.get(name) != expected.get(name)]
+        if differing:
+            what = ", ".join(f"{name} ({found.get(name)}, not {expected.get(name)})" for name in differing)
+            raise RanksDisagree(f"rank {rank} has other {what} than rank 0; all ranks stop")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 20 else hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+
+
+def gather_objects(group, value) -> list:
+    """The value of every rank, by rank; values are anything that goes into JSON. A collective."""
+    if group.size() == 1:
+        return [value]
+    data = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8).astype(np.int32)
+    lengths = np.array(mx.distributed.all_gather(mx.array([len(data)], dtype=mx.int32), group=group))
+    padded = np.zeros((1, int(lengths.max())), dtype=np.int32)
+    padded[0, : len(data)] = data
+    rows = np.array(mx.distributed.all_gather(mx.array(padded), group=group))
+    return [json.loads(row[:n].astype(np.uint8).tobytes()) for row, n in zip(rows, lengths, strict=True)]
+
+
+def follow_rank_0(group, tokens: mx.array) -> mx.array:
+    """Rank 0's sampled tokens, on every rank: no rounding can part the ranks."""
+    mine = tokens if group.rank() == 0 else mx.zeros_like(tokens)
+    return mx.distributed.all_sum(mine.astype(mx.int32), group=group).astype(tokens.dtype)
+
+
+def checkpoint_mark(folder) -> str:
+    """Sizes, headers and samples of the weight files of a checkpoint: differs if the weights do."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(folder.glob("model*.safetensors")):
+        length = file.stat().st_size
+        digest.update(f"{file.name} {length}".encode())
+        with file.open("rb") as data:
+            header = int.from_bytes(data.read(8), "little")
+            digest.update(data.read(min(header, length)))
+            for at in np.linspace(8 + header, max(length - 4096, 0), 64, dtype=np.int64):
+                data.seek(int(at))
+                digest.update(data.read(4096))
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Steering the load of experts, with its price in quality."""

@@ -1,0 +1,1 @@
+"""What skewed routing costs, and what helps: scenarios and remedies."""

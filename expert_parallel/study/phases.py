@@ -1,0 +1,152 @@
+"""Phases: one MoE layer with random weights, run over simulated devices and timed part by part.
+
+Dimensions: T tokens, E experts, k chosen per token, D devices, H hidden.
+
+    route     gates [T, E], the k best                     dispatch  rows of x, copied per device
+    compute   each device its slots                        combine   weigh and sum per token
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.switch_layers import SwitchGLU
+
+from ..placement import Placement
+from ..serving import Serving
+from ..stores import InMemory, rows_of
+from .remedies import Choices
+from .scenarios import preferences
+
+MEASURED = 512  # tokens of the passes that are timed
+
+
+@dataclass
+class Phases:
+    """Measured seconds of one pass; per device its slots and its compute with nothing beside it."""
+
+    route: float
+    dispatch: float
+    compute: float  # all devices at once, on their streams
+    combine: float
+    device_seconds: list[float]
+    device_slots: list[int]
+
+
+class SmallLayer:
+    """A router and E experts with random weights, float32."""
+
+    def __init__(self, hidden: int, expert_width: int, num_experts: int, top_k: int, seed: int = 0):
+        mx.random.seed(seed)
+        self.hidden, self.num_experts, self.top_k = hidden, num_experts, top_k
+        self.gate = mx.random.normal((hidden, num_experts)) * hidden**-0.5
+        self.experts = SwitchGLU(hidden, expert_width, num_experts)
+        mx.eval(self.gate, self.experts.parameters())
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of one expert."""
+        linears = (self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj)
+        return sum(linear.weight.nbytes for linear in linears) // self.num_experts
+
+    def route(self, x: mx.array, preference: mx.array):
+        """(gates [T, E], experts [T, k], weights [T, k]) for x [T, H] and preferences added to the logits."""
+        gates = mx.softmax(x @ self.gate + preference, axis=-1)
+        experts = mx.argpartition(gates, kth=-self.top_k, axis=-1)[:, -self.top_k :]
+        weights = mx.take_along_axis(gates, experts, axis=-1)
+        return gates, experts, weights / weights.sum(axis=-1, keepdims=True)
+
+    def whole(self, x, experts, weights) -> mx.array:
+        """[T, H]: mlx-lm's own SwitchGLU over all experts in one place."""
+        return (self.experts(x, experts) * weights[..., None]).sum(axis=-2)
+
+    def dense(self, x, experts, weights) -> mx.array:
+        """[T, H]: every expert for every token by plain products, unwanted ones weighed with 0."""
+        all_weights = mx.put_along_axis(mx.zeros((len(x), self.num_experts)), experts, weights, axis=-1)
+        gate, up, down = (getattr(self.experts, f"{name}_proj").weight for name in ("gate", "up", "down"))
+        result = mx.zeros_like(x)
+        for e in range(self.num_experts):
+            inner = x @ gate[e].T
+            result = result + all_weights[:, e : e + 1] * ((inner * mx.sigmoid(inner) * (x @ up[e].T)) @ down[e].T)
+        return result
+
+
+def scenario_tokens(layer: SmallLayer, name: str, num_tokens: int, seed: int = 0):
+    """(fit, test, x, preference of x): a scenario's tokens through the layer's own router, and 512 of them to time."""
+    wish = preferences(name, num_tokens, layer.num_experts, seed)
+    x = mx.random.normal((num_tokens, layer.hidden), key=mx.random.key(seed + 1))
+    gates, experts, _ = layer.route(x, mx.array(wish))
+    choices = Choices(np.array(experts)[:, None], layer.num_experts, np.array(gates)[:, None])
+    half = num_tokens // 2
+    rows = half + np.linspace(0, num_tokens - half - 1, MEASURED).astype(int)  # evenly from those that judge
+    return choices.part(slice(0, half)), choices.part(slice(half, None)), x[mx.array(rows)], wish[rows]
+
+
+def run_phases(layer: SmallLayer, x, preference, placement: Placement, experts=None):
+    """(y [T, H], Phases) of one pass over the devices of `placement` (one layer).
+
+    experts  [T, k]; choices to use in place of the router's own, as from a trace
+    """
+    stores = [_store(layer, placement.held[0], d) for d in range(placement.num_devices)]
+    streams = [mx.new_stream(mx.default_device()) for _ in stores]
+    serving = Serving(placement.held[0])
+    mx.eval(x, preference)
+    for store in stores:  # what is built at the first call
+        mx.eval(store(x[:1], np.zeros(1, dtype=int), store.ids[:1]))
+    clock = [time.perf_counter()]
+    _, chosen, weights = layer.route(x, preference) if experts is None else given(experts)
+    mx.eval(chosen, weights)
+    clock.append(time.perf_counter())
+    ids = np.array(chosen)
+    device, flat = serving.devices(ids).reshape(-1), ids.reshape(-1)
+    slots = [np.flatnonzero(device == d) for d in range(len(stores))]
+    rows = [x[mx.array((mine // layer.top_k).astype(np.int32))] for mine in slots]
+    mx.eval(rows)
+    clock.append(time.perf_counter())
+    parts = []
+    for store, stream, mine, mine_x in zip(stores, streams, slots, rows, strict=True):
+        with mx.stream(stream):
+            parts.append(store(mine_x, np.arange(len(mine)), flat[mine]) if len(mine) else mine_x)
+    mx.eval(parts)
+    clock.append(time.perf_counter())
+    at = np.empty(ids.size, dtype=np.int32)
+    at[np.concatenate(slots)] = np.arange(ids.size)
+    y = mx.concatenate(parts)[mx.array(at)].reshape(*ids.shape, -1)
+    y = (y * weights[..., None]).sum(axis=-2)
+    mx.eval(y)
+    clock.append(time.perf_counter())
+    alone = [device_seconds(store, x, ids, mine) for store, mine in zip(stores, slots, strict=True)]
+    return y, Phases(*np.diff(clock).tolist(), device_seconds=alone, device_slots=[len(mine) for mine in slots])
+
+
+def given(experts):
+    """(None, experts [T, k], weights [T, k]), as `route` has them, for choices made elsewhere: weights all alike."""
+    chosen = mx.array(np.asarray(experts, dtype=np.uint32))
+    return None, chosen, mx.full(chosen.shape, 1 / chosen.shape[1])
+
+
+def device_seconds(store: InMemory, x, ids, slots, repeats: int = 3) -> float:
+    """Measured seconds that one device needs for its slots, with nothing beside it; the best of some."""
+    best = float("inf") if len(slots) else 0.0
+    for _ in range(repeats if len(slots) else 0):
+        begin = time.perf_counter()
+        mx.eval(store(x, slots // ids.shape[-1], ids.reshape(-1)[slots]))
+        best = min(best, time.perf_counter() - begin)
+    return best
+
+
+def slowest_device_seconds(layer: SmallLayer, x, held, experts, kept=None) -> float:
+    """Measured seconds of the device with the most slots, for choices [T, k] and holders bool [D, E]."""
+    ids = np.asarray(experts)
+    device = Serving(held).devices(ids).reshape(-1)
+    if kept is not None:
+        device = np.where(np.asarray(kept).reshape(-1), device, len(held))
+    fullest = int(np.bincount(device, minlength=len(held) + 1)[:-1].argmax())
+    return device_seconds(_store(layer, held, fullest), x, ids, np.flatnonzero(device == fullest))
+
+
+def _store(layer, held, device):
+    return InMemory(layer.experts, layer.num_experts, np.flatnonzero(held[device]), rows_of(layer.experts))

@@ -1,0 +1,234 @@
+"""Routing traces: the router's decisions. Record, save, load, cut.
+
+Dimensions: T tokens, L MoE layers, E experts, k chosen per token.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .files import written_whole
+from .layers import MoELayer, StandIn, moe_layers, num_experts
+
+FORMAT = "routing-trace/1"
+
+
+@dataclass(eq=False)
+class RoutingTrace:
+    """Which experts were chosen for which token.
+
+    experts      uint16 [T, L, k]
+    num_experts  E
+    prefill      bool [T]; a token of a prompt, read many at a time, or one of decoding
+    model        name of the model
+    metadata     anything that goes into JSON
+    """
+
+    experts: np.ndarray
+    num_experts: int
+    prefill: np.ndarray | None = None
+    model: str = ""
+    metadata: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        experts = np.asarray(self.experts)
+        if experts.ndim != 3:
+            raise ValueError(f"a trace is [tokens, layers, chosen], got {list(experts.shape)}")
+        if experts.size and (experts.min() < 0 or experts.max() >= self.num_experts):
+            bad = experts.max() if experts.max() >= self.num_experts else experts.min()
+            raise ValueError(f"expert {bad} does not exist: the trace is of {self.num_experts} experts")
+        if experts.dtype.kind not in "iu" and not np.array_equal(experts, np.floor(experts)):  # nan is not nan
+            raise ValueError("a trace holds expert numbers, got some that are not whole")
+        if self.num_experts > 1 << 16:
+            raise ValueError(f"a trace holds at most {1 << 16} experts, got {self.num_experts}")
+        self.experts = experts.astype(np.uint16, copy=False)
+        if self.prefill is None:
+            self.prefill = np.zeros(len(experts), dtype=bool)
+        self.prefill = np.asarray(self.prefill, dtype=bool)
+        if self.prefill.shape != (len(experts),):
+            raise ValueError(f"prefill marks {list(self.prefill.shape)} do not fit {len(experts)} tokens")
+
+    def __len__(self):
+        return len(self.experts)
+
+    def __repr__(self):
+        t, l, k = self.experts.shape
+        return f"RoutingTrace({self.model or 'unnamed'}: {t} tokens x {l} layers, top-{k} of {self.num_experts})"
+
+    def __getitem__(self, tokens) -> RoutingTrace:
+        """The same trace for a slice or mask of tokens."""
+        return replace(self, experts=self.experts[tokens], prefill=self.prefill[tokens])
+
+    def phase(self, name: str) -> RoutingTrace:
+        """The tokens of `prefill` or of `decode`."""
+        if name not in ("prefill", "decode"):
+            raise ValueError(f"a phase is prefill or decode, got {name!r}")
+        return self[self.prefill if name == "prefill" else ~self.prefill]
+
+    def loads(self) -> np.ndarray:
+        """Slots sent to each expert, int64 [L, E]."""
+        _, num_layers, _ = self.experts.shape
+        columns = (np.bincount(self.experts[:, l].ravel(), minlength=self.num_experts) for l in range(num_layers))
+        return np.stack(list(columns)).astype(np.int64)
+
+    def save(self, path) -> None:
+        """One .npz file: the arrays, and the rest as JSON in it. Small numbers take a byte: 7 times as fast."""
+        small = self.experts.astype(np.uint8) if self.num_experts <= 256 else self.experts
+        about = {"format": FORMAT, "num_experts": self.num_experts, "model": self.model, "metadata": self.metadata}
+        with written_whole(path, "wb") as file:
+            np.savez_compressed(file, experts=small, prefill=self.prefill, about=json.dumps(about))
+
+    @staticmethod
+    def load(path) -> RoutingTrace:
+        """Read what `save` wrote. ValueError naming the file if it is not that."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                about = json.loads(str(file["about"]))
+                if about.get("format") != FORMAT:
+                    raise ValueError(f"its format is {about.get('format')!r}, not {FORMAT!r}")
+                arrays = file["experts"], file["prefill"]
+            return RoutingTrace(arrays[0], about["num_experts"], arrays[1], about["model"], about["metadata"])
+        except Exception as error:  # zipfile, numpy, json and os each have their own
+            words = "it is no routing trace, which --trace and RoutingTrace.save write"
+            why = words if "pickle" in str(error) or isinstance(error, KeyError) else error
+            raise ValueError(f"cannot read routing trace {path}: {why}") from None
+
+
+class Recorder(StandIn):
+    """Stands before the experts of one layer and notes what the router asked for."""
+
+    def __init__(self, experts: nn.Module, note):
+        super().__init__(experts)
+        self._note = note
+
+    def __call__(self, x, indices):
+        self._note(indices)
+        return self.experts(x, indices)
+
+
+@contextmanager
+def recorders(layers: list[MoELayer], notes: list):
+    """A Recorder before the experts of each layer while the block runs; notes [L] are called with the indices."""
+    standing = [Recorder(layer.experts, note) for layer, note in zip(layers, notes, strict=True)]
+    for layer, recorder in zip(layers, standing, strict=True):
+        layer.experts = recorder
+    try:
+        yield
+    finally:
+        for layer, recorder in zip(layers, standing, strict=True):
+            layer.experts = recorder.experts  # other ones than before if the block sharded the model or moved experts
+
+
+@contextmanager
+def replaced(owner, attributes: dict):
+    """Other attributes of a class or module while the block runs."""
+    originals = {name: getattr(owner, name) for name in attributes}
+    for name, value in attributes.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in originals.items():
+            setattr(owner, name, value)
+
+
+@contextmanager
+def record_routing(model: nn.Module, name: str = "", prompt_tokens: int | None = None, max_tokens: int = 1_000_000):
+    """Record every router decision of `model` while the block runs.
+
+        with record_routing(model) as trace:
+            generate(model, tokenizer, prompt)
+        trace.loads()          # filled when the block ends
+
+    prompt_tokens  so many positions are the prompt; where None, a forward pass over several
+                   positions is prefill and one over a single position is decode
+    max_tokens     recording stops there (metadata "dropped_tokens" says how many came after)
+
+    The indices are kept as they are and read by the host now and then: no wait per layer.
+    """
+    layers = moe_layers(model)
+    trace = RoutingTrace(np.zeros((0, len(layers), 0)), num_experts(layers[0].experts), model=name)
+    notes = _Notes(len(layers), max_tokens)
+    try:
+        with (
+            recorders(layers, [notes.taker(l) for l in range(len(layers))]),
+            replaced(type(model), {"__call__": notes.watching(model)}),
+        ):
+            yield trace
+    finally:
+        experts, prefill = notes.finish()
+        if prompt_tokens is not None:
+            prefill = np.arange(len(experts)) < prompt_tokens
+        trace.experts, trace.prefill = experts, prefill
+        if notes.dropped:
+            trace.metadata["dropped_tokens"] = notes.dropped
+
+
+class _Notes:
+    """Indices by layer as they come; every so many forward passes they move to numpy.
+
+    Whether a pass is prefill the model's input [B, T] says: some blocks hand on their tokens flat, and
+    8 sequences of one token then look like one of 8. Where a block is run by itself, its indices say it.
+    """
+
+    EVERY = 64  # forward passes
+
+    def __init__(self, num_layers, max_tokens):
+        self.waiting, self.phases = [[] for _ in range(num_layers)], []  # of passes that are not collected
+        self.experts, self.prefill = [], []  # of each pass: [T, L, k] and [T]
+        self.input_shape = None  # [B, T] of the pass under way
+        self.room, self.dropped = max_tokens, 0
+
+    def taker(self, layer):
+        waiting, last = self.waiting[layer], layer == len(self.waiting) - 1
+
+        def take(indices):
+            waiting.append(indices)
+            if layer == 0:
+                shape = self.input_shape or indices.shape[:-1]
+                self.phases.append(bool(shape) and shape[-1] > 1)
+            if last and len(waiting) >= self.EVERY:
+                self.collect(keep=1)  # the pass under way is not evaluated yet
+
+        return take
+
+    def watching(self, model):
+        """A __call__ for the model's class that notes what shape the model is called with."""
+        original = type(model).__call__
+
+        def call(this, *args, **kwargs):
+            if this is model:
+                self.input_shape = getattr(args[0] if args else kwargs.get("inputs"), "shape", None)
+            try:
+                return original(this, *args, **kwargs)
+            finally:
+                if this is model:
+                    self.input_shape = None
+
+        return call
+
+    def collect(self, keep=0):
+        count = max(min(map(len, self.waiting)) - keep, 0)
+        mx.eval([waiting[:count] for waiting in self.waiting])
+        for n in range(count):
+            of_pass = [np.array(waiting[n]) for waiting in self.waiting]
+            rows = np.stack([ids.reshape(-1, ids.shape[-1]).astype(np.uint16) for ids in of_pass], axis=1)
+            if room := min(len(rows), self.room):  # an empty slice would keep the whole pass in memory
+                self.experts.append(rows[:room].copy() if room < len(rows) else rows)
+                self.prefill.append(np.full(room, self.phases[n]))
+            self.room, self.dropped = self.room - room, self.dropped + len(rows) - room
+        for waiting in (*self.waiting, self.phases):
+            del waiting[:count]
+
+    def finish(self):
+        """(experts [T, L, k], prefill [T])."""
+        self.collect()
+        if not self.experts:
+            return np.zeros((0, len(self.waiting), 0), dtype=np.uint16), np.zeros(0, dtype=bool)
+        return np.concatenate(self.experts), np.concatenate(self.prefill)

@@ -1,0 +1,127 @@
+"""Trials: what no rule over names can tell, found by asking the modules themselves with random tokens.
+
+Dimensions: k experts chosen per token, E experts, H hidden.
+"""
+
+from __future__ import annotations
+
+import time
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .layers import MoELayer, StandIn, activation_type, cast, expert_tensors, hidden_size, with_tensors
+
+MASKED_GAIN = 1.1  # how much quicker masked must be: it holds a spare expert in each layer
+
+
+def check_computable(layers: list[MoELayer], dtype: mx.Dtype | None = None) -> None:
+    """ValueError where mlx cannot compute these experts here, found by a trial with one expert of zeros a layer.
+
+    dtype  what everything that is not packed is going to be; None: as it is
+    """
+    for layer in layers:
+        stacked = expert_tensors(layer.experts)
+        rows = {name: cast(mx.zeros((1, *array.shape[1:]), array.dtype), dtype) for name, array in stacked.items()}
+        x = mx.zeros((1, hidden_size(layer.experts)), activation_type(rows))
+        try:
+            mx.eval(with_tensors(layer.experts, rows)(x, mx.zeros((1, 1), mx.uint32)))
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{layer.path}: experts of {x.dtype} cannot be computed here ({error}): call"
+                " model.set_dtype(mx.float32) first, or load with dtype float32"
+            ) from None
+
+
+def prove(path: str, whole: nn.Module, sharded) -> None:
+    """ValueError unless the stores that are here answer as the whole layer, for random tokens over all experts."""
+    count = sharded.num_experts
+    k = min(count, 8)
+    ids = np.resize(np.random.default_rng(0).permutation(count), (-(-count // k), k))
+    x = mx.random.normal((len(ids), hidden_size(whole)), key=mx.random.key(0))
+    x = x.astype(activation_type(expert_tensors(whole)))
+    expected, got = whole(x, mx.array(ids)), sharded(x, mx.array(ids))
+    sharded.slots_served[:] = 0
+    mine = mx.array(np.isin(sharded.serving.devices(ids), sharded.devices))[..., None]
+    # Away from the CPU a kernel is chosen by the number of experts, and may round otherwise.
+    off = 0 if mx.default_device().type == mx.cpu else 1e-2
+    if not mx.allclose(got, mx.where(mine, expected, 0), rtol=off, atol=off / 10, equal_nan=True).item():
+        raise ValueError(f"{path}: its experts answer otherwise when they are spread; this kind is not supported")
+
+
+class Silent(StandIn):
+    """In place of experts: zeros of their shape, at no cost."""
+
+    def __init__(self, experts: nn.Module):
+        nn.Module.__init__(self)
+        object.__setattr__(self, "_experts", experts)  # no child: its arrays are not this module's
+
+    def replaced_module(self) -> nn.Module:
+        return self._experts
+
+    def __call__(self, x, indices):
+        return mx.zeros((*indices.shape, x.shape[-1]), x.dtype)
+
+
+def block_adds(layer: MoELayer) -> np.ndarray | None:
+    """float32 [2, H]: what a block answers for two random tokens when its experts answer zero.
+
+    That is what the block adds by itself, shared experts for example, with no sum over ranks. None where the block
+    cannot be asked alone.
+    """
+    block, experts = layer.block, layer.experts
+    group = getattr(block, "sharding_group", None)
+    x = mx.random.normal((1, 2, hidden_size(experts)), key=mx.random.key(0))
+    try:
+        layer.experts = Silent(experts)
+        if group is not None:
+            block.sharding_group = None
+        return np.array(block(x).astype(mx.float32))[0]
+    except Exception:  # blocks that want more than their tokens
+        return None
+    finally:
+        layer.experts = experts
+        if group is not None:
+            block.sharding_group = group
+
+
+def measure_masked(layers: list[MoELayer], group=None) -> int:
+    """The most slots for which masked is quicker than compact on this device, measured on one layer; sets it in all.
+
+    On the CPU it is 0 unmeasured: the host itself computes, so nothing waits for it, and skipped slots are time
+    saved. Ranks take the smallest of theirs: with replicas both ways choose other holders.
+    """
+    if mx.default_device().type == mx.cpu:
+        return 0
+    most = _measured_on(layers[0].experts)
+    if group is not None and group.size() > 1:
+        most = int(mx.distributed.all_min(mx.array(most), group=group).item())
+    for layer in layers:
+        layer.experts.masked_up_to = most
+    return most
+
+
+def _measured_on(sharded) -> int:
+    """Slots of the largest step that masked answered quicker, of growing ones; 0: none."""
+    k, most = min(8, sharded.num_experts), 0
+    for tokens in (1, 4, 8, 16, 32, 64):
+        x = mx.random.normal((1, tokens, hidden_size(sharded)), key=mx.random.key(tokens))
+        x = x.astype(activation_type(expert_tensors(sharded.replaced_module())))
+        ids = mx.array(np.random.default_rng(tokens).random((1, tokens, sharded.num_experts)).argsort(-1)[..., :k])
+        mx.eval(x, ids)
+        if _quickest(sharded.compact, x, ids) < MASKED_GAIN * _quickest(sharded.masked, x, ids):
+            break
+        most = tokens * k
+    sharded.slots_served[:] = 0
+    return most
+
+
+def _quickest(way, x, ids, rounds: int = 7) -> float:
+    """Seconds; what is built at the first call is not counted."""
+    seconds = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        mx.eval(way(x, ids))
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds[1:])

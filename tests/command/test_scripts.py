@@ -1,0 +1,365 @@
+"""The scripts as a user meets them: what they print, write, and refuse."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import types
+
+import pytest
+from conftest import ROOT, SHIPPED, random_model, run_script, save_model
+
+import qwen3_expert_parallel
+
+SCRIPT = "qwen3_expert_parallel.py"
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """The main script run inside this process, which saves its start; a traceback fails the test."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, arguments)])
+        monkeypatch.chdir(ROOT)
+        status = 0
+        try:
+            qwen3_expert_parallel.main()
+        except SystemExit as end:
+            status = end.code
+        out, err = capsys.readouterr()
+        return types.SimpleNamespace(returncode=status, stdout=out, stderr=err)
+
+    return run
+
+
+QUICK = ("--model", SHIPPED, "--max-tokens", 2, "--no-verify", "--quiet")
+
+
+def refused(result, *words):
+    """One line on standard error, exit status 2, no traceback."""
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+def test_main_script_answers_reports_and_writes(tmp_path):
+    files = {name: tmp_path / f"out.{name}" for name in ("json", "npz", "placement")}
+    result = run_script(
+        SCRIPT, "--model", SHIPPED, "--prompt", "import os\n", "--max-tokens", 8, "--devices", 3,
+        "--json", files["json"], "--trace", files["npz"], "--save-placement", files["placement"],
+        "--plots", tmp_path / "plots",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    for words in ("4-bit in groups of 64, the rest float32", "contiguous, 42 to 43 of 128 experts", "by stock mlx-lm"):
+        assert words in result.stdout
+    for heading in ("Parity", "Routing", "Balance", "Memory per device", "Communication", "Speed"):
+        assert heading in result.stdout
+    figures = json.loads(files["json"].read_text())
+    assert figures["parity"]["tokens_equal"] is True
+    assert figures["parity"]["max_abs_logit_difference"] == 0
+    assert len(figures["generation"]["tokens"]) == 8
+    assert sum(figures["memory"]["experts_per_device_bytes"]) == figures["memory"]["full_model_expert_bytes"]
+    assert figures["memory"]["experts_per_device_bytes"] == figures["memory"]["experts_per_device_bytes_modelled"]
+    assert figures["communication"]["bytes_per_token"] == 4 * 256 * 4  # layers, hidden, float32
+    prompt, layers, top_k = figures["generation"]["prompt_tokens"], 4, 8
+    assert sum(map(sum, figures["balance"]["device_loads"])) == (prompt + 8) * layers * top_k
+    assert sorted(p.name for p in (tmp_path / "plots").iterdir()) == ["device_loads.png", "expert_loads.png"]
+    again = run_script(
+        SCRIPT, "--model", SHIPPED, "--prompt", "import os\n", "--max-tokens", 8, "--devices", 3, "--quiet",
+        "--placement", files["placement"],
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.strip() == figures["generation"]["text"].strip()
+
+
+def test_prompts_from_file_and_standard_input(tmp_path):
+    (tmp_path / "prompt.txt").write_text("import sys\n")
+    common = ("--model", SHIPPED, "--max-tokens", 4, "--quiet", "--no-verify")
+    answers = [
+        run_script(SCRIPT, *common, "--prompt", prompt, stdin="import sys\n").stdout
+        for prompt in ("import sys\n", tmp_path / "prompt.txt", "-")
+    ]
+    assert answers[0]
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_sampling_with_a_seed_is_repeatable(here):
+    common = ("--model", SHIPPED, "--max-tokens", 12, "--quiet", "--temp", 1, "--no-verify")
+    one, two, other = (here(*common, "--seed", seed).stdout for seed in (7, 7, 8))
+    assert one == two
+    assert one != other
+
+
+def test_minimal_example_runs():
+    result = run_script("minimal_qwen3_example.py")
+    assert result.returncode == 0, result.stderr
+    assert "balancedness" in result.stdout
+
+
+def test_default_model_comes_from_the_hub_cache_if_it_is_there(tmp_path):
+    """A folder in the hub's cache layout stands in for the downloaded model."""
+    snapshot = (
+        tmp_path / "hub/models--mlx-community--Qwen3-Coder-30B-A3B-Instruct-4bit/snapshots" / ("0" * 40)
+    )  # fmt: skip
+    save_model(random_model(vocab_size=4096), snapshot, vocab_size=4096)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs/main").write_text("0" * 40)
+    common = (SCRIPT, "--max-tokens", 2, "--prompt", "a b", "--devices", 2)
+    cached = run_script(*common, HF_HUB_CACHE=str(tmp_path / "hub"))
+    assert cached.returncode == 0, cached.stderr
+    assert "found in the local hub cache" in cached.stdout
+    empty = run_script(*common, HF_HUB_CACHE=str(tmp_path / "none"))
+    assert empty.returncode == 0, empty.stderr
+    assert "shipped with this project" in empty.stdout
+
+
+BAD_ARGUMENTS = {
+    "no such folder": (["--model", "./nowhere"], "nowhere"),
+    "hub out of reach": (["--model", "nobody/no-such-model"], "nobody/no-such-model"),
+    "more devices than experts": (["--devices", "129"], "129"),
+    "zero devices": (["--devices", "0"], "--devices"),
+    "negative devices": (["--devices", "-3"], "--devices"),
+    "empty prompt": (["--prompt", ""], "prompt is empty"),
+    "blank prompt": (["--prompt", " \n"], "prompt is empty"),
+    "no tokens": (["--max-tokens", "0"], "--max-tokens"),
+    "unknown placement": (["--placement", "random"], "random"),
+    "placement without a trace": (["--placement", "balanced"], "--placement-trace"),
+    "json into no folder": (["--json", "nowhere/x.json"], "nowhere"),
+    "json is a folder": (["--json", "tests"], "tests"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARGUMENTS, ids=str)
+def test_bad_arguments(here, case):
+    arguments, word = BAD_ARGUMENTS[case]
+    refused(
+        here("--model", SHIPPED, *arguments, "--max-tokens", *(["4"] if case != "no tokens" else ["0"])),
+        word,
+    )
+
+
+def test_a_prompt_longer_than_the_context(here):
+    refused(here("--model", SHIPPED, "--prompt", "x = 1\n" * 400), "context is 512")
+
+
+@pytest.fixture
+def broken(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(SHIPPED, folder)
+    return folder
+
+
+def test_a_dense_model(here, tmp_path):
+    changes = {"mlp_only_layers": [0, 1, 2], "vocab_size": 4096}
+    folder = save_model(random_model(**changes), tmp_path / "dense", **changes)
+    refused(here("--model", folder), "no Mixture-of-Experts layers")
+
+
+def test_a_truncated_weight_file_leaves_no_output(here, broken, tmp_path):
+    path = broken / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    refused(here("--model", broken, "--json", tmp_path / "o.json"), "model.safetensors", "truncated")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("content", [b"", b"1234", b"\xff" * 64], ids=["empty", "short", "garbage"])
+def test_a_damaged_weight_file(here, broken, content):
+    (broken / "model.safetensors").write_bytes(content)
+    refused(here("--model", broken), "model.safetensors")
+
+
+def test_a_missing_weight_file(here, broken):
+    (broken / "model.safetensors").unlink()
+    refused(here("--model", broken), "model.safetensors")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"model_type": "no_such_architecture"}'], ids=str)
+def test_a_bad_config(here, broken, text):
+    (broken / "config.json").write_text(text)
+    refused(here("--model", broken))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[1]", '{"every_layer": ["0-126"]}', '{"every_layer": ["0-63", "64-128"]}'], ids=str
+)
+def test_a_bad_placement_file(here, tmp_path, text):
+    path = tmp_path / "placement.json"
+    path.write_text(text)
+    refused(here("--model", SHIPPED, "--devices", 2, "--placement", path), "placement.json")
+
+
+def test_scripts_explain_themselves():
+    for script in sorted(ROOT.glob("*_*.py")):
+        if script.name != "minimal_qwen3_example.py":
+            result = run_script(script.name, "--help")
+            assert result.returncode == 0, result.stderr
+            assert "python " + script.name in result.stdout
+
+
+def test_a_long_prompt_is_no_file_name(here):
+    result = here("--model", SHIPPED, "--max-tokens", 1, "--quiet", "--no-verify", "--prompt", "x = 1; " * 60)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--seed", -1), ("--seed", 1 << 64), ("--temp", "nan"), ("--top-p", 2), ("--timeout", -1)]
+)
+def test_numbers_out_of_range_are_refused(here, option, value):
+    refused(here("--model", SHIPPED, option, value), option, str(value))
+
+
+def test_prompts_that_are_no_text_and_plots_into_a_file_are_refused(here, tmp_path):
+    (tmp_path / "prompt").write_bytes(b"\xff\xfe\x00abc")
+    refused(here("--model", SHIPPED, "--prompt", tmp_path / "prompt"), "UTF-8")
+    refused(here("--model", SHIPPED, "--plots", tmp_path / "prompt"), "--plots takes a folder")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has /dev/full")  # noqa: PTH110
+@pytest.mark.parametrize("option", ["--json", "--trace", "--save-placement", "--plots"])
+def test_a_full_disk_leaves_no_part_of_a_file(here, tmp_path, monkeypatch, option):
+    """The disk fills up while the file is written; what stood there before stays."""
+    name = "expert_loads.png" if option == "--plots" else "out"
+    (tmp_path / name).write_text("from an earlier run")
+    real = open
+
+    def full(file, mode="r", *args, **kwargs):
+        handle = real(file, mode, *args, **kwargs)
+        if str(file).startswith(str(tmp_path)) and "r" not in mode:
+            handle.close()
+            handle = real("/dev/full", mode, *args, **kwargs)
+        return handle
+
+    monkeypatch.setattr("io.open", full)  # pathlib's
+    monkeypatch.setattr("builtins.open", full)  # matplotlib's
+    result = here(*QUICK[:-1], option, tmp_path if option == "--plots" else tmp_path / "out")
+    refused(result, f"cannot write {tmp_path / name}", "No space left")
+    assert "Speed" in result.stdout  # the report is not lost with the file
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "from an earlier run"
+
+
+def test_two_outputs_into_one_file_are_refused(here, tmp_path):
+    refused(here(*QUICK, "--json", tmp_path / "x", "--trace", tmp_path / "x"), "--trace and --json both name")
+
+
+@pytest.mark.parametrize("arguments", [(), ("--quiet",)], ids=["report", "answer"])
+def test_a_reader_that_closes_the_pipe_ends_it_in_silence(arguments):
+    """As `| head -1` does: exit status 141, as a shell reports SIGPIPE, and nothing on standard error."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        command = [sys.executable, SCRIPT, *map(str, QUICK[:-1]), *arguments]
+        result = subprocess.run(command, cwd=ROOT, stdout=pipe, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_standard_output_may_be_closed():
+    command = f"{sys.executable} {SCRIPT} --max-tokens 2 --no-verify >&-"
+    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("tests", ["--prompt tests is a folder"]),
+        ("nowhere/prompt.txt", ["--prompt nowhere/prompt.txt", "no such file"]),
+        (b"abc\0def", ["not UTF-8 text"]),
+        (b" \n", ["prompt is empty"]),
+    ],
+    ids=["folder", "no file", "binary", "blank file"],
+)
+def test_prompts_that_are_none(here, tmp_path, prompt, words):
+    if isinstance(prompt, bytes):
+        (tmp_path / "prompt").write_bytes(prompt)
+        prompt = tmp_path / "prompt"
+    refused(here(*QUICK, "--prompt", prompt), *words)
+
+
+def test_closed_standard_input_is_an_empty_prompt():
+    command = f"{sys.executable} {SCRIPT} --prompt - <&-"
+    refused(subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True), "prompt is empty")
+
+
+def test_more_tokens_than_the_context_holds_are_cut_and_that_is_said(here, tmp_path):
+    prompt = "x = 1\n" * 126
+    result = here(*QUICK[:2], "--no-verify", "--prompt", prompt, "--max-tokens", 600, "--json", tmp_path / "o.json")
+    figures = json.loads((tmp_path / "o.json").read_text())["generation"]
+    assert figures["prompt_tokens"] + len(figures["tokens"]) == 512
+    assert f"--max-tokens 600 is cut to {len(figures['tokens'])}" in " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize("arguments", [["--max-tokens", "ten"], ["--combine", "sum"], ["--no-such-option"]], ids=str)
+def test_options_that_do_not_parse(here, arguments):
+    refused(here(*arguments), arguments[0], "--help")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_experts_per_tok": 200}, ["-200", "128"]),
+        ({"hidden_size": "256"}, ["TypeError"]),
+        ({"model_type": "qwen99"}, ["qwen99"]),
+        ({"quantization": None, "quantization_config": {"bits": 4}}, ["quant_method"]),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_cannot_be(here, broken, change, words):
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | change))
+    refused(here("--model", broken), "config.json: mlx-lm cannot build this model", *words)
+
+
+def test_a_placement_file_says_how_many_devices(here, tmp_path):
+    (tmp_path / "p.json").write_text('{"every_layer": ["0-79", "48-127"]}')
+    assert "2 simulated" in here(*QUICK[:-1], "--placement", tmp_path / "p.json").stdout
+    refused(here(*QUICK, "--placement", tmp_path / "p.json", "--devices", 3), "places 2 devices, this run has 3")
+    refused(here(*QUICK, "--placement", tmp_path / "p.json", "--redundant-experts", 3), "names the copies itself")
+    refused(here(*QUICK, "--placement-trace", tmp_path / "p.json"), "of no use with --placement contiguous")
+
+
+def test_a_file_that_is_no_trace(here):
+    refused(here(*QUICK, "--placement", "balanced", "--placement-trace", "README.md"), "README.md", "no routing trace")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"])
+def test_files_of_a_model_that_hold_nothing_readable(here, broken, name):
+    (broken / name).write_text("{")
+    refused(here("--model", broken), str(broken))
+
+
+def test_an_index_that_names_missing_files(here, broken):
+    index = broken / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model.safetensors", "model-00001-of-00002.safetensors"))
+    refused(here("--model", broken), "model-00001-of-00002.safetensors", "missing")
+
+
+def test_an_interrupt_in_mid_answer_leaves_one_line_and_no_file(tmp_path):
+    """Ctrl-C: exit status 130."""
+    command = [sys.executable, SCRIPT, "--max-tokens", "490", "--json", tmp_path / "o.json", "--trace", tmp_path / "t"]
+    heeded = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a job in the background ignores it
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes, **heeded)
+    while "class Parser" not in process.stdout.readline():  # the answer begins after its prompt
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.split()) == (130, ["stopped"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("float32", 4), ("float16", 2), ("keep", 2)])
+def test_communication_follows_the_dtype_of_the_run(here, tmp_path, dtype, value):
+    """The report counted 4 bytes a value on every CPU, whatever --dtype said; the shipped model is bfloat16."""
+    result = here(*QUICK[:2], "--max-tokens", 2, "--dtype", dtype, "--json", tmp_path / "o.json")
+    figures = json.loads((tmp_path / "o.json").read_text())
+    assert figures["communication"]["value_bytes"] == value
+    assert figures["communication"]["bytes_per_token"] == 4 * 256 * value  # layers, hidden
+    assert f"{value}-byte values" in result.stdout
+    assert figures["parity"]["max_abs_logit_difference"] == 0

@@ -1,0 +1,180 @@
+"""What a model is made of, from its configuration alone, against published and hand-made figures."""
+
+import json
+
+import mlx.core as mx
+import pytest
+from conftest import CONFIG, SHIPPED
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_model
+
+from expert_parallel.models.architecture import (
+    describe,
+    fewest_devices,
+    fullest_device_bytes,
+    hybrid_rest_bytes,
+)
+from expert_parallel.models.configurations import bundled_names, load_configuration
+from expert_parallel.models.lazy import build_model, quantise, quantization_of, tensors_of
+from expert_parallel.models.memory import cache_bytes
+from expert_parallel.models.parts import CacheEntry
+
+CODER = "qwen3-coder-30b"
+
+
+@pytest.fixture(scope="module")
+def coder():
+    return describe(load_configuration(CODER), bits=4)
+
+
+def test_qwen3_coder_to_the_byte(coder):
+    assert coder.whole.parameters == 30_532_122_624
+    assert coder.experts.parameters == 28_991_029_248
+    assert coder.whole.parameters - coder.experts.parameters == 1_541_093_376
+    assert coder.demand.expert_parameters.tolist() == [4_718_592] * 48
+    assert coder.bytes.total == coder.whole.bytes == 17_180_913_664
+    assert coder.bytes.experts == 16_307_453_952
+    assert coder.bytes.expert_bytes.tolist() == [2_654_208] * 48
+    assert coder.bytes.rest == 873_459_712
+    assert (coder.num_experts, coder.chosen, coder.hidden, coder.num_moe_layers) == (128, 8, 2048, 48)
+    assert coder.expert_shapes["gate_proj.weight"] == ("[128, 768, 256]", "uint32")
+    assert coder.expert_shapes["down_proj.scales"] == ("[128, 2048, 12]", "bfloat16")
+    per_device = [fullest_device_bytes(coder.bytes, n) / 1e9 for n in (2, 4, 8, 16)]
+    assert [round(b, 2) for b in per_device] == [9.03, 4.95, 2.91, 1.89]
+    assert [round(coder.bytes.total / 1e9 / b, 2) for b in per_device] == [1.90, 3.47, 5.90, 9.08]
+
+
+def test_active_parameters_and_what_a_token_reads(coder):
+    """8 of 128 experts and all else; the embedding table (151,936 x 2048 at 4.5 bits) gives one row only."""
+    assert coder.active.parameters == 1_541_093_376 + 28_991_029_248 // 16
+    assert coder.active.bytes == 873_459_712 + 16_307_453_952 // 16
+    assert coder.active.bytes - coder.read_per_token.bytes == 151_936 * 2048 * 9 // 16
+    assert coder.demand.rest_bytes + 48 * 8 * 2_654_208 == coder.read_per_token.bytes
+    assert coder.demand.attention == ((32 * 128, None),) * 48
+
+
+def test_cache_by_hand(coder):
+    """48 layers, keys and values, 4 heads of 128, bfloat16; mlx-lm's caches grow by 256 tokens."""
+    assert coder.cache_per_token == 48 * 2 * 4 * 128 * 2
+    assert coder.cache_bytes_at(257) == 512 * coder.cache_per_token
+    assert CacheEntry(per_token=10, limit=300, fixed=7).bytes_at(10_000) == 3007
+
+
+@pytest.mark.parametrize("name", bundled_names())
+def test_parameter_totals_agree_with_the_published_ones(name):
+    """To the rounding of what the makers say; what they count differently is in the file's note."""
+    configuration = load_configuration(name)
+    found = describe(configuration)
+    published = configuration.published
+    assert published["source"]
+    tolerance = {"kimi-k2": 0.03, "llama-4-scout": 0.012}.get(name, 0.01)
+    assert found.whole.parameters == pytest.approx(published["total"], rel=tolerance)
+    assert found.whole.bytes == found.bytes.total
+    table = found.outside["embeddings"].parameters
+    counts = (found.active.parameters, found.active.parameters - table, found.active.parameters - 2 * table)
+    assert min(abs(count / published["active"] - 1) for count in counts) < 0.09, counts
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("mixtral-8x7b", 46_702_792_704), ("olmoe-1b-7b", 6_919_161_856), ("qwen3-235b-a22b", 235_093_634_560)],
+)
+def test_exact_totals_of_the_hub(name, parameters):
+    assert describe(load_configuration(name)).whole.parameters == parameters
+
+
+@pytest.mark.parametrize(("name", "gibibytes"), [("gpt-oss-120b", 60.8), ("gpt-oss-20b", 12.8)])
+def test_gpt_oss_checkpoints_have_the_size_of_its_model_card(name, gibibytes):
+    """Experts in mxfp4, all else in bfloat16; model card, table 1."""
+    configuration = load_configuration(name)
+    assert quantization_of(configuration.config)["mode"] == "mxfp4"
+    assert round(describe(configuration).bytes.total / 2**30, 1) == gibibytes
+
+
+def test_layers_of_two_kinds():
+    deepseek = describe(load_configuration("deepseek-v3"), bits=4)
+    assert [layer.moe for layer in deepseek.layers] == [False] * 3 + [True] * 58
+    assert deepseek.layers[0].parts["dense"].parameters == 3 * 7168 * 18432
+    assert deepseek.layers[3].parts["shared experts"].parameters == 3 * 7168 * 2048
+    assert deepseek.layers[3].parts["router"].parameters == 256 * 7168 + 256
+    assert deepseek.cache_per_token == 61 * (512 + 64) * 2  # latents, not heads
+    windows = describe(load_configuration("gpt-oss-20b")).layers
+    assert windows[0].attention.startswith("window of 128")
+    assert windows[1].attention.startswith("full")
+    assert windows[0].cache[0].limit == 128
+    scout = describe(load_configuration("llama-4-scout"), bits=4).layers
+    assert scout[0].attention.startswith("chunks of 8192")
+    assert [layer.cache[0].limit for layer in scout[:4]] == [8192, 8192, 8192, None]
+    linear = describe(load_configuration("qwen3-next-80b"), bits=4)
+    assert [layer.width for layer in linear.layers[:4]] == [0, 0, 0, 16 * 256]
+
+
+def test_a_long_context_adds_to_layers_without_a_window_only():
+    """gpt-oss-20b: 24 layers, keys and values, 8 heads of 64, bfloat16; every second layer keeps 128 tokens."""
+    found, layer = describe(load_configuration("gpt-oss-20b")), 2 * 8 * 64 * 2
+    assert found.demand.cache_bytes(100) == 24 * layer * 100
+    assert found.demand.cache_bytes(131_072) == 12 * layer * (131_072 + 128) == found.cache_bytes_at(131_072)
+
+
+@pytest.mark.parametrize(("bits", "per_weight"), [(3, 3.5), (4, 4.5), (6, 6.5), (8, 8.5)])
+def test_bits_per_weight(bits, per_weight):
+    """Groups of 64 with a scale and a bias of 16 bits: half a bit a weight more."""
+    found = describe(load_configuration(CODER), bits=bits)
+    assert found.bytes.expert_bytes[0] == 4_718_592 * per_weight / 8
+    assert describe(load_configuration(CODER), bits=16).bytes.expert_bytes[0] == 4_718_592 * 2
+
+
+def test_predicted_tensors_are_those_of_the_shipped_checkpoint():
+    configuration = load_configuration(str(SHIPPED))
+    model = quantise(build_model(configuration), configuration)
+    predicted = {name: (a.shape, a.dtype, a.nbytes) for name, a in tensors_of(model).items()}
+    shipped = mx.load(str(SHIPPED / "model.safetensors"))
+    assert predicted == {name: (a.shape, a.dtype, a.nbytes) for name, a in shipped.items()}
+
+
+def test_predicted_cache_is_what_mlx_lm_allocates():
+    model, _ = load_model(SHIPPED)
+    described = describe(load_configuration(str(SHIPPED)))
+    for tokens in (3, 300):
+        cache = make_prompt_cache(model)
+        model(mx.zeros((1, tokens), dtype=mx.int32), cache=cache)
+        assert described.cache_bytes_at(tokens) == cache_bytes(cache)
+
+
+def test_the_hybrid_shares_attention_and_head_but_not_embeddings_and_router(coder):
+    """Attention of 9/16 byte a parameter and head are cut, the query and key norms and the rest are not."""
+    attention = 48 * (2048 * 4096 * 2 + 2 * 2048 * 512) * 9 // 16
+    head = 151_936 * 2048 * 9 // 16
+    assert hybrid_rest_bytes(coder.model, 2) == 873_459_712 - (attention + head) // 2
+    assert coder.bytes.rest == 873_459_712  # the model itself is as it was
+    with pytest.raises(ValueError, match="4 heads .* 8 ranks"):
+        hybrid_rest_bytes(coder.model, 8)
+
+
+def test_fewest_devices(coder):
+    assert fewest_devices(coder.bytes, 20e9) == 1
+    assert fewest_devices(coder.bytes, 9.1e9) == 2
+    assert fewest_devices(coder.bytes, 9.0e9) == 3
+    assert fewest_devices(coder.bytes, 9.1e9, besides=int(1e9)) == 3
+    assert fewest_devices(coder.bytes, 0.9e9) is None
+    assert fullest_device_bytes(coder.bytes, 8, redundant=8) == 17 * 48 * 2_654_208 + 873_459_712
+    with pytest.raises(ValueError, match="128 experts .* 129 devices"):
+        fullest_device_bytes(coder.bytes, 129)
+
+
+# --- wrong input -------------------------------------------------------------------------------
+
+
+def test_names_that_lead_nowhere(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="qwen3-coder-30b"):
+        load_configuration("no-such-model")
+    with pytest.raises(OSError, match="no-one/nothing is no folder .*hub cannot be reached"):
+        load_configuration("no-one/nothing")
+    with pytest.raises(ValueError, match="has no config.json"):
+        load_configuration(str(tmp_path))
+
+
+def test_a_configuration_file_alone_is_enough(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    assert describe(load_configuration(str(tmp_path / "config.json"))).num_experts == 16

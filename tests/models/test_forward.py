@@ -1,0 +1,95 @@
+"""Statistics of routing by hand, and a pass through a model that leaves it as it was."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import random_model
+
+from expert_parallel import place_experts, shard_model
+from expert_parallel.layers import moe_layers
+from expert_parallel.models.forward import pass_figures, run_text, similarity_of_loads, time_layers
+from expert_parallel.models.statistics import (
+    coactivation_lift,
+    consecutive_overlap,
+    load_similarity,
+    margins,
+    next_layer_recall,
+)
+
+
+def test_margins_by_hand():
+    assert margins([[0.1, 0.5, 0.4, 0.2], [3, 3, 3, 0]], top_k=2) == pytest.approx([0.2, 0.0])
+    assert np.isinf(margins([[1, 2]], top_k=2)).all()
+
+
+def test_overlap_by_hand():
+    experts = np.array([[[0, 1]], [[1, 2]], [[1, 2]], [[3, 0]]])  # 1 of 2, 2 of 2, 0 of 2
+    assert consecutive_overlap(experts, 4) == pytest.approx([0.5])
+    assert np.isnan(consecutive_overlap(experts[:1], 4)).all()
+
+
+def test_coactivation_by_hand():
+    """0 and 1 always together, in 3 of 6 tokens: 3 against the 3 x 3 / 6 of chance."""
+    experts = np.array([[[0, 1]], [[0, 1]], [[0, 1]], [[2, 3]], [[4, 5]], [[2, 5]]])
+    assert coactivation_lift(experts, 6) == [(0, 1, 2.0)]
+    pair = coactivation_lift(experts[3:], 6)[0]
+    assert pair[:2] == (-1, -1)
+
+
+def test_the_next_layer_is_foretold_where_it_follows_and_not_where_it_does_not():
+    rng = np.random.default_rng(0)
+    first = np.argsort(rng.random((400, 16)), axis=1)[:, :2]
+    experts = np.stack([first, (first + 5) % 16, np.argsort(rng.random((400, 16)), axis=1)[:, :2]], axis=1)
+    recall, baseline = next_layer_recall(experts, 16)
+    assert recall[0] > 0.99
+    assert recall[1] == pytest.approx(2 / 16, abs=0.06)
+    assert baseline == pytest.approx([2 / 16] * 2, abs=0.06)
+
+
+def test_similarity_of_loads_by_hand():
+    assert load_similarity([[1, 0], [3, 4]], [[0, 2], [6, 8]]) == pytest.approx([0, 1])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(mlp_only_layers=[1])
+
+
+def test_a_pass_sees_what_the_model_does(model):
+    tokens = [5, 6, 7, 8, 9, 10]
+    before = model(mx.array([tokens]))
+    one = run_text(model, tokens, "text")
+    assert mx.array_equal(before, model(mx.array([tokens])))
+    assert one.trace.experts.shape == (6, 2, 4)
+    for l, layer in enumerate(moe_layers(model)):
+        scores = one.scores[l]
+        assert scores.shape == (6, 16)
+        best = np.sort(np.argsort(-scores, axis=1)[:, :4], axis=1)
+        assert np.array_equal(best, np.sort(one.trace.experts[:, l], axis=1))
+        assert type(layer.block.gate).__name__ == "Linear"
+    figures = pass_figures(one, [0, 2])
+    assert [row["layer"] for row in figures["layers"]] == [0, 2]
+    assert all(row["margin_median"] > 0 for row in figures["layers"])
+    assert figures["overlap_by_chance"] == 0.25
+
+
+def test_domains_are_alike_to_themselves(model):
+    passes = {"a": run_text(model, [1, 2, 3, 4]), "b": run_text(model, [50, 60, 70, 80])}
+    alike = similarity_of_loads(passes)
+    assert alike["a"]["a"] == pytest.approx(1)
+    assert alike["a"]["b"] == pytest.approx(alike["b"]["a"])
+    assert alike["a"]["b"] < 0.999
+
+
+def test_every_layer_gets_a_time_and_the_classes_their_calls_back(model):
+    kind = type(model.layers[0])
+    original = kind.__call__
+    seconds = time_layers(model, [1, 2, 3], repeats=1)
+    assert kind.__call__ is original
+    assert len(seconds["prompt"]) == len(seconds["token"]) == 3
+    assert all(s > 0 for s in seconds["prompt"] + seconds["token"])
+
+
+def test_a_sharded_model_can_be_looked_at_too():
+    model = shard_model(random_model(), place_experts(np.ones((3, 16)), 2))
+    assert run_text(model, [1, 2, 3]).trace.experts.shape == (3, 3, 4)

@@ -1,0 +1,89 @@
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.qwen3_moe import Model, ModelArgs
+
+from expert_parallel import Placement, place_experts, shard_model
+from expert_parallel.models.memory import cache_bytes, live_expert_bytes, model_bytes
+
+SMALL = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [1],
+    "moe_intermediate_size": 32,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 100,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rope_theta": 1e4,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 64,
+    "norm_topk_prob": True,
+}
+
+
+@pytest.fixture
+def model():
+    return Model(ModelArgs.from_dict(SMALL))
+
+
+def test_bytes_by_hand(model):
+    """float32: an expert is 3 x 64 x 32 values; layer 1 is dense."""
+    found = model_bytes(model)
+    assert found.num_experts == 6
+    assert found.expert_bytes.tolist() == [3 * 64 * 32 * 4] * 2
+    attention = 64 * 64 * 2 + 64 * 32 * 2 + 2 * 16 + 2 * 64  # q o, k v, norms of heads, norms of the layer
+    rest = 3 * attention + 2 * 6 * 64 + 3 * 64 * 128 + 2 * 100 * 64 + 64
+    assert found.rest == rest * 4
+    assert found.experts == 6 * 2 * 3 * 64 * 32 * 4
+    assert found.total == found.experts + found.rest
+
+
+def test_quantised_bytes_by_hand(model):
+    """4 bit, groups of 32, float32 scale and bias: 4 + 2 bits of 32-bit words a value."""
+    nn.quantize(
+        model,
+        group_size=32,
+        bits=4,
+        class_predicate=lambda path, _: path.endswith(("gate_proj", "up_proj", "down_proj")) and "switch" in path,
+    )
+    assert model_bytes(model).expert_bytes.tolist() == [3 * 64 * 32 // 2 + 3 * 64 * 32 // 32 * 8] * 2
+
+
+def test_what_devices_hold_predicted_and_live(model):
+    weighed = model_bytes(model)
+    held = np.zeros((2, 3, 6), dtype=bool)
+    held[:, 0, :2] = held[:, 1, 2:4] = held[:, 2, 4:] = True
+    held[0, 2, 0] = True  # a second copy of expert 0 in the first MoE layer
+    placement = Placement(held)
+    one = 3 * 64 * 32 * 4
+    assert weighed.per_device(placement).tolist() == [4 * one, 4 * one, 5 * one]
+    assert live_expert_bytes(model).tolist() == [weighed.experts]
+    shard_model(model, placement)
+    assert live_expert_bytes(model).tolist() == weighed.per_device(placement).tolist()
+    again = model_bytes(model)  # a sharded model weighs the same, copies and all
+    assert (again.total, again.rest, again.num_experts) == (weighed.total, weighed.rest, 6)
+
+
+def test_refuses_a_wrong_placement_and_a_dense_model(model):
+    with pytest.raises(ValueError, match="2 layers of 8 experts, the model has 2 of 6"):
+        model_bytes(model).per_device(place_experts(np.ones((2, 8)), 2))
+    dense = Model(ModelArgs.from_dict({**SMALL, "mlp_only_layers": [0, 1, 2]}))
+    for weigh in (model_bytes, live_expert_bytes):
+        with pytest.raises(ValueError, match="no Mixture-of-Experts"):
+            weigh(dense)
+
+
+def test_cache_bytes(model):
+    cache = make_prompt_cache(model)
+    assert cache_bytes(cache) == 0
+    mx.eval(model(mx.zeros((1, 5), dtype=mx.int32), cache=cache))
+    assert cache_bytes(cache) == 3 * 2 * 2 * 16 * 256 * 4  # layers, key and value, heads, size, one step, float32

@@ -1,0 +1,222 @@
+"""The analysis script as a user meets it: what it prints and writes, how fast, how large, and what it refuses."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import CONFIG, ROOT, SHIPPED, random_model, run_script
+
+from expert_parallel.models.configurations import Configuration
+from expert_parallel.models.lazy import build_model, fill_randomly, quantise, shortened
+from expert_parallel.projection.constants import measure_machine, random_tokens, seconds_per_token, without_experts
+from expert_parallel.projection.link_probe import measure_link
+from expert_parallel.projection.links import Link
+from expert_parallel.projection.step import Cluster, decode_step
+from expert_parallel.ranks.launch import rank_commands
+from expert_parallel.report.model import billions, numbers_text
+from expert_parallel.trace import RoutingTrace
+
+SCRIPT = "model_analysis.py"
+
+
+def refused(result, *words):
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, result.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+# The script as the main program, then its own peak: wait4 would report this test runner's, if that is larger.
+RUN_AND_WEIGH = """
+import pathlib, runpy, sys
+weight, *sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    from expert_parallel.report.measuring import resident_bytes
+    pathlib.Path(weight).write_text(str(resident_bytes()["peak"]))
+"""
+
+
+@pytest.mark.parametrize("name", ["qwen3-coder-30b", "deepseek-v3"])
+def test_the_whole_report_takes_seconds_and_400_mb(name, tmp_path):
+    """Seconds of this process, not of the clock: other programs run too."""
+    out = tmp_path / "out.json"
+    arguments = ["--model", name, "--device-memory", "24", "--json", str(out)]
+    command = [sys.executable, "-c", RUN_AND_WEIGH, str(tmp_path / "peak"), SCRIPT, *arguments]
+    with (tmp_path / "text").open("w") as text:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=text)
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = status
+    assert status == 0
+    assert int((tmp_path / "peak").read_text()) < 400e6  # 100 of them torch, which transformers imports where it is
+    assert usage.ru_utime + usage.ru_stime < 6  # measured: 3.3, of which 2.6 are the import of mlx-lm (with torch)
+    printed = (tmp_path / "text").read_text()
+    assert max(map(len, printed.splitlines())) <= 80
+    for heading in ("Layers", "Parts", "Expert weights", "Memory of the fullest", "Projection"):
+        assert heading in printed
+    assert ("original write-up" in printed) == (name == "qwen3-coder-30b")  # one H100 cannot hold the other
+    if name == "qwen3-coder-30b":
+        for figure in ("30,532,122,624", "17,180,913,664", "16,307,453,952", "873,459,712", "2,654,208"):
+            assert figure in printed
+        figures = json.loads(out.read_text())
+        assert figures["architecture"]["bytes"] == 17_180_913_664
+        rows = {row["devices"]: row for row in figures["memory"]["devices"]}
+        assert rows[8]["replicated_rest_bytes"] == 16 * 48 * 2_654_208 + 873_459_712
+        assert rows[8]["hybrid_bytes"] is None
+        assert "4 heads" in figures["memory"]["hybrid_not_possible"]
+        assert figures["fit"]["fewest_devices"] == 1
+        assert figures["projection"]["source"] == "modelled"
+        first = figures["projection"]["devices"][0]
+        assert sum(first["milliseconds"].values()) == pytest.approx(1e3 / first["tokens_per_second"], rel=1e-3)
+
+
+def test_the_shipped_model_with_text_and_files(tmp_path):
+    result = run_script(
+        SCRIPT, "--model", SHIPPED, "--prompt", "code=import os\nimport sys\n", "numbers=1, 2, 3, 4, 5, 6, 7",
+        "--prompt-tokens", 8, "--json", tmp_path / "o.json",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    figures = json.loads((tmp_path / "o.json").read_text())
+    assert figures["checkpoint"]["ok"]
+    assert figures["checkpoint"]["bytes_on_disk"] == figures["architecture"]["bytes"]
+    forward = figures["forward"]
+    assert set(forward["texts"]) == {"code", "numbers"}
+    assert 0 < forward["domains"]["similarity"]["code"]["numbers"] < 1
+    assert len(forward["seconds"]["token"]) == 4
+    assert "How alike texts" in result.stdout
+
+
+def test_a_damaged_checkpoint_is_reported_with_status_1(tmp_path):
+    folder = shutil.copytree(SHIPPED, tmp_path / "model")
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    result = run_script(SCRIPT, "--model", folder)
+    assert result.returncode == 1
+    assert "truncated" in result.stdout
+    assert "Traceback" not in result.stderr
+
+
+def test_quiet_prints_nothing_and_a_trace_changes_the_projection(tmp_path):
+    hot = np.tile(np.arange(8, dtype=np.uint16), (64, 4, 1))  # the same 8 experts for ever: all on device 0
+    RoutingTrace(hot, 128, model="hot").save(tmp_path / "hot.npz")
+    common = (SCRIPT, "--model", SHIPPED, "--quiet", "--json")
+    assert run_script(*common, tmp_path / "a.json").stdout == ""
+    assert run_script(*common, tmp_path / "b.json", "--trace", tmp_path / "hot.npz").returncode == 0
+    even, skewed = (json.loads((tmp_path / f"{n}.json").read_text())["projection"]["devices"] for n in "ab")
+    assert skewed[3]["tokens_per_second"] < even[3]["tokens_per_second"]
+    assert skewed[3]["milliseconds"]["experts"] == pytest.approx(skewed[0]["milliseconds"]["experts"], rel=1e-3)
+
+
+def test_copies_and_odd_numbers_of_devices(tmp_path):
+    """Copies cost memory and relieve the fullest device."""
+    common = (SCRIPT, "--model", SHIPPED, "--devices", 7, 3, "--json")
+    assert run_script(*common, tmp_path / "a.json").returncode == 0
+    result = run_script(*common, tmp_path / "b.json", "--redundant-experts", 32)
+    assert result.returncode == 0, result.stderr
+    assert "+32 copies" in result.stdout
+    plain, copied = (json.loads((tmp_path / f"{n}.json").read_text()) for n in "ab")
+    assert [row["devices"] for row in plain["memory"]["devices"]] == [3, 7]
+    assert plain["memory"]["devices"][1]["experts_per_layer"] == 19
+    rows = [figures["projection"]["devices"][1]["milliseconds"]["experts"] for figures in (plain, copied)]
+    assert rows[1] < rows[0]
+    assert copied["memory"]["devices"][1]["with_copies_bytes"] > plain["memory"]["devices"][1]["replicated_rest_bytes"]
+    refused(run_script(SCRIPT, "--devices", 2, "--redundant-experts", 400), "128 experts and 400 copies")
+    refused(run_script(SCRIPT, "--devices", 2, 129), "--devices [2, 129]", "1 to 128")
+
+
+def test_what_is_refused(tmp_path):
+    dense = tmp_path / "dense"
+    dense.mkdir()
+    (dense / "config.json").write_text(json.dumps({**CONFIG, "mlp_only_layers": [0, 1, 2]}))
+    refused(run_script(SCRIPT, "--model", dense), "no Mixture-of-Experts")
+    (dense / "config.json").write_text(json.dumps({**CONFIG, "model_type": "abacus"}))
+    refused(run_script(SCRIPT, "--model", dense), "abacus")
+    refused(run_script(SCRIPT, "--model", "nobody/nothing"), "nobody/nothing")
+    refused(run_script(SCRIPT, "--hardware", "abacus"), "abacus", "m3-ultra")
+    refused(run_script(SCRIPT, "--forward"), "needs weights")
+    refused(run_script(SCRIPT, "--prompt", "x = 1"), "needs weights")
+    (tmp_path / "prompt").write_bytes(b"\xff\xfe")
+    refused(run_script(SCRIPT, "--model", SHIPPED, "--prompt", tmp_path / "prompt", "--quiet"), "prompt is not UTF-8")
+    dead = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}  # nobody listens there
+    refused(run_script(SCRIPT, "--model", "nobody/nothing", **dead), "hub cannot be reached")
+    refused(run_script(SCRIPT, "--model", "models/typo"), "models/typo: no such folder")
+    refused(run_script(SCRIPT, "--model", ""), "name is empty")
+    refused(run_script(SCRIPT, "--json", tmp_path / "no" / "o.json"), "does not exist")
+    refused(run_script(SCRIPT, "--context", -1), "--context")
+    refused(run_script(SCRIPT, "--device-memory", 0), "--device-memory")
+    refused(run_script(SCRIPT, "--group-size", 0), "--group-size")
+    refused(run_script(SCRIPT, "--model", SHIPPED, "--group-size", 32), "give --bits")
+    (tmp_path / "t.npz").write_text("no")
+    refused(run_script(SCRIPT, "--trace", tmp_path / "t.npz"), "t.npz")
+    RoutingTrace(np.zeros((4, 4, 8), dtype=int) + np.arange(8), 128).save(tmp_path / "t.npz")
+    refused(run_script(SCRIPT, "--trace", tmp_path / "t.npz"), "4 layers", "48")
+
+
+def test_words_of_tables():
+    assert [billions(n) for n in (30_532_122_624, 4_718_592, 1500, 3)] == ["30.53 B", "4.72 M", "1.50 k", "3"]
+    assert [numbers_text(n) for n in ([0, 1, 2], [4], [0, 2, 4, 6])] == ["0-2", "4", "4: 0, 2, 4, ..."]
+
+
+# --- this machine -------------------------------------------------------------------------------
+
+
+def test_shortened_and_filled_models_run():
+    config = shortened({**CONFIG, "layer_types": ["full_attention"] * 3}, 2)
+    assert (config["num_hidden_layers"], len(config["layer_types"])) == (2, 2)
+    import mlx.core as mx
+
+    configuration = Configuration("x", config)
+    model = fill_randomly(quantise(build_model(configuration), configuration, bits=4, group_size=32))
+    model.set_dtype(mx.float32)
+    logits = model(mx.array([[1, 2, 3]]))
+    assert mx.isfinite(logits).all()
+    assert mx.abs(logits).max() > 0
+
+
+def test_constants_of_this_machine_explain_what_they_were_fitted_on():
+    from expert_parallel.models.architecture import describe
+
+    # Wide enough for the experts to take most of the time.
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 512, "num_experts": 8, "num_experts_per_tok": 8}
+    model = random_model(**sizes)
+    described = describe(Configuration("x", {**CONFIG, **sizes, "torch_dtype": "float32"}))
+    machine = measure_machine(model, described.demand, described.outside["head"].bytes, rounds=8)
+    assert machine.bytes_per_second > 0
+    assert machine.expert_bytes_per_second > 0
+    token = seconds_per_token(model, random_tokens(model, 8), rounds=8).mean()
+    predicted = decode_step(described.demand, Cluster(machine)).seconds
+    assert predicted == pytest.approx(token, rel=0.5)  # tests share their machine with others
+
+
+def test_without_experts_puts_them_back():
+    import mlx.core as mx
+
+    model = random_model()
+    before = model(mx.array([[1, 2]]))
+    with without_experts(model):
+        assert not mx.array_equal(before, model(mx.array([[1, 2]])))
+    assert mx.array_equal(before, model(mx.array([[1, 2]])))
+
+
+@pytest.mark.parametrize("backend", ["ring", "mpi"])
+def test_a_local_link_can_be_measured(backend):
+    if backend == "mpi" and not shutil.which("mpirun"):
+        pytest.skip("no mpirun on this machine: install Open MPI to run the MPI tests")
+    link, rows = measure_link(backend)
+    assert isinstance(link, Link)
+    assert [payload for payload, _ in rows] == [8192, 65536, 524288, 4194304]
+    assert all(0 < seconds < 10 for _, seconds in rows)
+
+
+def test_links_that_are_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match="no mpirun"):
+        rank_commands("mpi", 2, ["x"], tmp_path)
+    with pytest.raises(ValueError, match="pigeon"):
+        rank_commands("pigeon", 2, ["x"], tmp_path)

@@ -1,0 +1,175 @@
+"""Traces: what the router decided, recorded without touching the answer."""
+
+import inspect
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import CONFIG, random_model
+from mlx_lm.models.cache import make_prompt_cache
+
+from expert_parallel import RoutingTrace, place_experts, record_routing, shard_model
+from expert_parallel.layers import moe_layers
+from expert_parallel.trace import _Notes
+
+
+def router_choice(model, tokens):
+    """The chosen experts of every layer by the block's own formula, [T, L, k] with sorted ids."""
+    chosen = []
+    for layer in moe_layers(model):
+        block, seen = layer.block, []
+        original = type(block).__call__
+
+        def spy(self, x, block=block, seen=seen, original=original):
+            if self is block:
+                gates = mx.softmax(self.gate(x), axis=-1, precise=True)
+                seen.append(mx.argsort(-gates, axis=-1)[..., : self.top_k])
+            return original(self, x)
+
+        type(block).__call__ = spy
+        try:
+            mx.eval(model(tokens), seen)
+        finally:
+            type(block).__call__ = original
+        chosen.append(np.sort(np.array(seen[0]).reshape(-1, block.top_k), axis=-1))
+    return np.stack(chosen, axis=1)
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 4])
+def test_recorder_notes_the_routers_own_choice(top_k):
+    model = random_model(num_experts_per_tok=top_k)
+    tokens = mx.array([[5, 6, 7, 8, 9, 10]])
+    expected = router_choice(model, tokens)
+    plain = model(tokens)
+    with record_routing(model, "random") as trace:
+        assert mx.array_equal(model(tokens), plain)
+    assert trace.experts.dtype == np.uint16
+    assert np.array_equal(np.sort(trace.experts, axis=-1), expected)
+    assert trace.loads().sum() == 6 * 3 * top_k
+    assert trace.model == "random"
+
+
+def test_recording_a_sharded_model_sees_the_same_and_leaves_nothing_behind():
+    model = random_model()
+    tokens = mx.array([[5, 6, 7, 8]])
+    with record_routing(model) as stock:
+        mx.eval(model(tokens))
+    shard_model(model, place_experts(np.zeros((3, 16)), 5))
+    before = [layer.experts for layer in moe_layers(model)]
+    with record_routing(model) as sharded:
+        mx.eval(model(tokens))
+    assert np.array_equal(stock.experts, sharded.experts)
+    assert all(a.experts is b for a, b in zip(moe_layers(model), before, strict=True))
+
+
+def test_prefill_and_decode_are_told_apart_over_many_passes():
+    model = random_model()
+    cache = make_prompt_cache(model)
+    with record_routing(model) as trace:
+        mx.eval(model(mx.array([[1, 2, 3]]), cache=cache))
+        for token in range(70):  # more than one batch of notes
+            mx.eval(model(mx.array([[token]]), cache=cache))
+    assert trace.prefill.tolist() == [True] * 3 + [False] * 70
+    assert len(trace.phase("prefill")) == 3
+    assert len(trace.phase("decode")) == 70
+
+
+def test_a_batch_of_single_tokens_is_decode_where_blocks_flatten_their_tokens_too():
+    """OLMoE's blocks hand on [B T, H]: four sequences of one token were taken for a prompt of four."""
+    from mlx_lm.models.olmoe import Model, ModelArgs
+
+    config = {name: CONFIG[name] for name in inspect.signature(ModelArgs).parameters if name in CONFIG}
+    model, original = Model(ModelArgs(**config | {"model_type": "olmoe"})), Model.__call__
+    cache = make_prompt_cache(model)
+    with record_routing(model) as trace:
+        mx.eval(model(mx.array([[1, 2]] * 4), cache=cache))
+        mx.eval(model(mx.array([[3]] * 4), cache=cache))
+    assert trace.prefill.tolist() == [True] * 8 + [False] * 4
+    assert Model.__call__ is original
+
+
+def test_memory_is_bounded_and_what_was_left_out_is_said():
+    model = random_model()
+    with record_routing(model, max_tokens=5) as trace:
+        mx.eval(model(mx.array([[1, 2, 3, 4]])))
+        mx.eval(model(mx.array([[1, 2, 3, 4]])))
+    assert len(trace) == 5
+    assert trace.metadata["dropped_tokens"] == 3
+
+
+def test_passes_after_the_limit_keep_nothing_alive():
+    """Empty slices held on to every later pass: 320 kB for one token after 400 passes of 50."""
+    notes = _Notes(2, 1)
+    takers = [notes.taker(l) for l in range(2)]
+    for _ in range(200):
+        for take in takers:
+            take(mx.zeros((1, 50, 8), dtype=mx.uint32))
+    experts, prefill = notes.finish()
+    assert experts.shape == (1, 2, 8)
+    assert len(prefill) == 1
+    assert notes.dropped == 200 * 50 - 1
+    assert [len(rows) for rows in notes.experts] == [1]
+    assert len(notes.prefill) == 1
+
+
+def test_an_exception_in_the_block_restores_the_model():
+    model = random_model()
+    with pytest.raises(KeyError), record_routing(model):
+        raise KeyError
+    assert all(type(layer.experts).__name__ == "SwitchGLU" for layer in moe_layers(model))
+
+
+def test_save_load_and_cut(tmp_path):
+    rng = np.random.default_rng(0)
+    trace = RoutingTrace(rng.integers(0, 9, (20, 2, 3)), 9, rng.random(20) < 0.5, "m", {"text": "häh"})
+    trace.save(tmp_path / "t.npz")
+    loaded = RoutingTrace.load(tmp_path / "t.npz")
+    assert np.array_equal(loaded.experts, trace.experts)
+    assert np.array_equal(loaded.prefill, trace.prefill)
+    assert (loaded.num_experts, loaded.model, loaded.metadata) == (9, "m", {"text": "häh"})
+    assert np.array_equal(np.concatenate([trace[:7].experts, trace[7:].experts]), trace.experts)
+    assert [p.name for p in tmp_path.iterdir()] == ["t.npz"]
+
+
+def test_damaged_and_foreign_files_are_refused_by_name(tmp_path):
+    (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 nothing")
+    with pytest.raises(ValueError, match="bad.npz"):
+        RoutingTrace.load(tmp_path / "bad.npz")
+    with pytest.raises(ValueError, match="none.npz"):
+        RoutingTrace.load(tmp_path / "none.npz")
+    np.savez(tmp_path / "other.npz", a=np.zeros(3))
+    with pytest.raises(ValueError, match="other.npz"):
+        RoutingTrace.load(tmp_path / "other.npz")
+
+
+def test_impossible_traces_are_refused():
+    with pytest.raises(ValueError, match="expert 9 does not exist"):
+        RoutingTrace(np.full((1, 1, 1), 9), 9)
+    with pytest.raises(ValueError, match="tokens, layers, chosen"):
+        RoutingTrace(np.zeros((4, 4)), 9)
+
+
+def test_sharding_while_recording_stays():
+    model = random_model()
+    tokens = mx.array([[5, 6, 7]])
+    expected = model(tokens)
+    layers = moe_layers(model)
+    placement = place_experts(np.zeros((len(layers), layers[0].experts.gate_proj.weight.shape[0])), 3, "contiguous")
+    with record_routing(model) as outer, record_routing(model) as inner:
+        shard_model(model, placement)
+        assert mx.array_equal(model(tokens), expected)
+    assert len(outer) == len(inner) == 3
+    assert [len(layer.experts.stores) for layer in moe_layers(model)] == [3] * len(layers)
+
+
+@pytest.mark.parametrize(
+    ("experts", "count", "word"),
+    [
+        (np.full((1, 1, 1), 1.5), 4, "not whole"),
+        (np.full((1, 1, 1), np.nan), 4, "not whole"),
+        (np.full((1, 1, 1), 69999), 70000, "65536"),
+    ],
+)
+def test_a_trace_refuses_what_its_integers_cannot_hold(experts, count, word):
+    with pytest.raises(ValueError, match=word):
+        RoutingTrace(experts, count)
