@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _compressed_tensors_quantization, _get_classes, infer_quant_config, quantize_model
 
-from ..checkpoint.opened import in_a_line
+from ..checkpoint.opened import check_rope, in_a_line
 from ..layers import cast, moe_layers
 from .configurations import Configuration
 
@@ -73,6 +73,7 @@ def build_model(configuration: Configuration) -> nn.Module:
         model(mx.zeros((1, 1), dtype=mx.int32), cache=make_prompt_cache(model))  # a token, never computed
     except (Exception, SystemExit) as error:  # whatever the first use of a field raises; a missing library exits
         raise ValueError(f"{_named(configuration)}: mlx-lm cannot build this model: {in_a_line(error)}") from None
+    check_rope(model, config, _named(configuration))
     moe_layers(model)
     dtype = config.get("torch_dtype") or config.get("dtype") or (config.get("text_config") or {}).get("dtype")
     dtype = {"float32": mx.float32, "float16": mx.float16}.get(str(dtype).removeprefix("torch."), mx.bfloat16)
