@@ -80,9 +80,10 @@ def run(args, watchdog):
     typed = gather_objects(group, typed)[0]  # a launcher passes its standard input to rank 0 alone
     waiting_for("not all ranks had loaded")
     with all_or_none(group) as same:
-        if first:  # which alone writes
-            options.check_files(args)
         folder, note = (args.model, "") if args.model is not None else opened.default_model()
+        folder = opened.resolve_model(folder)
+        if first:  # which alone writes
+            options.check_files(args, folder)
         checkpoint = opened.Checkpoint(folder)
         tokenizer, config = checkpoint.tokenizer(), checkpoint.config
         prompt = options.read_prompt(args, tokenizer, config.get("max_position_embeddings"), typed)
