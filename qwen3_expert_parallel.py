@@ -18,6 +18,7 @@ import os
 from contextlib import nullcontext
 
 from expert_parallel.command import options, output
+from expert_parallel.ranks.launch import launched
 
 # What ranks may have in places of their own; what is in the files is compared.
 OWN_OPTIONS = ("model", "adapter_path", "prompt", "placement", "placement_trace", "verify", "quiet")
@@ -189,6 +190,7 @@ def write_files(args, document, trace, placement):
 def main():
     args = options.parser_of(__doc__).parse_args()
     rank = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("MLX_RANK")
+    rank, *_ = launched()
     name = f"rank {rank}: " if rank else ""
     with output.exit_on_user_error(name):
         from expert_parallel.ranks.watchdog import NoWatchdog, Watchdog, failing_together

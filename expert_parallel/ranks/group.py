@@ -1,5 +1,6 @@
 """A group of ranks: start it, agree on what must be the same, stop together.
 
+group = start_group(timeout, watchdog)
 with all_or_none(group) as same:
     placement = make_placement(...)          # a mistake of any rank stops all, each with a line
     same["placement"] = placement.held.tobytes()
@@ -8,14 +9,16 @@ with all_or_none(group) as same:
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import json
 import os
 from contextlib import contextmanager
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+
+from .launch import check_hostfile, launched
 
 # --- starting ---------------------------------------------------------------------------------------------
 
@@ -25,14 +28,20 @@ def start_group(timeout: float, watchdog) -> mx.distributed.Group:
 
     ValueError where several processes were started and do not find each other: each would run the whole model.
     """
-    hosts = read_hostfile()
+    check_hostfile()
+    _, started, by = launched()
     watchdog.limit(timeout, f"the other ranks did not start within {timeout:g} s (--timeout)")
-    group = mx.distributed.init()
-    started, by = processes_started(hosts)
+    with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+        # init holds the GIL: a rank whose watch process is killed in it can be ended by no thread of Python's.
+        faulthandler.dump_traceback_later(timeout + 5, exit=True, file=nowhere)
+        try:
+            group = mx.distributed.init()
+        finally:
+            faulthandler.cancel_dump_traceback_later()
     if group.size() < started:
         raise ValueError(
             f"started as one of {started} processes ({by}), but MLX joined {group.size()}: use mlx.launch, or mpirun of"
-            " Open MPI with its development files (another library can be named in MLX_MPI_LIBNAME)"
+            f" Open MPI with its development files (MLX_MPI_LIBNAME names another); unset {by} to run alone"
         )
     if group.size() > 1:
         addresses = gather_objects(group, watchdog.address())
@@ -40,38 +49,6 @@ def start_group(timeout: float, watchdog) -> mx.distributed.Group:
             watchdog.join(addresses[0])
     watchdog.limit(None)
     return group
-
-
-def read_hostfile() -> list | None:
-    """What MLX_HOSTFILE names, as the ring wants it; None where it names none. ValueError with its name."""
-    path = os.environ.get("MLX_HOSTFILE")
-    if not path:
-        return None
-    try:
-        hosts = json.loads(Path(path).read_text())
-        good = all(isinstance(host, list) and host and all(":" in address for address in host) for host in hosts)
-        rank = int(os.environ.get("MLX_RANK", "0"))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"MLX_HOSTFILE {path} cannot be used: {error}") from None
-    if not good or not 0 <= rank < len(hosts):
-        raise ValueError(
-            f'MLX_HOSTFILE {path} is not for MLX_RANK {rank}: it should be like [["127.0.0.1:5000"], ...], an entry for'
-            " each rank; give a file with ssh and ips to mlx.launch --hostfile"
-        )
-    return hosts
-
-
-def processes_started(hosts: list | None = None) -> tuple[int, str]:
-    """(number of processes that this one was started with, the variable that says so), 1 where none does."""
-    environment = os.environ
-    names = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MLX_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-    counts = {name: int(environment[name]) for name in names if environment.get(name, "").isdigit()}
-    if environment.get("SLURM_PROCID", "0") != "0":  # in a job's own shell it is 0, whatever the job may start
-        counts["SLURM_NTASKS"] = int(environment.get("SLURM_NTASKS", "2"))
-    if "MLX_RANK" in environment:  # a ring of one has a hostfile of one
-        counts["MLX_RANK"] = len(hosts) if hosts else max(2, counts.get("MLX_WORLD_SIZE", 0))
-    by = max(counts, key=counts.get, default="")
-    return counts.get(by, 1), by
 
 
 # --- agreeing ---------------------------------------------------------------------------------------------
@@ -83,10 +60,10 @@ class RanksDisagree(ValueError):
 
 @contextmanager
 def all_or_none(group):
-    """The block is carried out by every rank or the run ends on all of them; a collective at its end.
+    """The block is carried out by every rank, or the run ends on all of them. A collective at its end, none inside.
 
-    Gives a dictionary for facts that must be the same on every rank, long ones are compared by hash. A ValueError or
-    OSError of one rank, or a fact that differs, is RanksDisagree on all; in a group of one an error goes its way.
+    Gives a dictionary for facts that must be the same on every rank, see `agree`. A ValueError or OSError of one rank
+    is RanksDisagree on all; in a group of one it goes its way.
     """
     facts, error = {}, None
     try:
@@ -95,6 +72,14 @@ def all_or_none(group):
         if group.size() == 1:
             raise
         error = str(problem)
+    agree(group, facts, error)
+
+
+def agree(group, facts: dict, error: str | None = None) -> None:
+    """RanksDisagree on every rank unless all have the same facts and none an error. A collective.
+
+    facts  {"placement": ..., "--temp": 0.5}: compared as text, long ones by hash
+    """
     marks = {name: _short(str(fact)) for name, fact in facts.items()}
     everyone = gather_objects(group, {"marks": marks, "error": error})
     if error:

@@ -1,4 +1,7 @@
-"""Launch: local ranks over the ring or MPI, for probes and benchmarks."""
+"""Launch: what launchers leave in a rank's environment; local ranks over the ring or MPI, for probes and benchmarks.
+
+Imports the standard library alone, so that a script can ask whether it is a rank before it loads anything.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,65 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def launched() -> tuple[str | None, int, str]:
+    """(rank, number of processes, variable that says so) of the launch that this process is part of.
+
+    (None, 1, "") for a process by itself; a number that the launcher does not tell counts as 2. The launcher that
+    comes first below decides: those after it may have started the job in which it runs.
+    """
+    environment, task = os.environ.get, os.environ.get("SLURM_PROCID", "0")
+    found = (
+        (environment("OMPI_COMM_WORLD_RANK"), environment("OMPI_COMM_WORLD_SIZE"), "OMPI_COMM_WORLD_SIZE"),
+        (environment("MLX_RANK"), _ranks_of_mlx(), "MLX_RANK"),
+        (environment("PMI_RANK"), environment("PMI_SIZE"), "PMI_SIZE"),  # MPICH, Intel MPI
+        (task, environment("SLURM_STEP_NUM_TASKS"), "SLURM_STEP_NUM_TASKS"),  # srun
+        # SLURM_NTASKS is what a job may start: its own shell or script has it too, as task 0, and is one process.
+        (task, environment("SLURM_NTASKS") if task != "0" else None, "SLURM_NTASKS"),
+    )
+    rank, number, by = next((row for row in found if row[1]), (None, 1, ""))
+    return (rank, int(number), by) if int(number) > 1 else (None, 1, "")
+
+
+def _ranks_of_mlx() -> int | str | None:
+    for name in ("MLX_HOSTFILE", "MLX_IBV_DEVICES"):
+        with contextlib.suppress(KeyError, OSError, ValueError, TypeError):
+            return len(json.loads(Path(os.environ[name]).read_text()))
+    return os.environ.get("MLX_WORLD_SIZE") or ("2" if "MLX_RANK" in os.environ else None)
+
+
+def check_hostfile() -> list[list[str]] | None:
+    """What MLX_HOSTFILE names, "ip:port" strings for each rank; None where it is not set. ValueError with its name."""
+    path, rank = os.environ.get("MLX_HOSTFILE"), os.environ.get("MLX_RANK", "")
+    if path is None:
+        return None
+    try:
+        hosts = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"MLX_HOSTFILE {path} cannot be read: {error}") from None
+    good = isinstance(hosts, list) and all(isinstance(host, list) and host for host in hosts)
+    if not good or not all(isinstance(address, str) and ":" in address for host in hosts for address in host):
+        raise ValueError(
+            f'MLX_HOSTFILE {path} should be like [["10.0.0.1:5000"], ["10.0.0.2:5000"]], an entry for each rank; a file'
+            " with ssh and ips is for mlx.launch --hostfile"
+        )
+    if not rank.isdigit() or int(rank) >= len(hosts):
+        raise ValueError(f"MLX_HOSTFILE {path} is for ranks 0 to {len(hosts) - 1}, MLX_RANK is {rank or 'not set'}")
+    return hosts
+
+
+def host_of_rank_0() -> str:
+    """Address at which ranks can reach rank 0: this machine's own where all are on it, 0.0.0.0 where none is known."""
+    with contextlib.suppress(ValueError):  # which is said where the group starts
+        if hosts := check_hostfile():
+            machines = [host[0].rpartition(":")[0] for host in hosts]
+            return machines[0] if len(set(machines)) > 1 else "127.0.0.1"
+    coordinator = os.environ.get("MLX_JACCL_COORDINATOR", "").rpartition(":")[0]
+    if coordinator or "NCCL_HOST_IP" in os.environ:
+        return coordinator or os.environ["NCCL_HOST_IP"]
+    number, here = (os.environ.get(f"OMPI_COMM_WORLD_{name}SIZE") for name in ("", "LOCAL_"))
+    return "127.0.0.1" if number == here else "0.0.0.0"
 
 
 def rank_commands(backend: str, num_ranks: int, command: list[str], folder: Path) -> list[tuple[list[str], dict]]:

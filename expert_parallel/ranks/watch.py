@@ -1,17 +1,24 @@
-"""The process beside a rank that ends it when nothing else can: python watch.py NAME RANK_PID HOST, told by lines.
+"""The process beside a rank that ends it when nothing else can: python -I -S watch.py NAME RANK_PID HOST
 
-A collective whose peer is gone can block inside the library, where no Python thread or signal handler of the rank runs.
-So this process, which runs by itself, ends the rank, with one line on standard error
+A collective whose peer is gone can block inside the library, where no Python signal handler of the rank runs. So this
+process, which imports nothing but the standard library, ends the rank, with one line on standard error
 
-    when the time that the rank allowed for its present step is over,
+    when the time that the rank allowed for its present step is over, or it has been stopped (SIGSTOP) for as long,
     when another rank's process is gone: these processes hold connections to that of rank 0,
     when the launcher ends the run.
 
-Standard input, from the rank: "token T", "limit SECONDS MESSAGE" (0: none), "join HOST PORT TOKEN", "bye"; its end
-means that the rank is gone. Standard output, once: the port on HOST where others join. Who joins says T first; who
-does not within some seconds, or says another, is sent away, and holds nobody up.
+It stays until the rank's process is gone, even after "bye": an MPI rank still waits for others in its last moments.
+
+Standard input, from the rank, whose end is the rank's:
+    token T                  what others say to be believed; not on a command line, which every user can read
+    limit SECONDS MESSAGE    end the rank with MESSAGE unless told otherwise in time; 0 stops the clock
+    join HOST PORT T         hold a connection to the process beside rank 0
+    hush                     answered with "ok": from now on the rank says its own last line
+    bye                      all is well: others may go
+Standard output: the port on HOST where others join, 0 where HOST is "", as nobody joins this rank.
 """
 
+import asyncio
 import contextlib
 import hmac
 import os
@@ -19,119 +26,137 @@ import select
 import signal
 import socket
 import sys
-import time
 
-PATIENCE = 5  # seconds for a stranger to say the token
-STRANGERS = 256  # at a time
-STOPPED = "stopped by the launcher: another rank failed or the run was ended"
+PATIENCE = 5  # seconds for a stranger to say the token, and for a join
+STRANGERS = 32  # at a time; one more sends the oldest away
+LOOK = 1  # seconds between looks at the state of a rank that has no time limit
+TROUBLES = (OSError, EOFError, asyncio.TimeoutError)
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process was stopped by a signal (not by a debugger)."""
+    if os.path.isdir("/proc/self"):  # noqa: PTH112, pathlib takes longer to import than this takes to run
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:  # noqa: PTH123
+            return file.read().rpartition(")")[2].split()[0] == "T"
+        return False
+    return os.popen(f"ps -o state= -p {pid}").read().startswith("T")
 
 
 class Watch:
-    def __init__(self, name: str, rank_pid: int, host: str):
-        self.name, self.rank_pid, self.token = name, rank_pid, None
-        self.deadline, self.message = None, ""
-        self.peers, self.strangers = [], {}  # strangers: socket -> (what it said, until when it may say more)
-        self.done, self.pending = False, b""
-        self.server = socket.create_server((host, 0), backlog=128)
-        print(self.server.getsockname()[1], flush=True)
+    def __init__(self, name: str, rank_pid: int):
+        self.name, self.rank_pid, self.pending = name, rank_pid, b""
+        self.token = os.urandom(16)  # until the rank has told one
+        self.clock, self.seconds = None, 300.0  # the time limit that runs; the last that was set
+        self.stopped = 0.0  # seconds
+        self.hushed = self.leaving = False
+        self.strangers, self.peers = [], []  # writers of connections
+        self.joining = None
 
-    def run(self):
+    async def run(self, host: str) -> None:
+        loop = asyncio.get_running_loop()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, lambda *_: self.end(STOPPED))
-        while not self.done:
-            now = time.monotonic()
-            if self.deadline is not None and now >= self.deadline:
-                self.end(self.message)
-            for stranger in [s for s, (_, until) in self.strangers.items() if now >= until]:
-                self.send_away(stranger)
-            times = [until for _, until in self.strangers.values()] + [self.deadline] * (self.deadline is not None)
-            wait = max(min(times) - now, 0) if times else None
-            for source in select.select([0, self.server, *self.peers, *self.strangers], [], [], wait)[0]:
-                self.hear(source)
+        ended = "stopped by the launcher: another rank failed or the run was ended"
+        loop.add_signal_handler(signal.SIGTERM, self.end, ended)
+        loop.add_reader(0, self.hear_rank)
+        port = 0
+        if host:
+            try:
+                server = socket.create_server((host, 0))
+            except OSError:  # no address of this machine: MLX says so when it meets the others
+                server = socket.create_server(("127.0.0.1", 0))
+            port = server.getsockname()[1]
+            await asyncio.start_server(self.welcome, sock=server, backlog=STRANGERS)
+        print(port, flush=True)
+        while True:
+            await asyncio.sleep(LOOK)
+            self.stopped = self.stopped + LOOK if self.clock is None and is_stopped(self.rank_pid) else 0.0
+            if self.stopped > self.seconds:
+                self.end(f"its process was stopped by a signal for {self.seconds:g} s (--timeout)")
 
-    def hear(self, source):
-        if source == 0:
-            self.hear_rank()
-        elif source is self.server:
-            stranger = source.accept()[0]
-            stranger.setblocking(False)
-            if len(self.strangers) >= STRANGERS:
-                stranger.close()
-            else:
-                self.strangers[stranger] = (b"", time.monotonic() + PATIENCE)
-        elif source in self.strangers:
-            said, until = self.strangers[source]
-            said += self.read(source)
-            if self.token and len(said) >= len(self.token):
-                del self.strangers[source]
-                known = hmac.compare_digest(said[: len(self.token)], self.token)
-                self.peers.append(source) if known else source.close()
-            elif said == self.strangers[source][0]:  # closed
-                self.send_away(source)
-            else:
-                self.strangers[source] = (said, until)
-        else:
-            word = self.read(source)
-            self.peers.remove(source)
-            if not word and not self.done:
-                self.end("lost another rank: its process was ended or crashed")
-
-    def hear_rank(self):
+    def hear_rank(self) -> None:
         data = os.read(0, 1 << 16)
-        self.done = self.done or not data  # the rank was killed: its peers learn it from the closed connections
+        if not data:  # the rank is gone; its peers learn it from the closed connections, unless it said bye
+            os._exit(0)
         *lines, self.pending = (self.pending + data).split(b"\n")
         for line in lines:
             command, _, rest = line.decode().partition(" ")
             if command == "token":
                 self.token = rest.encode()
             elif command == "limit":
-                seconds, _, self.message = rest.partition(" ")
-                self.deadline = time.monotonic() + float(seconds) if float(seconds) else None
+                self.limit(*rest.split(" ", 1))
             elif command == "join":
-                self.join(*rest.split())
+                self.joining = asyncio.ensure_future(self.join(*rest.split()))
+            elif command == "hush":
+                self.hushed = True
+                print("ok", flush=True)
             elif command == "bye":
-                self.done = True
+                self.limit("0", "")
+                self.leaving = True
                 for peer in self.peers:
-                    self.say(peer, b"bye")
+                    peer.write(b"bye")
 
-    def join(self, host, port, token):
+    def limit(self, seconds: str, message: str) -> None:
+        if self.clock:
+            self.clock.cancel()
+        self.seconds = float(seconds) or self.seconds
+        self.clock = asyncio.get_running_loop().call_later(self.seconds, self.end, message) if float(seconds) else None
+
+    async def welcome(self, reader, writer) -> None:
+        """Who says the token in time is a peer; all others are sent away, and hold nobody up."""
+        if len(self.strangers) >= STRANGERS:
+            self.strangers.pop(0).close()
+        self.strangers.append(writer)
         try:
-            peer = socket.create_connection((host, int(port)), timeout=5)
-        except OSError:
-            return  # a firewall between: the time limit is left
-        peer.settimeout(None)
-        self.say(peer, token.encode())
-        self.peers.append(peer)
+            said = await asyncio.wait_for(reader.readexactly(len(self.token)), PATIENCE)
+            if hmac.compare_digest(said, self.token) and writer in self.strangers:
+                self.strangers.remove(writer)
+                writer.write(b"ok")
+                await self.follow(reader, writer)
+        except TROUBLES:
+            pass
+        finally:
+            if writer in self.strangers:
+                self.strangers.remove(writer)
+            writer.close()
 
-    def end(self, why):
-        """One line, then the rank's end: in its own way first, for a rank that is stopped or deaf by force."""
+    async def join(self, host: str, port: str, token: str) -> None:
+        """Several tries, as strangers can crowd one out; where a firewall is between, the time limit is left."""
+        for _ in range(PATIENCE):
+            with contextlib.suppress(*TROUBLES):
+                reader, writer = await asyncio.wait_for(asyncio.open_connection(host, int(port)), PATIENCE)
+                writer.write(token.encode())
+                if await asyncio.wait_for(reader.readexactly(2), PATIENCE) == b"ok":
+                    await self.follow(reader, writer)
+                    return
+            await asyncio.sleep(1)
+
+    async def follow(self, reader, writer) -> None:
+        """Until the other rank says bye, or its process is gone."""
+        self.peers.append(writer)
+        if self.leaving:
+            writer.write(b"bye")
+        word = b""
+        with contextlib.suppress(OSError):
+            word = await reader.read(3)
+        self.peers.remove(writer)
+        if not word and not self.leaving:
+            self.end("lost another rank: its process was ended or crashed")
+
+    def end(self, why: str) -> None:
+        """One line, then the rank's end: in its own way first, by force where it cannot hear."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one line is enough
-        sys.stderr.write(f"\n{self.name}{why}\n")
-        sys.stderr.flush()
-        for how, seconds in ((signal.SIGQUIT, 2), (signal.SIGKILL, 0)):
-            try:
+        if not self.hushed:
+            with contextlib.suppress(OSError):
+                if select.select([], [2], [], 1)[1]:  # perhaps nobody reads it
+                    os.write(2, f"\n{self.name}{why}\n".encode())
+        for how, seconds in ((signal.SIGQUIT, 0), (signal.SIGCONT, 2), (signal.SIGKILL, 0)):
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(self.rank_pid, how)
-            except ProcessLookupError:
-                break
             while select.select([0], [], [], seconds)[0]:
                 if not os.read(0, 1 << 16):  # the rank is gone
                     os._exit(0)
         os._exit(0)
 
-    def send_away(self, stranger):
-        del self.strangers[stranger]
-        stranger.close()
-
-    def read(self, source):
-        try:
-            return source.recv(256)
-        except OSError:
-            return b""
-
-    def say(self, peer, word):
-        with contextlib.suppress(OSError):
-            peer.sendall(word)
-
 
 if __name__ == "__main__":
-    Watch(sys.argv[1], int(sys.argv[2]), sys.argv[3]).run()
+    asyncio.run(Watch(sys.argv[1], int(sys.argv[2])).run(sys.argv[3]))

@@ -1,0 +1,173 @@
+"""Groups of ranks: launches that fall apart, and what ranks must agree on."""
+
+import json
+import re
+import types
+
+import pytest
+from conftest import SHIPPED, run_script
+
+from expert_parallel.ranks import group as groups
+from expert_parallel.ranks.group import RanksDisagree, agree, all_or_none
+from expert_parallel.ranks.launch import check_hostfile, host_of_rank_0, launched
+
+SCRIPT = "qwen3_expert_parallel.py"
+RANK = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "PMI_RANK", "PMI_SIZE")
+RANK += ("MLX_RANK", "MLX_WORLD_SIZE", "MLX_HOSTFILE", "MLX_IBV_DEVICES", "MLX_JACCL_COORDINATOR", "NCCL_HOST_IP")
+RANK += ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """No launcher's but the one that the test gives."""
+    for name in RANK:
+        monkeypatch.delenv(name, raising=False)
+    return lambda **names: [monkeypatch.setenv(name, str(value)) for name, value in names.items()]
+
+
+def hostfile(tmp_path, hosts):
+    path = tmp_path / "hosts.json"
+    path.write_text(hosts if isinstance(hosts, str) else json.dumps(hosts))
+    return path
+
+
+# --- launches -----------------------------------------------------------------------------------------------
+
+STARTED = {
+    "Open MPI": ({"OMPI_COMM_WORLD_RANK": 3, "OMPI_COMM_WORLD_SIZE": 4}, ("3", 4)),
+    "MLX_RANK alone": ({"MLX_RANK": 1}, ("1", 2)),
+    "JACCL": ({"MLX_RANK": 0, "MLX_IBV_DEVICES": "f.json", "MLX_JACCL_COORDINATOR": "127.0.0.1:5201"}, ("0", 2)),
+    "NCCL": ({"MLX_RANK": 1, "MLX_WORLD_SIZE": 3, "NCCL_HOST_IP": "127.0.0.1", "NCCL_PORT": 5300}, ("1", 3)),
+    "MPICH": ({"PMI_SIZE": 2, "PMI_RANK": 1}, ("1", 2)),
+    "Slurm": ({"SLURM_NTASKS": 2, "SLURM_PROCID": 1}, ("1", 2)),
+    "srun, task 0": ({"SLURM_NTASKS": 2, "SLURM_PROCID": 0, "SLURM_STEP_NUM_TASKS": 2}, ("0", 2)),
+    "mpirun in a job of 4 machines": (
+        {"OMPI_COMM_WORLD_RANK": 1, "OMPI_COMM_WORLD_SIZE": 2, "SLURM_PROCID": 3, "SLURM_STEP_NUM_TASKS": 4},
+        ("1", 2),
+    ),
+    "by itself": ({}, (None, 1)),
+    "salloc": ({"SLURM_NTASKS": 4}, (None, 1)),
+    "sbatch": ({"SLURM_NTASKS": 4, "SLURM_PROCID": 0}, (None, 1)),
+    "a shell in a job": ({"SLURM_NTASKS": 4, "SLURM_PROCID": 0, "SLURM_STEP_NUM_TASKS": 1}, (None, 1)),
+    "srun -n1": ({"SLURM_NTASKS": 1, "SLURM_PROCID": 0, "SLURM_STEP_NUM_TASKS": 1, "PMI_SIZE": 1}, (None, 1)),
+    "mpirun -np 1": ({"OMPI_COMM_WORLD_RANK": 0, "OMPI_COMM_WORLD_SIZE": 1}, (None, 1)),
+}
+
+
+@pytest.mark.parametrize(("names", "expected"), STARTED.values(), ids=STARTED)
+def test_how_many_were_started(environment, names, expected):
+    environment(**names)
+    assert launched()[:2] == expected
+
+
+@pytest.mark.parametrize("variable", ["MLX_HOSTFILE", "MLX_IBV_DEVICES"])
+def test_the_number_of_ranks_of_mlx_launch_is_in_its_file(environment, tmp_path, variable):
+    environment(MLX_RANK=2, **{variable: hostfile(tmp_path, [["a:1"], ["b:1"], ["c:1"]])})
+    assert launched() == ("2", 3, "MLX_RANK")
+
+
+@pytest.mark.parametrize(
+    ("hosts", "rank", "words"),
+    [
+        (None, 0, "hosts.json cannot be read: .*No such file"),
+        ("", 0, "hosts.json cannot be read: "),
+        ([{"ssh": "a", "ips": ["10.0.0.1"]}], 0, "hosts.json should be like .* mlx.launch --hostfile"),
+        ({"hosts": []}, 0, "should be like"),
+        ([["10.0.0.1"], []], 0, "should be like"),
+        ([["10.0.0.1:5000"]], 1, "is for ranks 0 to 0, MLX_RANK is 1"),
+        ([["10.0.0.1:5000"]], "", "MLX_RANK is not set"),
+    ],
+)
+def test_hostfiles_are_checked_and_named(environment, tmp_path, hosts, rank, words):
+    path = tmp_path / "hosts.json" if hosts is None else hostfile(tmp_path, hosts)
+    environment(MLX_HOSTFILE=path, MLX_RANK=rank)
+    with pytest.raises(ValueError, match=f"MLX_HOSTFILE .*{words}"):
+        check_hostfile()
+
+
+def test_where_rank_0_listens(environment, tmp_path):
+    """Not on every interface where that can be helped."""
+    assert host_of_rank_0() == "127.0.0.1"
+    environment(OMPI_COMM_WORLD_SIZE=4, OMPI_COMM_WORLD_LOCAL_SIZE=2)
+    assert host_of_rank_0() == "0.0.0.0"  # mpirun does not tell its machines
+    environment(OMPI_COMM_WORLD_LOCAL_SIZE=4)
+    assert host_of_rank_0() == "127.0.0.1"
+    environment(MLX_JACCL_COORDINATOR="10.0.0.1:5201")
+    assert host_of_rank_0() == "10.0.0.1"
+    environment(MLX_RANK=1, MLX_HOSTFILE=hostfile(tmp_path, [["10.0.0.7:5000"], ["10.0.0.8:5000"]]))
+    assert host_of_rank_0() == "10.0.0.7"
+    environment(MLX_HOSTFILE=hostfile(tmp_path, [["10.0.0.7:5000"], ["10.0.0.7:5001"]]))
+    assert host_of_rank_0() == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("names", "line"),
+    [
+        ({"MLX_RANK": "1"}, r"rank 1: error: started as one of 2 processes \(MLX_RANK\), but MLX joined 1: .*"),
+        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, r"rank 0: error: started as one of 2 processes \(PMI_SIZE\), .*"),
+        ({"MLX_RANK": "0", "MLX_HOSTFILE": "/none.json"}, r"rank 0: error: MLX_HOSTFILE /none.json cannot be read: .*"),
+    ],
+)
+def test_a_rank_without_others_stops_in_one_line_before_anything_is_read(names, line):
+    """Each ran the whole model by itself, with status 0."""
+    done = run_script(SCRIPT, "--model", "/no/such/model", "--quiet", **names)
+    assert done.returncode == 2
+    assert re.fullmatch(rf"\s*{line}\n", done.stderr), done.stderr
+
+
+def test_one_task_of_a_job_runs():
+    done = run_script(SCRIPT, "--model", SHIPPED, "--max-tokens", 1, "--quiet", SLURM_NTASKS="4", SLURM_PROCID="0")
+    assert done.returncode == 0, done.stderr
+
+
+# --- agreeing -----------------------------------------------------------------------------------------------
+
+
+def ranks(monkeypatch, *others):
+    """A group whose other ranks, after this one, gather what is given."""
+    monkeypatch.setattr(groups, "gather_objects", lambda group, value: [value, *others])
+    return types.SimpleNamespace(size=lambda: 1 + len(others), rank=lambda: 0)
+
+
+def marks(**facts):
+    return {"marks": facts, "error": None}
+
+
+def test_ranks_that_have_the_same_go_on(monkeypatch):
+    with all_or_none(ranks(monkeypatch, marks(seed="3"))) as same:
+        same["seed"] = 3
+
+
+@pytest.mark.parametrize(
+    ("other", "line"),
+    [
+        (marks(seed="4"), r"rank 1 has other seed \(4, not 3\) than rank 0; all ranks stop"),
+        (marks(), r"rank 1 has other seed \(None, not 3\) than rank 0; all ranks stop"),
+        (marks(seed="3", more="1"), r"rank 1 has other more \(1, not None\) than rank 0; all ranks stop"),
+        ({"marks": {}, "error": "no such model"}, "rank 1 stopped: no such model"),
+    ],
+)
+def test_ranks_that_differ_stop(monkeypatch, other, line):
+    with pytest.raises(RanksDisagree, match=f"^{line}$"), all_or_none(ranks(monkeypatch, other)) as same:
+        same["seed"] = 3
+
+
+@pytest.mark.parametrize("error", [ValueError("bad"), FileNotFoundError("bad")])
+def test_a_mistake_of_one_rank_waits_for_the_end_of_the_block(monkeypatch, error):
+    """A rank that left at once would leave the others in their next collective."""
+    with pytest.raises(RanksDisagree, match="^bad$"), all_or_none(ranks(monkeypatch, marks())):
+        raise error
+    with pytest.raises(KeyError), all_or_none(ranks(monkeypatch, marks())):  # our own mistake ends the rank at once
+        raise KeyError("bad")
+
+
+def test_in_a_group_of_one_errors_go_their_way(monkeypatch):
+    with pytest.raises(FileNotFoundError), all_or_none(ranks(monkeypatch)):
+        raise FileNotFoundError("bad")
+    with all_or_none(ranks(monkeypatch)) as same:
+        same["seed"] = 3
+
+
+def test_long_facts_are_compared_by_hash_and_named_by_it(monkeypatch):
+    with pytest.raises(RanksDisagree, match=r"other prompt \(\w{8}, not \w{8}\)"):
+        agree(ranks(monkeypatch, marks(prompt="0" * 8)), {"prompt": list(range(1000))})

@@ -1,0 +1,272 @@
+"""The process beside a rank: what it hears, whom it believes, and what becomes of a rank whose watch is gone."""
+
+import contextlib
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, launch_command
+from test_rank_failures import BACKENDS, LONG, NEEDS_MPI, PATCHED, RUN, SCRIPT, errors_of, started
+
+WATCH = ROOT / "expert_parallel" / "ranks" / "watch.py"
+TOKEN = b"0123456789abcdef"
+
+
+class Beside:
+    """A stand-in for a rank, and the process that watches it."""
+
+    def __init__(self, name="rank 7: error: ", host="127.0.0.1", rank=("sleep", "60")):
+        self.rank = subprocess.Popen(rank)
+        command = [sys.executable, "-I", "-S", str(WATCH), name, str(self.rank.pid), host]
+        self.process = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1)
+        self.port = int(self.process.stdout.readline())
+        self.tell(f"token {TOKEN.decode()}")
+
+    def tell(self, *lines):
+        self.process.stdin.write("".join(f"{line}\n" for line in lines).encode())
+        self.process.stdin.flush()
+
+    def ends(self, seconds=10):
+        """(status of the rank, what was said, how long it took)."""
+        begin = time.monotonic()
+        status = self.rank.wait(timeout=seconds)
+        took = time.monotonic() - begin
+        return status, self.process.communicate(timeout=10)[1].decode(), took
+
+
+@pytest.fixture
+def beside():
+    """Makes them, and ends them with the test."""
+    made = []
+
+    def make(**how):
+        made.append(Beside(**how))
+        return made[-1]
+
+    yield make
+    for one in made:
+        for process in (one.rank, one.process):
+            process.kill()
+            process.wait()
+
+
+def connect(port, words=b""):
+    connection = socket.create_connection(("127.0.0.1", port), timeout=5)
+    connection.sendall(words)
+    return connection
+
+
+def peer(port):
+    connection = connect(port, TOKEN)
+    assert connection.recv(2) == b"ok"
+    return connection
+
+
+# --- time limits and stops -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_time_limit_ends_a_rank_stopped_or_not(beside, stopped):
+    one = beside()
+    if stopped:
+        os.kill(one.rank.pid, signal.SIGSTOP)
+    one.tell("limit 0.5 it took too long")
+    status, said, took = one.ends()
+    assert (status, said) == (-signal.SIGQUIT, "\nrank 7: error: it took too long\n")
+    assert 0.2 < took < 2
+
+
+def test_a_rank_that_cannot_hear_is_ended_by_force(beside):
+    one = beside(rank=["bash", "-c", "trap '' QUIT; sleep 60 & wait"], host="")
+    assert one.port == 0  # nobody joins it: it does not listen
+    time.sleep(0.3)
+    one.tell("limit 0.1 over")
+    assert one.ends()[0] == -signal.SIGKILL
+
+
+def test_a_limit_that_is_taken_back_ends_nothing(beside):
+    one = beside()
+    one.tell("limit 0.3 too long", "limit 0 ")
+    time.sleep(0.8)
+    assert one.rank.poll() is None
+
+
+@pytest.mark.parametrize("goodbye", [False, True])
+def test_a_rank_that_is_stopped_where_it_has_no_limit_is_ended_too(beside, goodbye):
+    """Rank 0 under mpirun, stopped in its last moments, hung the run without end: its watch was gone by then."""
+    one = beside()
+    one.tell("limit 1 too long", "limit 0 ", *["bye"] * goodbye)
+    os.kill(one.rank.pid, signal.SIGSTOP)
+    status, said, took = one.ends()
+    assert status and "stopped by a signal for 1 s" in said and took < 5
+
+
+@pytest.mark.skipif(not shutil.which("ps"), reason="no ps on this machine")
+@pytest.mark.parametrize("linux", [Path("/proc/self").exists(), False])
+def test_a_stopped_process_is_told_from_others(monkeypatch, linux):
+    spec = importlib.util.spec_from_file_location("watch", WATCH)
+    watch = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(watch)
+    monkeypatch.setattr(watch.os.path, "isdir", lambda path: linux)
+    process = subprocess.Popen(["sleep", "60"])
+    assert not watch.is_stopped(process.pid)
+    process.send_signal(signal.SIGSTOP)
+    os.waitpid(process.pid, os.WUNTRACED)
+    assert watch.is_stopped(process.pid)
+    process.kill()
+    process.wait()
+    assert not watch.is_stopped(process.pid)
+
+
+# --- peers and strangers ---------------------------------------------------------------------------------------
+
+
+def test_a_peer_that_goes_without_goodbye_ends_the_rank_and_one_with_it_does_not(beside):
+    one = beside()
+    polite, other = peer(one.port), peer(one.port)
+    polite.sendall(b"bye")
+    polite.close()
+    time.sleep(0.3)
+    assert one.rank.poll() is None
+    other.close()
+    status, said, _ = one.ends()
+    assert status == -signal.SIGQUIT
+    assert said == "\nrank 7: error: lost another rank: its process was ended or crashed\n"
+
+
+def test_a_lost_rank_ends_those_that_joined_rank_0(beside):
+    first, second, third = (beside(name=f"rank {r}: error: ") for r in range(3))
+    for one in (second, third):
+        one.tell(f"join 127.0.0.1 {first.port} {TOKEN.decode()}")
+    time.sleep(0.5)
+    assert first.rank.poll() is second.rank.poll() is None
+    third.process.stdin.close()  # as the end of its process does
+    for rank, one in enumerate((first, second)):
+        status, said, _ = one.ends()
+        assert status and said.startswith(f"\nrank {rank}: error: lost another rank"), (rank, said)
+
+
+def test_ranks_that_said_goodbye_go_one_by_one(beside):
+    first, second = beside(), beside()
+    second.tell(f"join 127.0.0.1 {first.port} {TOKEN.decode()}", "bye")  # before it has joined
+    time.sleep(0.5)
+    second.process.stdin.close()
+    assert second.process.wait(timeout=5) == 0
+    time.sleep(0.3)
+    assert first.rank.poll() is None and first.process.poll() is None
+    first.tell("bye")
+    first.process.stdin.close()
+    assert first.process.wait(timeout=5) == 0
+
+
+def test_strangers_can_neither_end_a_rank_nor_hold_its_watch_up(beside):
+    """Every user of the machine can connect; who does not say the token first is nobody."""
+    one = beside()
+    strangers = [connect(one.port) for _ in range(100)]
+    for words in (b"", TOKEN[:-1], TOKEN.upper(), b"bye", b"x" * 100_000):
+        with contextlib.suppress(OSError):  # sent away in mid-word
+            connect(one.port, words).close()
+    friend = peer(one.port)  # is heard, though 32 say nothing
+    for stranger in strangers[::2]:
+        stranger.close()
+    time.sleep(0.3)
+    assert one.rank.poll() is None
+    if Path("/proc/self/fd").exists():
+        assert len(list(Path(f"/proc/{one.process.pid}/fd").iterdir())) < 60
+    one.tell("limit 0.5 over")
+    assert one.ends()[2] < 2
+    friend.close()
+
+
+def test_an_address_of_another_machine_is_left_to_mlx(beside):
+    assert connect(beside(host="203.0.113.1").port)
+
+
+# --- the last line -------------------------------------------------------------------------------------------
+
+
+def test_a_rank_that_speaks_itself_is_not_spoken_for(beside):
+    one = beside()
+    one.tell("hush")
+    assert one.process.stdout.readline() == b"ok\n"
+    one.process.send_signal(signal.SIGTERM)  # from mpirun, as it ends all ranks
+    status, said, _ = one.ends()
+    assert (status, said) == (-signal.SIGQUIT, "")
+
+
+def test_nobody_has_to_read_the_line(beside):
+    one = beside()
+    one.process.stderr.close()
+    one.tell("limit 0.1 over")
+    assert one.rank.wait(timeout=10) == -signal.SIGQUIT
+
+
+# --- real ranks ------------------------------------------------------------------------------------------------
+
+
+def test_the_watch_listens_where_it_is_told_and_its_secret_is_on_no_command_line(tmp_path):
+    """It listened on every interface, with its token in the process list: any user could end a run."""
+    with started("ring", 2, "-c", PATCHED, 1, "at_token(3, lambda: time.sleep(9))", *LONG, tmp_path=tmp_path):
+        deadline = time.monotonic() + 60
+        lines = []
+        while time.monotonic() < deadline and len(lines) < 2:
+            listed = subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True).stdout
+            lines = re.findall(rf"{WATCH} rank (\d): error:  \d+ ?(.*)\n", listed)
+            time.sleep(0.2)
+        assert sorted(lines) == [("0", "127.0.0.1"), ("1", "")]
+
+
+PID = "int(os.popen(f'pgrep -P {os.getpid()} -f watch.py').read().split()[0])"
+STOP = "os.kill(os.getpid(), 19)"
+WHAT = {
+    "watch killed": f"at_token(5, lambda: (note(), os.kill({PID}, 9)))",
+    "stopped": f"at_token(5, lambda: (note(), {STOP}))",
+    "stopped at its end": f"import atexit; atexit.register(lambda: (note(), {STOP}))",
+}
+
+
+@pytest.mark.parametrize(("backend", "rank"), [("ring", 1), pytest.param("mpi", 0, marks=NEEDS_MPI)])
+@pytest.mark.parametrize("what", WHAT)
+def test_no_rank_waits_for_ever(backend, rank, what, tmp_path):
+    path = tmp_path / "note"
+    change = f"note = lambda: open(r'{path}', 'w').close(); {WHAT[what]}"
+    line = ("-c", PATCHED, rank, change, *RUN, "--max-tokens", 8 if "end" in what else 480, "--timeout", 4)
+    with started(backend, 2, *line, tmp_path=tmp_path) as processes:
+        while not path.exists():
+            assert processes[0].poll() is None or backend == "ring", processes[0].stderr.read()
+            time.sleep(0.05)
+        begin = time.monotonic()
+        results = [(*process.communicate(timeout=40), process.returncode) for process in processes]
+        assert time.monotonic() - begin < 15
+    lines = errors_of([(status, out, err.decode()) for out, err, status in results])
+    assert rank in lines, results
+    assert any(status for *_, status in results)
+    assert "end" in what or all(status for *_, status in results)
+
+
+def test_a_rank_whose_watch_is_killed_before_all_have_met(tmp_path):
+    """Where MLX waits for the others no Python thread runs; the interpreter's own clock does."""
+    command, environment = launch_command("ring", 2, SCRIPT, *RUN, "--timeout", 1, tmp_path=tmp_path)[0]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    rank = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+    watch = []
+    while not watch:
+        watch = subprocess.run(["pgrep", "-P", str(rank.pid), "-f", "watch.py"], capture_output=True).stdout.split()
+    os.kill(int(watch[0]), signal.SIGSTOP)
+    assert rank.wait(timeout=40)
+    os.kill(int(watch[0]), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_watch_that_is_stopped_does_not_hold_the_run_up(backend, tmp_path):
+    change = f"at_token(2, lambda: os.kill({PID}, 19)); import atexit; atexit.register(lambda: os.kill({PID}, 9))"
+    with started(backend, 2, "-c", PATCHED, 0, change, *RUN, "--max-tokens", 16, tmp_path=tmp_path) as processes:
+        assert [process.wait(timeout=60) for process in processes] == [0] * len(processes)
