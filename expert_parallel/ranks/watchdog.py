@@ -14,6 +14,7 @@ import sys
 import threading
 import traceback
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
@@ -102,7 +103,11 @@ class Watchdog:
     def address(self) -> dict:
         """Where other watch processes reach this one: to be shared by the ranks, then `join`."""
         host = socket.gethostname() if self._host == "0.0.0.0" else self._host
-        return {"host": host, "port": int(self._process.stdout.readline()), "token": self._token}
+        return {"host": host, "port": self._port, "token": self._token}
+
+    @cached_property
+    def _port(self) -> int:
+        return int(self._process.stdout.readline())
 
     def join(self, first: dict) -> None:
         """Hold a connection to rank 0's watch process."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, launch_command
-from test_rank_failures import BACKENDS, LONG, NEEDS_MPI, PATCHED, RUN, SCRIPT, errors_of, started
+from test_rank_failures import BACKENDS, NEEDS_MPI, errors_of, started
 
 WATCH = ROOT / "expert_parallel" / "ranks" / "watch.py"
 TOKEN = b"0123456789abcdef"
@@ -211,62 +211,88 @@ def test_nobody_has_to_read_the_line(beside):
 
 # --- real ranks ------------------------------------------------------------------------------------------------
 
-
-def test_the_watch_listens_where_it_is_told_and_its_secret_is_on_no_command_line(tmp_path):
-    """It listened on every interface, with its token in the process list: any user could end a run."""
-    with started("ring", 2, "-c", PATCHED, 1, "at_token(3, lambda: time.sleep(9))", *LONG, tmp_path=tmp_path):
-        deadline = time.monotonic() + 60
-        lines = []
-        while time.monotonic() < deadline and len(lines) < 2:
-            listed = subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True).stdout
-            lines = re.findall(rf"{WATCH} rank (\d): error:  \d+ ?(.*)\n", listed)
-            time.sleep(0.2)
-        assert sorted(lines) == [("0", "127.0.0.1"), ("1", "")]
-
-
-PID = "int(os.popen(f'pgrep -P {os.getpid()} -f watch.py').read().split()[0])"
+AT_WORK = "tests/ranks/rank_at_work.py"
 STOP = "os.kill(os.getpid(), 19)"
-WHAT = {
-    "watch killed": f"at_token(5, lambda: (note(), os.kill({PID}, 9)))",
-    "stopped": f"at_token(5, lambda: (note(), {STOP}))",
-    "stopped at its end": f"import atexit; atexit.register(lambda: (note(), {STOP}))",
-}
 
 
-@pytest.mark.parametrize(("backend", "rank"), [("ring", 1), pytest.param("mpi", 0, marks=NEEDS_MPI)])
-@pytest.mark.parametrize("what", WHAT)
-def test_no_rank_waits_for_ever(backend, rank, what, tmp_path):
-    path = tmp_path / "note"
-    change = f"note = lambda: open(r'{path}', 'w').close(); {WHAT[what]}"
-    line = ("-c", PATCHED, rank, change, *RUN, "--max-tokens", 8 if "end" in what else 480, "--timeout", 4)
-    with started(backend, 2, *line, tmp_path=tmp_path) as processes:
-        while not path.exists():
-            assert processes[0].poll() is None or backend == "ring", processes[0].stderr.read()
-            time.sleep(0.05)
+def at_work(backend, rank, change, tmp_path, monkeypatch, timeout=2, steps=3000):
+    """Ends of two ranks, of which one carries out the change: (statuses, standard output, {rank: line}, seconds)."""
+    monkeypatch.setenv("NOTE", str(note := tmp_path / "note"))
+    with started(backend, 2, AT_WORK, timeout, steps, rank, change, tmp_path=tmp_path) as processes:
+        while not note.exists():
+            assert None in [process.poll() for process in processes], [process.communicate() for process in processes]
+            time.sleep(0.02)
         begin = time.monotonic()
         results = [(*process.communicate(timeout=40), process.returncode) for process in processes]
-        assert time.monotonic() - begin < 15
-    lines = errors_of([(status, out, err.decode()) for out, err, status in results])
-    assert rank in lines, results
-    assert any(status for *_, status in results)
-    assert "end" in what or all(status for *_, status in results)
+        took = time.monotonic() - begin
+    out = "".join(out.decode() for out, _, _ in results)
+    lines = errors_of([(status, "", err.decode()) for _, err, status in results])
+    return [status for *_, status in results], out, lines, took
 
 
-def test_a_rank_whose_watch_is_killed_before_all_have_met(tmp_path):
-    """Where MLX waits for the others no Python thread runs; the interpreter's own clock does."""
-    command, environment = launch_command("ring", 2, SCRIPT, *RUN, "--timeout", 1, tmp_path=tmp_path)[0]
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    rank = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
-    watch = []
-    while not watch:
-        watch = subprocess.run(["pgrep", "-P", str(rank.pid), "-f", "watch.py"], capture_output=True).stdout.split()
-    os.kill(int(watch[0]), signal.SIGSTOP)
-    assert rank.wait(timeout=40)
-    os.kill(int(watch[0]), signal.SIGKILL)
+FAIL = "noted(); raise RuntimeError('[malloc] Unable to allocate 9 bytes.')"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_watch_that_is_stopped_does_not_hold_the_run_up(backend, tmp_path):
-    change = f"at_token(2, lambda: os.kill({PID}, 19)); import atexit; atexit.register(lambda: os.kill({PID}, 9))"
-    with started(backend, 2, "-c", PATCHED, 0, change, *RUN, "--max-tokens", 16, tmp_path=tmp_path) as processes:
-        assert [process.wait(timeout=60) for process in processes] == [0] * len(processes)
+@pytest.mark.parametrize("change", [FAIL, "noted(); os.kill(os.getpid(), 9)"], ids=["fails", "killed"])
+def test_a_rank_that_ends_in_the_middle_ends_the_others_soon(backend, change, tmp_path, monkeypatch):
+    """One that failed said goodbye to the others' watchdogs, which then waited for all of --timeout."""
+    statuses, _, lines, took = at_work(backend, 1, change, tmp_path, monkeypatch, timeout=60)
+    assert took < 15
+    assert "error: lost another rank" in lines[0] or "stopped by the launcher: another rank failed" in lines[0]
+    if change == FAIL:
+        assert lines[1].startswith("error: RuntimeError: [malloc] Unable to allocate 9 bytes. (")
+    assert statuses == [3, 1 if change == FAIL else -9] if backend == "ring" else statuses[0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_whose_watch_is_killed_does_not_wait_for_ever(backend, rank, tmp_path, monkeypatch):
+    statuses, _, lines, took = at_work(backend, rank, "noted(); os.kill(watch, 9)", tmp_path, monkeypatch, timeout=60)
+    assert all(statuses) and took < 15
+    assert lines[rank] == "error: its watch process was ended"
+    assert re.match("error: (lost another rank|stopped by the launcher)", lines[1 - rank])
+
+
+@pytest.mark.parametrize(("backend", "rank"), [("ring", 0), *(pytest.param("mpi", r, marks=NEEDS_MPI) for r in (0, 1))])
+def test_a_rank_that_is_stopped_ends_the_run_within_its_time_limit(backend, rank, tmp_path, monkeypatch):
+    statuses, _, lines, took = at_work(backend, rank, f"noted(); {STOP}", tmp_path, monkeypatch)
+    assert all(statuses) and took < 6
+    assert rank in lines
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_rank_that_is_stopped_in_its_last_moments_does_too(backend, tmp_path, monkeypatch):
+    """Its watch had gone; rank 1 waited in MPI_Finalize without end."""
+    change = f"atexit.register(lambda: (noted(), {STOP}))"
+    statuses, out, lines, took = at_work(backend, 0, change, tmp_path, monkeypatch, steps=10)
+    assert statuses[0] and took < 9
+    assert out == "done\n" * 2
+    assert lines[0] == "error: its process was stopped by a signal for 2 s (--timeout)"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_watch_that_is_stopped_does_not_hold_the_run_up(backend, tmp_path, monkeypatch):
+    change = "noted(); os.kill(watch, 19); atexit.register(lambda: os.kill(watch, 9))"
+    statuses, out, _, _ = at_work(backend, 0, change, tmp_path, monkeypatch, steps=20)
+    assert not any(statuses) and out == "done\n" * 2
+
+
+def test_where_the_ranks_have_not_met_the_interpreters_own_clock_is_left(tmp_path):
+    """Where MLX waits for the others it holds the GIL: no Python thread notices that the watch is gone."""
+    command, environment = launch_command("ring", 2, AT_WORK, 1, 1, 1, "", tmp_path=tmp_path)[0]
+    rank = subprocess.Popen(command, cwd=ROOT, env=environment)
+    listed = []
+    while not listed:
+        listed = subprocess.run(["pgrep", "-P", str(rank.pid), "-f", "watch.py"], capture_output=True).stdout.split()
+    os.kill(int(listed[0]), signal.SIGSTOP)
+    assert rank.wait(timeout=30) == 1
+    os.kill(int(listed[0]), signal.SIGKILL)
+
+
+def test_the_watch_listens_where_it_is_told_and_its_secret_is_on_no_command_line(tmp_path, monkeypatch):
+    """It listened on every interface, with its token in the process list: any user could end a run."""
+    change = "print(os.popen('ps -ww -eo args').read()); noted()"
+    _, out, _, _ = at_work("ring", 1, change, tmp_path, monkeypatch, timeout=30, steps=10)
+    listed = re.findall(rf"{WATCH} rank (\d): error:  \d+ ?(.*)\n", out)
+    assert {("0", "127.0.0.1"), ("1", "")} <= set(listed) and len(set(listed)) == 2
