@@ -273,7 +273,7 @@ def test_a_rank_that_is_stopped_in_its_last_moments_does_too(backend, tmp_path, 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_watch_that_is_stopped_does_not_hold_the_run_up(backend, tmp_path, monkeypatch):
-    change = "noted(); os.kill(watch, 19); atexit.register(lambda: os.kill(watch, 9))"
+    change = "noted(); os.kill(watch, 19); atexit.register(lambda: os.kill(watch, 18))"
     statuses, out, _, _ = at_work(backend, 0, change, tmp_path, monkeypatch, steps=20)
     assert not any(statuses) and out == "done\n" * 2
 
