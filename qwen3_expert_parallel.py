@@ -14,7 +14,6 @@
 Every figure says whether it is measured, simulated or modelled.
 """
 
-import os
 from contextlib import nullcontext
 
 from expert_parallel.command import options, output
@@ -189,7 +188,6 @@ def write_files(args, document, trace, placement):
 
 def main():
     args = options.parser_of(__doc__).parse_args()
-    rank = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("MLX_RANK")
     rank, *_ = launched()
     name = f"rank {rank}: " if rank else ""
     with output.exit_on_user_error(name):
