@@ -158,9 +158,9 @@ def run(args, watchdog):
     tables += cost.speed(text, tokens, len(prompt.ids), last, seconds, stock_speed)
     try:
         about = {"name": name, "config": config, "environment": versions}
-        document = {"model": about, "environment": versions, "options": vars(args), "parity": None, "rebalancing": None}
-        document |= {**table.sections([where, *tables]), "ranks": per_rank if ranks > 1 else None}
-        write_files(args, document, trace, changes[-1][1])
+        missing = dict.fromkeys(("parity", "rebalancing", "ranks"))
+        about = {"model": about, "environment": versions, "options": vars(args)}
+        write_files(args, table.sections([where, *tables], **about, **missing), trace, changes[-1][1])
     finally:  # a disk that is full takes no file; the report is still there to read
         for part in filter(lambda part: part.title, tables):
             console.print()
@@ -173,10 +173,11 @@ def write_files(args, document, trace, placement):
     if args.save_placement:
         placement.save(args.save_placement)
     if args.plots:
-        from expert_parallel.report.plots import plot_loads
+        from expert_parallel.report.plots import load_map, save_plots
 
-        loads = trace.loads()
-        plot_loads(args.plots, loads, placement.device_loads(loads), document["model"]["name"])
+        name, device_loads = document["model"]["name"], document["balance"]["device_loads"]
+        maps = {"expert": load_map(trace.loads(), "expert", name), "device": load_map(device_loads, "device", name)}
+        save_plots(args.plots, {f"{across}_loads": figure for across, figure in maps.items()})
     if args.json:
         output.write_json(args.json, document)
 

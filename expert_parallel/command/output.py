@@ -6,12 +6,11 @@ import argparse
 import contextlib
 import io
 import json
-import math
 import os
 import sys
 from pathlib import Path
 
-from ..files import written_whole
+from ..files import plain, written_whole
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,8 +20,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help explains)\n")
 
 
-def check_writable(path) -> None:
+def to_standard_output(path) -> bool:
+    """Whether `--json -` was asked for; then nothing else goes there."""
+    return str(path) == "-"
+
+
+def check_writable(path, or_standard_output: bool = False) -> None:
     """Say now, not after a long run, that a file could not be written."""
+    if to_standard_output(path) and or_standard_output:
+        return
     path = Path(path)
     folder = path.absolute().parent
     if path.name == "-":
@@ -38,25 +44,12 @@ def check_writable(path) -> None:
 
 def write_json(path, figures: dict) -> None:
     """Figures as a file for programs, see `written_whole`; `-` is standard output. What is no number becomes null."""
-    text = json.dumps(_plain(figures), indent=1, allow_nan=False) + "\n"
-    if str(path) == "-":
+    text = json.dumps(plain(figures), indent=1, allow_nan=False) + "\n"
+    if to_standard_output(path):
         sys.stdout.write(text)
         return
     with written_whole(path) as file:
         file.write(text)
-
-
-def _plain(value):
-    """The value in what JSON knows."""
-    if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if hasattr(value, "tolist"):  # numpy's and mlx's
-        value = value.tolist()
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
 def console(quiet: bool = False):
@@ -70,7 +63,7 @@ def console(quiet: bool = False):
     if sys.stdout is None:  # started with >&-
         return Console(quiet=True, file=io.StringIO())
     width = None if sys.stdout.isatty() else int(os.environ.get("COLUMNS") or 80)
-    return Reporting(quiet=quiet, width=width, highlight=False, markup=False, soft_wrap=False)
+    return Reporting(quiet=quiet, width=width, highlight=False, markup=False, emoji=False)
 
 
 @contextlib.contextmanager
