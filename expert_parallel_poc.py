@@ -89,8 +89,8 @@ def check_arguments(args):
         raise ValueError(f"--seed {args.seed}: needs a whole number from 0 up to 2^63 - 1")
     if args.test_trace and not args.trace:
         raise ValueError("--test-trace needs --trace, the trace to fit on")
-    if args.json:
-        output.check_writable(args.json, or_standard_output=True)
+    read = {"--trace": args.trace, "--test-trace": args.test_trace}
+    output.check_outputs({"--json": args.json}, {option: path for option, path in read.items() if path})
     names = [] if args.trace and args.scenarios is None else (args.scenarios or ",".join(SCENARIOS)).split(",")
     names = [name.strip() for name in names]
     unknown = [name for name in names if name not in SCENARIOS]

@@ -55,8 +55,8 @@ def check_arguments(args):
     find("link", args.link or USUAL_LINK[args.hardware.lower()], LINKS)
     if (args.forward or args.prompt) and (BUNDLED / f"{args.model.lower()}.json").exists():
         raise ValueError(f"--forward needs weights: {args.model} is a configuration alone, give a folder or a hub id")
-    if args.json:
-        output.check_writable(args.json, or_standard_output=True)
+    read = {"the model": args.model, "the trace": args.trace}
+    output.check_outputs({"--json": args.json}, {what: path for what, path in read.items() if path})
 
 
 def run(args):

@@ -74,15 +74,17 @@ def run(args, watchdog):
     # 1. Shapes, prompt and placement: everything that can go wrong before a weight is read, on any rank.
     group = start_group(args.timeout, watchdog)
     ranks, first = group.size(), group.rank() == 0
-    console, versions = output.console(args.quiet or not first or str(args.json) == "-"), table.environment()
+    console = output.console(args.quiet or not first or output.to_standard_output(args.json))
+    versions = table.environment()
     waiting_for("no end of standard input" if args.prompt == "-" else "not all ranks had loaded")
     typed = options.read_standard_input() if first and args.prompt == "-" else None
     typed = gather_objects(group, typed)[0]  # a launcher passes its standard input to rank 0 alone
     waiting_for("not all ranks had loaded")
     with all_or_none(group) as same:
-        if first:  # which alone writes
-            options.check_files(args)
         folder, note = (args.model, "") if args.model is not None else opened.default_model()
+        folder = opened.resolve_model(folder)
+        if first:  # which alone writes
+            options.check_files(args, folder)
         checkpoint = opened.Checkpoint(folder)
         tokenizer, config = checkpoint.tokenizer(), checkpoint.config
         prompt = options.read_prompt(args, tokenizer, config.get("max_position_embeddings"), typed)
@@ -109,7 +111,7 @@ def run(args, watchdog):
     console.print(where)
 
     # 3. The answer, with every routing decision recorded.
-    shown = first and str(args.json) != "-"
+    shown = first and not output.to_standard_output(args.json)
     console.rule("answer", style="dim", align="left")
     if shown and not args.quiet:
         print(prompt.text if not tokenizer.has_chat_template else "", end="", flush=True)
@@ -159,8 +161,8 @@ def run(args, watchdog):
     try:
         about = {"name": name, "config": config, "environment": versions}
         missing = dict.fromkeys(("parity", "rebalancing", "ranks"))
-        about = {"model": about, "environment": versions, "options": vars(args)}
-        write_files(args, table.sections([where, *tables], **about, **missing), trace, changes[-1][1])
+        document = {"model": about, "environment": versions, "options": vars(args), **missing}
+        write_files(args, table.sections([where, *tables], **document), trace, changes[-1][1])
     finally:  # a disk that is full takes no file; the report is still there to read
         for part in filter(lambda part: part.title, tables):
             console.print()

@@ -17,6 +17,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
@@ -103,6 +104,29 @@ def read_config(path) -> dict:
     return config
 
 
+def check_rope(model: nn.Module, config: dict, where) -> None:
+    """ValueError where the file's rope_parameters, as transformers 5 writes them, are not what the built model uses.
+
+    Some of mlx-lm's architectures read rope_theta at top level alone and go on with a default: another model's answer.
+    """
+    turns = [module for module in model.modules() if isinstance(getattr(module, "base", None), int | float)]
+    bases = sorted({float(module.base) for module in turns})
+    for fields in (config, config.get("text_config") or {}):
+        said = fields.get("rope_parameters") or {}
+        parts = [part for part in (said, *said.values()) if isinstance(part, dict) and part.get("rope_theta")]
+        thetas = {float(part["rope_theta"]) for part in parts}
+        if parts and bases and not thetas & {*bases}:
+            wrong, field = f"rope_theta {sorted(thetas)}, not {bases}", "rope_theta"
+        elif said.get("rope_type", "default") != "default" and turns and all(type(m) is nn.RoPE for m in turns):
+            wrong, field = f"rope_type {said['rope_type']}, not plain", "rope_scaling"
+        else:
+            continue
+        raise ValueError(
+            f"{where}: its rope_parameters say {wrong} as mlx-lm builds this architecture, which reads {field}"
+            " at top level: write it there, too, or the answer is not this model's"
+        )
+
+
 # --- opening it -------------------------------------------------------------------------------------------
 
 
@@ -126,6 +150,7 @@ class Checkpoint:
         except (Exception, SystemExit) as error:  # whatever an architecture stumbles over; a missing library exits
             where = self.folder / "config.json"
             raise ValueError(f"{where}: mlx-lm cannot build this model: {in_a_line(error)}") from error
+        check_rope(self.model, self.config, self.folder / "config.json")
         del self.model.sanitize  # the instance's; the class has its own
         self.layers = moe_layers(self.model)
         self.rest_bytes = sum(array.nbytes for _, array in tree_flatten(self.model.parameters()))

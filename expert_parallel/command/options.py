@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 
-from .output import Parser, check_writable
+from .output import Parser, check_outputs
 
 CHAT_PROMPT = "Write a Python function that returns the n-th Fibonacci number."
 # No end of line at its end: that would be one token with the indent of the next line.
@@ -92,20 +92,18 @@ def check_numbers(args) -> None:
             raise ValueError(f"{option(name)} is of no use without --rebalance-every TOKENS")
 
 
-def check_files(args) -> None:
-    """That every output can be written, each into a file of its own."""
-    taken = {}
-    for name in OUTPUTS:
-        path = getattr(args, name)
-        if path and not (name == "json" and str(path) == "-"):
-            check_writable(path)
-            if taken.setdefault(path.resolve(), name) != name:
-                both = f"{option(taken[path.resolve()])} and {option(name)}"
-                raise ValueError(f"{both} both name {path}: give each a file of its own")
+def check_files(args, model_folder) -> None:
+    """That every output can be written, each into a file of its own, and none over what is read."""
+    if args.plots and args.plots.exists() and not args.plots.is_dir():
+        raise ValueError(f"cannot write {args.plots}: it is a file, --plots takes a folder")
+    outputs = {option(name): getattr(args, name) for name in OUTPUTS}
     if args.plots:
-        if args.plots.exists() and not args.plots.is_dir():
-            raise ValueError(f"cannot write {args.plots}: it is a file, --plots takes a folder")
-        check_writable(args.plots / "expert_loads.png" if args.plots.is_dir() else args.plots)
+        pictures = [args.plots / f"{name}_loads.png" for name in ("expert", "device")]
+        outputs |= {f"--plots ({path.name})": path for path in (pictures if args.plots.is_dir() else [args.plots])}
+    inputs = {"the model": model_folder}
+    named = {"the prompt": args.prompt, "the placement": args.placement, "the trace": args.placement_trace}
+    inputs |= {what: path for what, path in named.items() if path and os.path.isfile(path)}  # noqa: PTH113
+    check_outputs(outputs, inputs)
 
 
 def option(name: str) -> str:

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -25,10 +26,8 @@ def to_standard_output(path) -> bool:
     return str(path) == "-"
 
 
-def check_writable(path, or_standard_output: bool = False) -> None:
+def check_writable(path) -> None:
     """Say now, not after a long run, that a file could not be written."""
-    if to_standard_output(path) and or_standard_output:
-        return
     path = Path(path)
     folder = path.absolute().parent
     if path.name == "-":
@@ -40,6 +39,27 @@ def check_writable(path, or_standard_output: bool = False) -> None:
     special = path.exists() and not path.is_file()  # a pipe or a device
     if not os.access(path if special else folder, os.W_OK):
         raise ValueError(f"cannot write {path}: no permission")
+
+
+def check_outputs(outputs: dict, inputs: dict) -> None:
+    """That every output can be written, into a file of its own that is none of what is read.
+
+    outputs  {option: path}, those without a path are skipped, as is `-`
+    inputs   {what it is: path}; a folder stands for all that is in it
+    """
+    taken = {}
+    for option, path in outputs.items():
+        if path is None or to_standard_output(path):
+            continue
+        check_writable(path)
+        real = Path(path).resolve()
+        other = taken.setdefault(real, option)
+        if other != option:
+            raise ValueError(f"{other} and {option} both name {path}: give each a file of its own")
+        for what, source in inputs.items():
+            source = Path(source).expanduser()
+            if source.exists() and (real == source.resolve() or source.resolve() in real.parents):
+                raise ValueError(f"{option} {path} would be written over {what}: give a file elsewhere")
 
 
 def write_json(path, figures: dict) -> None:
@@ -93,6 +113,9 @@ def exit_of(error: BaseException) -> tuple[int, str] | None:
 @contextlib.contextmanager
 def exit_on_user_error(prefix: str = ""):
     """Turn the errors of wrong input into one line on standard error and exit status 2."""
+    if not prefix:  # of ranks the watch process hears the launcher, see ranks/watch.py
+        for number in (signal.SIGTERM, signal.SIGHUP):  # so that what is half-written is taken away
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     if sys.stdout is None:  # closed by whoever started us
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123, for as long as the process lives
     try:

@@ -16,7 +16,7 @@ import mlx.core as mx
 from ..checkpoint.opened import in_a_line
 from ..checkpoint.tensors import INDEX, StoredTensor, read_header
 from .configurations import Configuration
-from .lazy import build_model, cast_model, quantise, tensors_of
+from .lazy import build_model, quantise, tensors_of
 
 
 @dataclass
@@ -114,9 +114,6 @@ def _against_model(report, configuration: Configuration, model, files: list[Path
     except Exception as error:  # whatever an architecture's sanitize stumbles over
         report.add("missing", "sanitize", f"mlx-lm cannot take the tensors together: {in_a_line(error)}")
         return
-    kinds = Counter(array.dtype for array in tensors.values() if mx.issubdtype(array.dtype, mx.floating))
-    if kinds:
-        cast_model(model, kinds.most_common(1)[0][0])
     wanted = tensors_of(model)
     report.bytes_loaded = sum(array.nbytes for array in tensors.values())
     report.bytes_predicted = sum(array.nbytes for array in wanted.values())

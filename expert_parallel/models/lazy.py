@@ -10,6 +10,7 @@ import contextlib
 import fnmatch
 import io
 import math
+from collections import Counter
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,7 +18,8 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _compressed_tensors_quantization, _get_classes, infer_quant_config, quantize_model
 
-from ..checkpoint.opened import in_a_line
+from ..checkpoint.opened import check_rope, in_a_line
+from ..checkpoint.tensors import read_header
 from ..layers import cast, moe_layers
 from .configurations import Configuration
 
@@ -73,10 +75,22 @@ def build_model(configuration: Configuration) -> nn.Module:
         model(mx.zeros((1, 1), dtype=mx.int32), cache=make_prompt_cache(model))  # a token, never computed
     except (Exception, SystemExit) as error:  # whatever the first use of a field raises; a missing library exits
         raise ValueError(f"{_named(configuration)}: mlx-lm cannot build this model: {in_a_line(error)}") from None
+    check_rope(model, config, _named(configuration))
     moe_layers(model)
-    dtype = config.get("torch_dtype") or config.get("dtype") or (config.get("text_config") or {}).get("dtype")
-    dtype = {"float32": mx.float32, "float16": mx.float16}.get(str(dtype).removeprefix("torch."), mx.bfloat16)
-    return cast_model(model, dtype)
+    return cast_model(model, _dtype_of(configuration))
+
+
+def _dtype_of(configuration) -> mx.Dtype:
+    """Floating-point type that most tensors of the files have; without files what the configuration says."""
+    known, found = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}, Counter()
+    for file in sorted(configuration.folder.glob("model*.safetensors"))[:1] if configuration.folder else []:
+        with contextlib.suppress(ValueError):  # a damaged file: the check of the files says so
+            found.update(known[tensor.dtype] for tensor in read_header(file).values() if tensor.dtype in known)
+    if found:
+        return found.most_common(1)[0][0]
+    config = configuration.config
+    said = config.get("torch_dtype") or config.get("dtype") or (config.get("text_config") or {}).get("dtype")
+    return {"float32": mx.float32, "float16": mx.float16}.get(str(said).removeprefix("torch."), mx.bfloat16)
 
 
 def _named(configuration) -> str:

@@ -1,13 +1,18 @@
 """Files that scripts write: whole or not at all, and nothing that is no plain file is ever replaced."""
 
+import importlib
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SHIPPED
 
+from expert_parallel import RoutingTrace
 from expert_parallel.command import output
 from expert_parallel.files import written_whole
 
@@ -70,3 +75,70 @@ def test_output_that_is_closed_or_taken_in_part_gives_no_traceback(command, stat
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (status, output), done.stderr
     assert len(done.stderr.splitlines()) == (status == 2)
+
+
+# --- output never destroys input ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def readable(tmp_path):
+    """A model, a prompt, a trace and a placement to read, and a fingerprint of all of it."""
+    shutil.copytree(SHIPPED, tmp_path / "model", ignore=shutil.ignore_patterns("held-out"))
+    (tmp_path / "prompt.py").write_text("import os\n")
+    RoutingTrace(np.random.default_rng(0).integers(0, 128, (1100, 4, 8)), 128).save(tmp_path / "trace.npz")
+    (tmp_path / "placement.json").write_text('{"every_layer": ["0-63", "64-127"]}')
+    (tmp_path / "link.json").symlink_to(tmp_path / "model" / "config.json")
+    return tmp_path
+
+
+def fingerprint(folder):
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.rglob("*"))}
+
+
+MAIN = ["qwen3_expert_parallel.py", "--model", "{0}/model", "--max-tokens", "1", "--no-verify", "--quiet"]
+OVER = [
+    [*MAIN, "--json", "{0}/model/config.json"],
+    [*MAIN, "--json", "{0}/model/new.json"],
+    [*MAIN, "--json", "{0}/link.json"],
+    [*MAIN, "--trace", "{0}/model/model.safetensors"],
+    [*MAIN, "--prompt", "{0}/prompt.py", "--json", "{0}/prompt.py"],
+    [*MAIN, "--placement", "{0}/placement.json", "--save-placement", "{0}/placement.json"],
+    [*MAIN, "--placement", "balanced", "--placement-trace", "{0}/trace.npz", "--trace", "{0}/trace.npz"],
+    [*MAIN, "--plots", "{0}/model"],
+    ["model_analysis.py", "--model", "{0}/model/config.json", "--json", "{0}/model/config.json"],
+    ["model_analysis.py", "--model", "{0}/model", "--trace", "{0}/trace.npz", "--json", "{0}/trace.npz"],
+    ["expert_parallel_poc.py", "--trace", "{0}/trace.npz", "--json", "{0}/trace.npz"],
+]
+
+
+@pytest.mark.parametrize("arguments", OVER, ids=lambda arguments: " ".join(arguments[-2:]))
+def test_output_over_input_is_refused_and_nothing_changes(arguments, readable, monkeypatch, capsys):
+    before = fingerprint(readable)
+    script = importlib.import_module(arguments[0].removesuffix(".py"))
+    monkeypatch.setattr(sys, "argv", [argument.format(readable) for argument in arguments])
+    with pytest.raises(SystemExit) as end:
+        script.main()
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and "would be written over" in err and len(err.splitlines()) == 1
+    assert fingerprint(readable) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_no_part_of_a_file(number, tmp_path):
+    code = (
+        "import os, time\nfrom expert_parallel.command.output import exit_on_user_error\n"
+        "from expert_parallel.files import written_whole\n"
+        f"with exit_on_user_error(), written_whole(r'{tmp_path}/o.json') as file:\n"
+        "    file.write('half'); print('ready', flush=True); time.sleep(30)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 128 + number and not err
+    assert not list(tmp_path.iterdir())
+
+
+def test_json_has_no_number_that_is_none(tmp_path):
+    output.write_json(tmp_path / "o.json", {"a": float("nan"), "b": np.array([1.0, np.inf]), "c": {"d": np.float32(2)}})
+    assert json.loads((tmp_path / "o.json").read_text()) == {"a": None, "b": [1.0, None], "c": {"d": 2.0}}

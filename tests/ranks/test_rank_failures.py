@@ -22,7 +22,7 @@ BACKENDS = ["ring", pytest.param("mpi", marks=NEEDS_MPI)]
 
 # The script, with a change on one rank: python -c PATCHED RANK CHANGE ARGUMENTS
 PATCHED = """
-import importlib, os, sys
+import importlib, os, sys, time
 change, sys.argv[1:3] = sys.argv[1:3], []
 import qwen3_expert_parallel as script
 rank = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("MLX_RANK")
