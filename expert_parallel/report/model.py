@@ -162,7 +162,7 @@ def memory(described: Architecture, devices: list[int], redundant: int = 0) -> l
         ("replicated_rest_bytes", "+ rest on each", size),
         ("reduction", "less", "{:.2f}x"),
         ("hybrid_bytes", "hybrid", size),
-        *([(lambda row: row.get("with_copies_bytes", ""), f"+{redundant} copies", size)] if redundant else []),
+        *([("with_copies_bytes", f"+{redundant} copies", size)] if redundant else []),
         section="memory",
         source="modelled",
         also={"redundant_experts": redundant, "hybrid_not_possible": why},
