@@ -20,7 +20,7 @@ from contextlib import nullcontext
 from expert_parallel.command import options, output
 
 # What ranks may have in places of their own; what is in the files is compared.
-OWN_OPTIONS = ("model", "prompt", "placement", "placement_trace", "verify", "quiet")
+OWN_OPTIONS = ("model", "adapter_path", "prompt", "placement", "placement_trace", "verify", "quiet")
 OWN_OPTIONS += ("json", "trace", "plots", "save_placement")
 TIMED_TOKENS = 4  # extra ones, for where the time goes
 
@@ -36,12 +36,14 @@ def generate(model, tokenizer, prompt, args, group, heard, out=False, after_toke
     from expert_parallel.ranks.group import follow_rank_0
 
     mx.random.seed(args.seed)
-    sampler = sample = make_sampler(temp=args.temp, top_p=args.top_p if args.top_p < 1 else 0.0)
+    top_p = args.top_p if args.top_p < 1 else 0.0
+    sampler = sample = make_sampler(temp=args.temp, top_p=top_p, min_p=args.min_p, top_k=args.top_k)
     if is_rank(group):
         sampler = lambda logprobs: follow_rank_0(group, sample(logprobs))  # noqa: E731
     cache, tokens, text, last = make_prompt_cache(model), [], "", None
     # mlx-lm's own stream would run on while the next collective starts elsewhere: one stream keeps them in order.
     how = {"sampler": sampler, "prompt_cache": cache, "stream": mx.default_stream(mx.default_device())}
+    how |= {"kv_bits": args.kv_bits, "quantized_kv_start": 0} if args.kv_bits else {}
     for last in stream_generate(model, tokenizer, prompt.ids, prompt.max_tokens, **how):
         heard()
         if out:
@@ -85,7 +87,7 @@ def run(args, watchdog):
         folder = opened.resolve_model(folder)
         if first:  # which alone writes
             options.check_files(args, folder)
-        checkpoint = opened.Checkpoint(folder)
+        checkpoint = opened.Checkpoint(folder, args.adapter_path, args.trust_remote_code)
         tokenizer, config = checkpoint.tokenizer(), checkpoint.config
         prompt = options.read_prompt(args, tokenizer, config.get("max_position_embeddings"), typed)
         placement = options.make_placement(args, checkpoint.shape, ranks)
@@ -94,6 +96,7 @@ def run(args, watchdog):
         same |= {options.option(name): value for name, value in vars(args).items() if name not in OWN_OPTIONS}
         same |= {"placement": placement.held.tobytes(), "prompt": prompt.ids}
         same["weights"] = checkpoint_mark(checkpoint.folder) if ranks > 1 else ""
+        same["adapter"] = checkpoint_mark(args.adapter_path, "adapters*") if ranks > 1 and args.adapter_path else ""
     for line in filter(None, (note, prompt.note)):
         console.print(line)
 
@@ -140,7 +143,8 @@ def run(args, watchdog):
         logits = model(sequence)
         mx.eval(logits)
         if first:
-            stock, _ = load(str(checkpoint.folder), lazy=True)
+            adapter = str(args.adapter_path) if args.adapter_path else None
+            stock, _ = load(str(checkpoint.folder), adapter_path=adapter, lazy=True)
             stock.set_dtype(dtype) if dtype is not None else None
             expected, _, answer, _ = generate(stock, tokenizer, prompt, args, None, lambda: None)
             parity = run.parity(logits, tokens, stock(sequence), expected, answer.generation_tps)

@@ -11,6 +11,7 @@ import pytest
 from conftest import CONFIG, ROOT, SHIPPED, random_model, save_model
 from mlx.utils import tree_flatten
 from mlx_lm import load
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import qwen3_expert_parallel
 from expert_parallel import RoutingTrace, load_sharded
@@ -151,3 +152,45 @@ def test_small_traces_are_saved_small(tmp_path):
         assert file["experts"].dtype == np.uint8
     assert RoutingTrace.load(tmp_path / "t.npz").experts.dtype == np.uint16
     assert CONFIG["num_experts"] == 16
+
+
+def adapter(folder, model, layers=2):
+    """A LoRA of random numbers, on experts and attention alike, as mlx_lm.lora saves it."""
+    settings = {"rank": 4, "scale": 20.0, "dropout": 0.0}
+    linear_to_lora_layers(model, layers, settings)
+    arrays = {name: array for name, array in tree_flatten(model.parameters()) if "lora" in name}
+    arrays = {
+        name: mx.random.normal(array.shape, key=mx.random.key(n)) * 0.05
+        for n, (name, array) in enumerate(arrays.items())
+    }
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "adapters.safetensors"), arrays)
+    about = {"fine_tune_type": "lora", "num_layers": layers, "lora_parameters": settings}
+    (folder / "adapter_config.json").write_text(json.dumps(about))
+    return folder, arrays
+
+
+def test_an_adapter_on_experts_answers_as_in_stock_mlx_lm(tmp_path, monkeypatch, refusal):
+    """mlx_lm.lora adapts experts by default; the adapter was dropped without a word (mlx-lm issue 1172)."""
+    folder, arrays = adapter(tmp_path / "adapter", load(str(SHIPPED))[0])
+    assert any("switch_mlp" in name for name in arrays)
+    outs = {}
+    for name, options in {"with": ["--adapter-path", str(folder)], "without": []}.items():
+        out = tmp_path / f"{name}.json"
+        line = ["x", "--max-tokens", "8", "--verify", "--quiet", "--json", str(out), "--model", str(SHIPPED), *options]
+        monkeypatch.setattr(sys, "argv", line)
+        qwen3_expert_parallel.main()
+        outs[name] = json.loads(out.read_text())
+        assert outs[name]["parity"]["tokens_equal"] and outs[name]["parity"]["max_abs_logit_difference"] == 0
+    assert outs["with"]["generation"]["tokens"] != outs["without"]["generation"]["tokens"]
+    assert "adapter" in refusal("--model", SHIPPED, "--adapter-path", tmp_path / "nothing")
+
+
+def test_options_of_mlx_lm_do_what_they_do_there(tmp_path, monkeypatch, refusal):
+    for options in (["--top-k", "1", "--temp", "5"], ["--min-p", "1", "--temp", "5"], ["--kv-bits", "8"]):
+        out = tmp_path / "o.json"
+        line = ["x", "--max-tokens", "6", "--quiet", "--json", str(out), "--model", str(SHIPPED), *options]
+        monkeypatch.setattr(sys, "argv", line)
+        qwen3_expert_parallel.main()
+        assert json.loads(out.read_text())["parity"]["tokens_equal"], options
+    assert "there is none" in refusal("--model", SHIPPED, "--system-prompt", "be short")

@@ -23,7 +23,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.utils import _download, _get_classes, hf_repo_to_path, load_model, load_tokenizer
+from mlx_lm.utils import _download, _get_classes, hf_repo_to_path, load_adapters, load_model, load_tokenizer
 
 from ..layers import cast, expert_tensors, moe_layers
 from ..stores import rows_of
@@ -137,20 +137,30 @@ class Checkpoint:
     model           mlx-lm's, lazy: shapes, types and bytes are known
     layers, experts its MoE layers, and mlx-lm's lazy module of each one's experts
     rest_bytes      of all that is no expert, as stored
+
+    adapter_path       folder of a LoRA adapter of mlx_lm.lora; experts that it adapts are read a whole layer at a time
+    trust_remote_code  whether code in the folder may run, as mlx-lm and transformers ask
     Raises ValueError, FileNotFoundError or OSError in one line for what cannot be loaded, a dense model among it.
     """
 
-    def __init__(self, path_or_repo):
-        self.folder = resolve_model(path_or_repo)
+    def __init__(self, path_or_repo, adapter_path=None, trust_remote_code: bool = False):
+        self.folder, self._trusted = resolve_model(path_or_repo), trust_remote_code
         read_config(self.folder / "config.json")
         tensors, arrays = checkpoint_tensors(self.folder), {}
         try:
-            self.model, self.config = load_model(self.folder, lazy=True, get_model_classes=_noting(arrays))
+            how = {"get_model_classes": _noting(arrays), "trust_remote_code": trust_remote_code}
+            self.model, self.config = load_model(self.folder, lazy=True, **how)
             self.model(mx.zeros((1, 1), dtype=mx.int32), cache=make_prompt_cache(self.model))  # never computed
         except (Exception, SystemExit) as error:  # whatever an architecture stumbles over; a missing library exits
             where = self.folder / "config.json"
             raise ValueError(f"{where}: mlx-lm cannot build this model: {in_a_line(error)}") from error
         check_rope(self.model, self.config, self.folder / "config.json")
+        if adapter_path is not None:
+            try:
+                self.model = load_adapters(self.model, str(adapter_path))
+            except Exception as error:  # of missing files, other shapes, ...
+                raise ValueError(f"adapter {adapter_path} does not fit this model: {in_a_line(error)}") from None
+            self.model.eval()
         del self.model.sanitize  # the instance's; the class has its own
         self.layers = moe_layers(self.model)
         self.rest_bytes = sum(array.nbytes for _, array in tree_flatten(self.model.parameters()))
@@ -190,6 +200,7 @@ class Checkpoint:
 
     def tokenizer(self, extra: dict | None = None):
         """mlx-lm's tokenizer of the folder. FileNotFoundError or ValueError in one line."""
+        extra = {**({"trust_remote_code": True} if self._trusted else {}), **(extra or {})}
         known = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken", "*.py")
         if not any(any(self.folder.glob(pattern)) for pattern in known):  # transformers would make up an empty one
             raise FileNotFoundError(f"{self.folder} has no tokenizer: neither tokenizer.json nor another kind")
@@ -262,8 +273,8 @@ def _parts_of_stacks(made: list, arrays: dict) -> list[list[str]]:
 
     result = []
     for n, array in enumerate(made):
-        last = maker[f"made{n}"]
-        found = [part(name) for name in inputs[last]] if operation[last] == "Concatenate" else [None]
+        last = maker.get(f"made{n}")
+        found = [part(name) for name in inputs[last]] if operation.get(last) == "Concatenate" else [None]
         fits = all(name and arrays[name].shape == array.shape[1:] for name in found)
         result.append(found if fits else [])
     return result

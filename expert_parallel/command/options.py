@@ -6,6 +6,7 @@ Everything is checked before weights are read; each ValueError is one line for t
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -34,7 +35,16 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     add("--temp", type=float, default=0.0, help="sampling temperature, 0 takes the likeliest token (default: 0)")
     add("--top-p", type=float, default=1.0, metavar="P",
         help="sample from the likeliest tokens of this total probability (default: 1)")
+    add("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens (default: 0, from all)")
+    add("--min-p", type=float, default=0.0, metavar="P",
+        help="sample from tokens at least P times as likely as the likeliest (default: 0)")
     add("--seed", type=int, default=0, help="of sampling (default: 0)")
+    add("--system-prompt", metavar="TEXT", help="for models with a chat template")
+    add("--chat-template-config", metavar="JSON", help='for the chat template, such as \'{"enable_thinking": false}\'')
+    add("--ignore-chat-template", action="store_true", help="hand the prompt over as it is")
+    add("--adapter-path", type=Path, metavar="DIR", help="LoRA adapter of mlx_lm.lora, on experts too")
+    add("--kv-bits", type=int, choices=(2, 3, 4, 6, 8), help="quantise keys and values to so many bits (default: not)")
+    add("--trust-remote-code", action="store_true", help="let the model's folder bring Python code of its own")
     add("--devices", type=int,
         help="simulated devices (default: 8, or as many as a placement file has); each of several ranks is one")
     add("--placement", default="contiguous", metavar="STRATEGY_OR_FILE",
@@ -80,7 +90,7 @@ def parser_of(description: str) -> argparse.ArgumentParser:
 def check_numbers(args) -> None:
     """What no file and no rank is needed for, the timeout of the first meeting included."""
     limits = {"max_tokens": (1, inf), "redundant_experts": (0, inf), "temp": (0, 1e6), "top_p": (1e-6, 1)}
-    limits |= {"seed": (0, 2**64 - 1), "timeout": (0.1, 1e9), "devices": (1, inf)}
+    limits |= {"seed": (0, 2**64 - 1), "top_k": (0, inf), "min_p": (0, 1), "timeout": (0.1, 1e9), "devices": (1, inf)}
     limits |= {"rebalance_every": (1, inf), "rebalance_horizon": (1, inf), "rebalance_threshold": (1e-9, 1)}
     for name, (low, high) in limits.items():
         value = getattr(args, name)
@@ -137,7 +147,7 @@ def read_prompt(args, tokenizer, context: int | None, standard_input: str | None
     """
     text = args.prompt
     if text is None:
-        text = CHAT_PROMPT if tokenizer.has_chat_template else CODE_PROMPT
+        text = CHAT_PROMPT if tokenizer.has_chat_template and not args.ignore_chat_template else CODE_PROMPT
     elif text == "-":
         text = standard_input or ""
     elif os.path.isfile(text):  # noqa: PTH113, pathlib's raises for a text too long for a file name
@@ -150,7 +160,7 @@ def read_prompt(args, tokenizer, context: int | None, standard_input: str | None
         raise ValueError("the prompt is not UTF-8 text: give a text file, or convert it (iconv -t UTF-8)")
     if not text.strip():
         raise ValueError("the prompt is empty")
-    ids = _token_ids(text, tokenizer)
+    ids = _token_ids(text, tokenizer, args)
     if context and len(ids) >= context:
         raise ValueError(f"the prompt has {len(ids)} tokens, the model's context is {context}")
     room = context - len(ids) if context else args.max_tokens
@@ -162,11 +172,19 @@ def read_prompt(args, tokenizer, context: int | None, standard_input: str | None
     return Prompt(ids, text, min(args.max_tokens, room), note)
 
 
-def _token_ids(text, tokenizer) -> list[int]:
-    if not tokenizer.has_chat_template:
+def _token_ids(text, tokenizer, args) -> list[int]:
+    if args.ignore_chat_template or not tokenizer.has_chat_template:
+        if args.system_prompt or args.chat_template_config:
+            raise ValueError("--system-prompt and --chat-template-config are for a chat template, and there is none")
         return list(tokenizer.encode(text, verbose=False))  # too long a text is reported by the caller
     try:
-        ids = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
+        more = json.loads(args.chat_template_config or "{}")
+        system = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
+        messages = [*system, {"role": "user", "content": text}]
+    except ValueError as error:
+        raise ValueError(f"--chat-template-config is no JSON: {error}") from None
+    try:
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **more)
     except Exception as error:  # templates are programs: jinja2, json and they themselves raise what they like
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"the model's chat template fails: {reason}") from None

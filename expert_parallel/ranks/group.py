@@ -133,10 +133,10 @@ def follow_rank_0(group, tokens: mx.array) -> mx.array:
     return mx.distributed.all_sum(mine.astype(mx.int32), group=group).astype(tokens.dtype)
 
 
-def checkpoint_mark(folder) -> str:
+def checkpoint_mark(folder, files: str = "model*.safetensors") -> str:
     """Sizes, headers and samples of the weight files of a checkpoint: differs if the weights do."""
     digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(folder.glob("model*.safetensors")):
+    for file in sorted(folder.glob(files)):
         length = file.stat().st_size
         digest.update(f"{file.name} {length}".encode())
         with file.open("rb") as data:
