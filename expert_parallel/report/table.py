@@ -123,9 +123,8 @@ class Table:
         from rich.text import Text
 
         for text in (Text(self.heading(), style="bold"), *self.lines(console, options), Text(self.notes())):
-            text.rstrip()  # rich fills lines with blanks
             for line in text.wrap(console, options.max_width) if text else ():
-                line.rstrip()
+                line.rstrip()  # rich fills lines with blanks
                 yield line
 
     def __str__(self) -> str:

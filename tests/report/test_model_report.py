@@ -75,6 +75,7 @@ def test_memory_of_the_fullest_device(described):
         whole = experts * 48 * 2_654_208 + 873_459_712
         assert (row["devices"], row["experts_per_layer"], row["replicated_rest_bytes"]) == (DEVICES[n], experts, whole)
         assert columns["+ rest on each"][n] == size(whole)
+        assert row["expert_bytes"] == experts * 48 * 2_654_208
         assert columns["less"][n] == f"{17_180_913_664 / whole:.2f}x"
         copied = -(-160 // DEVICES[n]) * 48 * 2_654_208 + 873_459_712
         assert row.get("with_copies_bytes") == (copied if n else None)
@@ -94,6 +95,8 @@ def test_devices_of_a_size(described):
     assert figures["fewest_devices"] == needed and facts["fewest devices"] == f"{needed} hold the model"
     assert [row["devices"] for row in figures["lacking"]] == [n for n in DEVICES if n < needed]
     assert facts["1 devices"] == f"{size(17_180_913_664 + cache - 8e9)} short"
+    exact = model.fit(described, DEVICES, 17_180_913_664 + cache, 2048).to_json()
+    assert (exact["fewest_devices"], exact["lacking"]) == (1, [])  # not a byte more is needed
     none = model.fit(described, DEVICES, 1e6, 2048)
     least = 48 * 2_654_208 + 873_459_712 + cache
     assert none.to_json()["fewest_devices"] is None and none.to_json()["smallest_device_bytes"] == least

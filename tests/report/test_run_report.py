@@ -65,6 +65,9 @@ def test_balance_counted_slot_by_slot(strategy, redundant):
         line = f"balancedness in {name} ({len(tokens)} tokens)"
         assert facts_of(text, "Balance over all layers")[line] == f"{expected[0]:.3f}"
     assert (figures["balancedness_layers"], figures["balancedness_aggregate"]) == pytest.approx(evenness(loads))
+    assert figures["imbalance_ratio_per_layer"] == pytest.approx([max(row) * D / sum(row) - 1 for row in loads])
+    assert figures["coefficient_of_variation_per_layer"] == pytest.approx([np.std(row) / np.mean(row) for row in loads])
+    assert figures["min_max_ratio_per_layer"] == pytest.approx([min(row) / max(row) for row in loads])
     first = [[placement.devices_of(l, e)[0] for e in range(E)] for l in range(L)]
     touched = [np.mean([len({first[l][e] for e in row}) for row in trace.experts[:, l].tolist()]) for l in range(L)]
     assert figures["fan_out_per_layer"] == pytest.approx(touched)
