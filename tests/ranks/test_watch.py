@@ -125,7 +125,7 @@ def test_no_rank_waits_for_ever(backend, what, tmp_path):
             time.sleep(0.05)
         begin = time.monotonic()
         results = [(*process.communicate(timeout=40), process.returncode) for process in processes]
-        assert time.monotonic() - begin < 15
+        assert time.monotonic() - begin < 25  # measured: 3 to 8 s, its start included; room for a busy machine
     assert all(status for *_, status in results)
     assert errors_of([(status, out, err.decode()) for out, err, status in results])
 
