@@ -113,14 +113,13 @@ def exit_of(error: BaseException) -> tuple[int, str] | None:
 @contextlib.contextmanager
 def exit_on_user_error(prefix: str = ""):
     """Turn the errors of wrong input into one line on standard error and exit status 2."""
-    if not prefix:  # of ranks the watch process hears the launcher, see ranks/watch.py
-        for number in (signal.SIGTERM, signal.SIGHUP):  # so that what is half-written is taken away
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
     if sys.stdout is None:  # closed by whoever started us
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123, for as long as the process lives
     try:
         try:
-            yield
+            # Of ranks the watch process hears the launcher, see ranks/watch.py.
+            with contextlib.nullcontext() if prefix else _exit_on_signals():
+                yield
         finally:
             _flush_output()
     except (Exception, KeyboardInterrupt) as error:
@@ -133,6 +132,18 @@ def exit_on_user_error(prefix: str = ""):
             # One write, so that lines of several ranks do not mix.
             (sys.stderr or io.StringIO()).write(f"{start}{prefix}{line}\n")
         raise SystemExit(status) from None
+
+
+@contextlib.contextmanager
+def _exit_on_signals():
+    """End by SystemExit when the process is told to, so that what is half-written is taken away."""
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]  # as by nohup
+    before = {n: signal.signal(n, lambda number, _: sys.exit(128 + number)) for n in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _flush_output() -> None:

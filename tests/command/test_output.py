@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -175,6 +176,26 @@ def test_names_of_files_are_shown_as_they_are(name, tmp_path):
     result = run_script("expert_parallel_poc.py", "--trace", tmp_path / name, "--hidden", 16, "--expert-width", 8)
     assert result.returncode == 0, result.stderr
     assert f"{name}: recorded trace" in result.stdout
+
+
+def test_a_program_that_nohup_started_outlives_its_terminal():
+    code = (
+        "import os, signal\nfrom expert_parallel.command.output import exit_on_user_error\n"
+        "with exit_on_user_error():\n    os.kill(os.getpid(), signal.SIGHUP)\n    print('still here')\n"
+    )
+    command = [sys.executable, "-c", code]
+    for before, out, status in (("", "", 129), ("nohup ", "still here\n", 0)):
+        line = f"{before}{shlex.join(command)}"
+        done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        assert (done.returncode, done.stdout) == (status, out), done.stderr
+
+
+def test_signals_are_handled_as_before_once_a_script_is_done():
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    with output.exit_on_user_error():
+        assert [signal.getsignal(number) for number in numbers] != before
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_how_a_program_ends():
