@@ -101,7 +101,7 @@ def routing(trace: RoutingTrace, layer_numbers: list[int]) -> list[Table]:
             order="the most skewed",
         ),
         of_records(
-            "Routing by phase (means over layers)",
+            "Routing by phase (measured, means over layers)",
             None,
             means,
             ("phase", "phase"),
@@ -169,7 +169,7 @@ def balance(trace: RoutingTrace, changes: list[tuple[int, Placement]], layer_num
     key = "layer down, device across; blank: under 1/4 of the mean, █: over 7/4"
     return [
         Table("Balance over devices", per_layer, "balance", "measured", note, **least_balanced),
-        Table("Balance over all layers", whole, "balance", also={"phases": phases}, facts=True),
+        Table("Balance over all layers", whole, "balance", "measured", also={"phases": phases}, facts=True),
         HeatMap("Load per device", [Figure("device_loads", "load", loads)], "balance", note=key),
     ]
 

@@ -171,7 +171,7 @@ def test_routing_counted_slot_by_slot_and_as_printed():
         assert columns["hottest expert"][l] == f"#{figures['all']['hottest_expert_per_layer'][l]}"
         assert columns["load / mean"][l] == f"{max(row) * E / sum(row):.2f}x"
         assert columns["entropy (1 = even)"][l] == f"{figures['all']['entropy_per_layer'][l]:.3f}"
-    phases = columns_of(text, "Routing by phase (means over layers)", 2)
+    phases = columns_of(text, "Routing by phase (measured, means over layers)", 2)
     assert phases["phase"] == ("prefill", "decode") and phases["tokens"] == ("20", "40")
     for n, name in enumerate(("prefill", "decode")):
         assert figures[name]["tokens"] == int(phases["tokens"][n])
