@@ -189,7 +189,7 @@ def rebalancing(figures: dict, changes: list[tuple[int, Placement]], trace: Rout
         look["since"] = {"tokens": end - start, "balancedness": kept, "balancedness_unmoved": unmoved}
 
     def of_move(*keys):
-        return lambda look: reduce(getitem, keys, look) if look["moved"] else ""
+        return lambda look: reduce(getitem, keys, look) if look["moved"] else None
 
     rest = {key: value for key, value in figures.items() if key != "looks"}
     side = "" if figures["costs"]["side_by_side"] else ", as if devices ran side by side"

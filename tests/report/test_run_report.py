@@ -132,7 +132,7 @@ def test_rebalancing_compares_with_and_without_the_move():
         "tokens": 28, "balancedness": pytest.approx(kept), "balancedness_unmoved": pytest.approx(unmoved)
     }  # fmt: skip
     head, stay, move, *note = lines_of(str(table), "Rebalancing")
-    assert head.split("  ")[-1] == "as moved" and stay.split() == ["16", "stay"]
+    assert head.split("  ")[-1] == "as moved" and stay.split() == ["16", "stay", *"------"]
     cells = ["32", "7", "21.00", "MB", "0.50", "s", "0.25", "s", "2.00", "s", f"{unmoved:.3f}", f"{kept:.3f}"]
     assert move.split() == cells
     assert "pause are measured, predicted pause and gain modelled, as if devices ran" in " ".join(note)
