@@ -112,7 +112,7 @@ def run(args):
     from expert_parallel.study.remedies import recorded
     from expert_parallel.study.scenarios import SCENARIOS as MEANING
 
-    console = output.console(args.quiet or str(args.json) == "-")
+    console = output.console(args.quiet or output.to_standard_output(args.json))
     experts, top_k, trace = args.experts or 128, args.top_k, None
     if args.trace:
         *trace, notes = recorded(filter(None, (args.trace, args.test_trace)), args.experts)
@@ -138,10 +138,10 @@ def run(args):
             parts = scenario_tokens(layer, name, args.tokens, args.seed)
         else:
             parts = (*trace, mx.random.normal((MEASURED, args.hidden), key=mx.random.key(args.seed + 1)), None)
-        results[name] = workbench.study(layer, *parts, args.devices, redundant, link)
+        tables = workbench.study(layer, *parts, args.devices, redundant, link)
+        results[name] = table.sections(tables)
         console.rule(f"{name}: {MEANING.get(name, 'recorded trace')}", style="dim", align="left")
-        for part in workbench.tables(results[name]):
-            console.print(part)
+        console.print(*tables, sep="")
         console.print()
 
     # 3. The same figures for programs.

@@ -66,9 +66,9 @@ def run(args):
     from expert_parallel.models.lazy import quantization_of
     from expert_parallel.report import checks, model, projection, table
 
-    console, shown = output.console(args.quiet or str(args.json) == "-"), []
+    console, shown = output.console(args.quiet or output.to_standard_output(args.json)), []
 
-    def show(tables):
+    def show(*tables):
         shown.extend(tables)
         for part in tables:
             console.print(part)
@@ -83,31 +83,31 @@ def run(args):
         raise ValueError("--group-size and --mode say how --bits are stored: give --bits too")
     quantisation = {"bits": bits, "group_size": args.group_size, "mode": args.mode}
     described = describe(configuration, **quantisation)
-    devices = sorted(set(args.devices or [count for count in model.DEVICES if count <= described.num_experts]))
+    usual = [count for count in projection.DEVICES if count <= described.num_experts]
+    devices = sorted(set(args.devices or usual))
     if not 1 <= devices[0] <= devices[-1] <= described.num_experts:
         raise ValueError(f"--devices {devices}: needs 1 to {described.num_experts}, the experts of a layer")
-    show(model.architecture(described, configuration, args.context))
+    show(*model.architecture(described, configuration, args.context))
 
     # 2. What it needs on each device
-    tables, memory_rows = model.memory(described, args.redundant_experts, devices)
-    show(tables)
+    show(*(needs := model.memory(described, devices, args.redundant_experts)))
     if args.device_memory:
-        show([model.fit(described, args.device_memory * 1e9, args.context, devices)])
+        show(model.fit(described, devices, args.device_memory * 1e9, args.context))
 
     # 3. What it would do, there and here
     link = args.link or USUAL_LINK[args.hardware.lower()]
-    wire, link_source = find("link", link, LINKS)
-    trace, about = read_trace(args.trace, described), {"link": link, "link_source": link_source}
-    like = (args.context, trace, args.redundant_experts, memory_rows, devices)
-    show(projection.projection(described, find("hardware", args.hardware, MACHINES), wire, about, *like))
-    show(projection.original_claims(described))
+    wire, source = find("link", link, LINKS)
+    machine, trace = find("hardware", args.hardware, MACHINES), read_trace(args.trace, described)
+    setting = projection.Setting(machine, wire, link, source, args.context, devices, trace, args.redundant_experts)
+    hybrid = {row["devices"]: row["hybrid_bytes"] for row in needs[0].to_json()["devices"]}
+    show(*projection.projection(described, setting, hybrid), *projection.original_claims(described))
     if args.measure:
         here, links, measured = checks.machine(configuration, described, quantisation)
-        show([measured])
+        show(measured)
         for name, local in links.items():
-            about = {"link": name, "link_source": "all-sums of 2 processes on this machine"}
-            like = (args.context, trace, 0, (), devices, f"this_machine.projection.{name}")
-            show(projection.projection(described, here, local, about, *like))
+            source = "all-sums of 2 processes on this machine"
+            setting = projection.Setting(here, local, name, source, args.context, devices, trace)
+            show(*projection.projection(described, setting, section=f"this_machine.projection.{name}"))
 
     # 4. Its files, and real text through its weights
     whole = True
@@ -116,14 +116,14 @@ def run(args):
 
         checked = check_checkpoint(configuration).figures()
         whole = checked["ok"]
-        show(checks.checkpoint(checked))
+        show(*checks.checkpoint(checked))
     if args.forward or args.prompt:
-        show(forward_tables(args.model, texts_of(args.prompt), args.prompt_tokens))
+        show(*forward_tables(args.model, texts_of(args.prompt), args.prompt_tokens))
 
     if args.json:
         missing = dict.fromkeys(("fit", "original_claims", "this_machine", "checkpoint", "forward"))
-        document = missing | {"options": vars(args), "environment": table.environment()} | table.sections(shown)
-        output.write_json(args.json, document)
+        about = {"options": vars(args), "environment": table.environment()}
+        output.write_json(args.json, table.sections(shown, **about, **missing))
     return 0 if whole else 1
 
 

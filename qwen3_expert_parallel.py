@@ -76,7 +76,8 @@ def run(args, watchdog):
     # 1. Shapes, prompt and placement: everything that can go wrong before a weight is read, on any rank.
     group = start_group(args.timeout, watchdog)
     ranks, first = group.size(), group.rank() == 0
-    console, versions = output.console(args.quiet or not first or str(args.json) == "-"), table.environment()
+    console = output.console(args.quiet or not first or output.to_standard_output(args.json))
+    versions = table.environment()
     waiting_for("no end of standard input" if args.prompt == "-" else "not all ranks had loaded")
     typed = options.read_standard_input() if first and args.prompt == "-" else None
     typed = gather_objects(group, typed)[0]  # a launcher passes its standard input to rank 0 alone
@@ -113,7 +114,7 @@ def run(args, watchdog):
     console.print(where)
 
     # 3. The answer, with every routing decision recorded.
-    shown = first and str(args.json) != "-"
+    shown = first and not output.to_standard_output(args.json)
     console.rule("answer", style="dim", align="left")
     if shown and not args.quiet:
         print(prompt.text if not tokenizer.has_chat_template else "", end="", flush=True)
@@ -163,9 +164,9 @@ def run(args, watchdog):
     tables += cost.speed(text, tokens, len(prompt.ids), last, seconds, stock_speed)
     try:
         about = {"name": name, "config": config, "environment": versions}
-        document = {"model": about, "environment": versions, "options": vars(args), "parity": None, "rebalancing": None}
-        document |= {**table.sections([where, *tables]), "ranks": per_rank if ranks > 1 else None}
-        write_files(args, document, trace, changes[-1][1])
+        missing = dict.fromkeys(("parity", "rebalancing", "ranks"))
+        document = {"model": about, "environment": versions, "options": vars(args), **missing}
+        write_files(args, table.sections([where, *tables], **document), trace, changes[-1][1])
     finally:  # a disk that is full takes no file; the report is still there to read
         for part in filter(lambda part: part.title, tables):
             console.print()
@@ -178,10 +179,11 @@ def write_files(args, document, trace, placement):
     if args.save_placement:
         placement.save(args.save_placement)
     if args.plots:
-        from expert_parallel.report.plots import plot_loads
+        from expert_parallel.report.plots import load_map, save_plots
 
-        loads = trace.loads()
-        plot_loads(args.plots, loads, placement.device_loads(loads), document["model"]["name"])
+        name, device_loads = document["model"]["name"], document["balance"]["device_loads"]
+        maps = {"expert": load_map(trace.loads(), "expert", name), "device": load_map(device_loads, "device", name)}
+        save_plots(args.plots, {f"{across}_loads": figure for across, figure in maps.items()})
     if args.json:
         output.write_json(args.json, document)
 

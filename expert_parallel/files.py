@@ -1,7 +1,8 @@
-"""Files that are written whole, or not at all."""
+"""Files that are written whole, or not at all, and what JSON can hold."""
 
 from __future__ import annotations
 
+import math
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,3 +29,16 @@ def written_whole(path, mode: str = "w"):
     finally:
         if not straight:
             beside.unlink(missing_ok=True)
+
+
+def plain(value):
+    """A value in what JSON knows: arrays as lists, what is no number as null, objects by their name."""
+    if isinstance(value, dict):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if hasattr(value, "tolist"):  # numpy's and mlx's
+        value = value.tolist()
+    if isinstance(value, list | tuple | range):
+        return [plain(inner) for inner in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)

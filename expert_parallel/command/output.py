@@ -6,13 +6,12 @@ import argparse
 import contextlib
 import io
 import json
-import math
 import os
 import signal
 import sys
 from pathlib import Path
 
-from ..files import written_whole
+from ..files import plain, written_whole
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,6 +19,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"error: {message} (--help explains)\n")
+
+
+def to_standard_output(path) -> bool:
+    """Whether `--json -` was asked for; then nothing else goes there."""
+    return str(path) == "-"
 
 
 def check_writable(path) -> None:
@@ -45,7 +49,7 @@ def check_outputs(outputs: dict, inputs: dict) -> None:
     """
     taken = {}
     for option, path in outputs.items():
-        if path is None or str(path) == "-":
+        if path is None or to_standard_output(path):
             continue
         check_writable(path)
         real = Path(path).resolve()
@@ -60,25 +64,12 @@ def check_outputs(outputs: dict, inputs: dict) -> None:
 
 def write_json(path, figures: dict) -> None:
     """Figures as a file for programs, see `written_whole`; `-` is standard output. What is no number becomes null."""
-    text = json.dumps(_plain(figures), indent=1, allow_nan=False) + "\n"
-    if str(path) == "-":
+    text = json.dumps(plain(figures), indent=1, allow_nan=False) + "\n"
+    if to_standard_output(path):
         sys.stdout.write(text)
         return
     with written_whole(path) as file:
         file.write(text)
-
-
-def _plain(value):
-    """The value in what JSON knows."""
-    if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if hasattr(value, "tolist"):  # numpy's and mlx's
-        value = value.tolist()
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
 def console(quiet: bool = False):
@@ -92,7 +83,7 @@ def console(quiet: bool = False):
     if sys.stdout is None:  # started with >&-
         return Console(quiet=True, file=io.StringIO())
     width = None if sys.stdout.isatty() else int(os.environ.get("COLUMNS") or 80)
-    return Reporting(quiet=quiet, width=width, highlight=False, markup=False, soft_wrap=False)
+    return Reporting(quiet=quiet, width=width, highlight=False, markup=False, emoji=False)
 
 
 @contextlib.contextmanager
@@ -122,14 +113,13 @@ def exit_of(error: BaseException) -> tuple[int, str] | None:
 @contextlib.contextmanager
 def exit_on_user_error(prefix: str = ""):
     """Turn the errors of wrong input into one line on standard error and exit status 2."""
-    if not prefix:  # of ranks the watch process hears the launcher, see ranks/watch.py
-        for number in (signal.SIGTERM, signal.SIGHUP):  # so that what is half-written is taken away
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
     if sys.stdout is None:  # closed by whoever started us
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123, for as long as the process lives
     try:
         try:
-            yield
+            # Of ranks the watch process hears the launcher, see ranks/watch.py.
+            with contextlib.nullcontext() if prefix else _exit_on_signals():
+                yield
         finally:
             _flush_output()
     except (Exception, KeyboardInterrupt) as error:
@@ -142,6 +132,18 @@ def exit_on_user_error(prefix: str = ""):
             # One write, so that lines of several ranks do not mix.
             (sys.stderr or io.StringIO()).write(f"{start}{prefix}{line}\n")
         raise SystemExit(status) from None
+
+
+@contextlib.contextmanager
+def _exit_on_signals():
+    """End by SystemExit when the process is told to, so that what is half-written is taken away."""
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]  # as by nohup
+    before = {n: signal.signal(n, lambda number, _: sys.exit(128 + number)) for n in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _flush_output() -> None:

@@ -1,66 +1,69 @@
-"""The rest of `model_analysis.py`'s report: its files, real text through its weights, and this machine."""
+"""The report of `model_analysis.py`, concluded: its files, real text through its weights, and this machine."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import replace
 
-import numpy as np
-
 from ..checkpoint.loading import activation_dtype
+from ..files import plain
 from ..models.architecture import Architecture, describe
 from ..models.configurations import Configuration
 from ..models.lazy import fill_randomly, shortened
 from ..projection.constants import measure_machine
 from ..projection.link_probe import measure_link
-from .table import MOST_ROWS, Figure, Table, columns, size
+from .table import Figure, Table, facts, of_records, size
 
 
 def checkpoint(figures: dict) -> list[Table]:
     """Of `CheckpointReport.figures`."""
-    problems = figures["problems"]
+    problems, predicted = figures["problems"], figures["bytes_predicted"]
     found = f"{len(problems)} problem" + ("s" if len(problems) > 1 else "")
-    tensors = f"{figures['num_files']}, {figures['num_tensors']} tensors, {figures['bytes_on_disk']:,} B"
-    facts = [Figure(None, "verdict", "as the configuration says, whole" if figures["ok"] else found)]
-    facts += [Figure(None, "files", tensors), *(Figure(key, None, value) for key, value in figures.items())]
-    if (predicted := figures["bytes_predicted"]) is not None:
-        facts.append(Figure(None, "predicted", f"{predicted:,} B; {figures['tensors_equal']} tensors equal"))
-    tables = [Table("Checkpoint", facts, "checkpoint", "measured on the files' headers", facts=True)]
-    if problems:
-        note = f"{len(problems) - MOST_ROWS} more, see --json" if len(problems) > MOST_ROWS else ""
-        shown = columns(problems, ("kind", "kind", "{}"), ("name", "name", "{}"), ("what", "words", "{}"))
-        tables.append(Table("Problems", shown, note=note))
-    return tables
+    items = {
+        "verdict": "as the configuration says, whole" if figures["ok"] else found,
+        "files": f"{figures['num_files']}, {figures['num_tensors']} tensors, {figures['bytes_on_disk']:,} B",
+        "predicted": None if predicted is None else f"{predicted:,} B; {figures['tensors_equal']} tensors equal",
+    }
+    verdict = facts("Checkpoint (measured on the files' headers)", items, section="checkpoint", also=figures)
+    columns = (("kind", "kind"), ("name", "name"), ("words", "what"))
+    return [verdict, of_records("Problems", None, problems, *columns)] if problems else [verdict]
 
 
 def forward(texts: dict[str, dict], similarity: dict, seconds: dict) -> list[Table]:
-    """Of models/forward.py: pass_figures by text, similarity_of_loads, and seconds of each decoder layer."""
-    tables = []
-    for name, text in texts.items():
-        rows = [
-            {
-                **row,
-                "foretold": "-" if row["foretold_by_layer_before"] is None
-                else f"{row['foretold_by_layer_before']:.2f} ({row['foretold_by_popularity']:.2f})",
-                "pair": "-" if np.isnan(row["strongest_pair_lift"]) else "#{} #{}".format(*row["strongest_pair"]),
-            }
-            for row in text["layers"]
-        ]  # fmt: skip
-        shown = columns(rows, ("layer", "layer", "{}"), ("entropy", "entropy", "{:.3f}"),
-                        ("margin", "margin_median", "{:.3f}"), ("lowest 10%", "margin_lowest_tenth", "{:.3f}"),
-                        ("as before", "overlap_with_token_before", "{:.2f}"),
-                        ("foretold (by use)", "foretold", "{}"), ("strongest pair", "pair", "{}"))  # fmt: skip
-        about = f"measured, {text['tokens']} tokens; by chance {text['overlap_by_chance']:.2f} as before"
-        tables.append(Table(f"Routing of {name}", shown, "", about))
+    """Of models/forward.py: `pass_figures` by text, `similarity_of_loads`, and seconds of each decoder layer."""
+    texts = plain(texts)  # what is no number shows as missing
+    tables = [_routing_of(name, text) for name, text in texts.items()]
     if len(texts) > 1:
-        shown = [Figure(None, "", list(texts))]
-        shown += [Figure(None, name, [similarity[other][name] for other in texts], "{:.2f}") for name in texts]
-        tables.append(Table("How alike texts use the experts", shown, "", "cosine of loads, measured"))
-    shown = [Figure(None, "layer", list(range(len(seconds["prompt"]))))]
-    shown += [Figure(None, f"{name} ms", [1e3 * s for s in values], "{:.2f}") for name, values in seconds.items()]
-    data = {"texts": texts, "domains": {"source": "measured", "similarity": similarity}, "seconds": seconds}
-    shown += [Figure(key, None, value) for key, value in data.items()]
-    return [*tables, Table("Time of decoder layers", shown, "forward", "measured, with stops")]
+        columns = (("name", ""), *((name, name, "{:.2f}") for name in texts))
+        tables.append(
+            of_records("How alike texts use the experts (cosine of loads, measured)", None, similarity, *columns)
+        )
+    columns = [Figure(None, f"{name} ms", [1e3 * s for s in each], "{:.2f}") for name, each in seconds.items()]
+    columns.insert(0, Figure(None, "layer", range(len(seconds["prompt"]))))
+    also = {"texts": texts, "domains": {"source": "measured", "similarity": similarity}, "seconds": seconds}
+    return [*tables, Table("Time of decoder layers", columns, "forward", "measured, with stops", also=also)]
+
+
+def _routing_of(name: str, text: dict) -> Table:
+    rows, chance = text["layers"], text["overlap_by_chance"]
+    by_use = Figure(None, "by use", [row["foretold_by_popularity"] for row in rows], "{:.2f}")
+    foretold = [row["foretold_by_layer_before"] for row in rows]
+    table = of_records(
+        f"Routing of {name} (measured, {text['tokens']} tokens; by chance {chance:.2f} as before)",
+        None,
+        rows,
+        ("layer", "layer"),
+        ("entropy", "entropy", "{:.3f}"),
+        ("margin_median", "margin", "{:.3f}"),
+        ("margin_lowest_tenth", "lowest 10%", "{:.3f}"),
+        ("overlap_with_token_before", "as before", "{:.2f}"),
+        (
+            lambda row: "#{} #{}".format(*row["strongest_pair"]) if row["strongest_pair_lift"] else None,
+            "strongest pair",
+        ),
+    )
+    table.figures.insert(-1, Figure(None, "foretold", foretold, "{:.2f}", beside=by_use))
+    return table
 
 
 def machine(configuration: Configuration, described: Architecture, quantisation: dict, most_bytes=2e9):
@@ -74,27 +77,26 @@ def machine(configuration: Configuration, described: Architecture, quantisation:
     head = small.outside.get("head") or small.outside["embeddings"]
     found = measure_machine(model, small.demand, head.bytes)
     found = replace(found, memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    links, measured, missing = {}, {}, {}
+    links, rows, missing = {}, {}, {}
     for backend in ("ring", "mpi"):
         try:
-            links[backend], measured[backend] = measure_link(backend)
+            links[backend], rows[backend] = measure_link(backend)
         except ValueError as error:
             missing[backend] = str(error)
-    constants = {name: value for name, value in vars(found).items() if name != "memory_bytes"}
-    moved = f"{size(found.bytes_per_second)}/s, of experts {size(found.expert_bytes_per_second)}/s"
-    facts = {"weights moved": moved, "keys and values moved": None,
-             "arithmetic": f"{found.operations_per_second / 1e9:.2f} GFLOP/s",
-             "fixed cost of a layer": f"{1e6 * found.layer_seconds:.0f} us"}  # fmt: skip
-    if found.cache_bytes_per_second:
-        facts["keys and values moved"] = f"{size(found.cache_bytes_per_second)}/s"
+    cache = found.cache_bytes_per_second
+    items = {
+        "weights moved": f"{size(found.bytes_per_second)}/s, of experts {size(found.expert_bytes_per_second)}/s",
+        "keys and values moved": f"{size(cache)}/s" if cache else None,
+        "arithmetic": f"{found.operations_per_second / 1e9:.2f} GFLOP/s",
+        "fixed cost of a layer": f"{1e6 * found.layer_seconds:.0f} us",
+    }
     for name, link in links.items():
-        text = f"{1e6 * link.latency_seconds:.0f} us a step, {size(link.bytes_per_second)}/s"
-        facts[f"link {name}, 2 processes"] = text
-    facts |= {f"link {name}": why for name, why in missing.items()}
-    data = {"layers": count, "machine": constants, "links_not_measured": missing}
-    data["links"] = {name: {"latency_seconds": link.latency_seconds, "bytes_per_second": link.bytes_per_second,
-                            "measured": measured[name]} for name, link in links.items()}  # fmt: skip
-    figures = [Figure(None, label, text) for label, text in facts.items()]
-    figures += [Figure(key, None, value) for key, value in data.items()]
+        words = f"{1e6 * link.latency_seconds:.0f} us a step, {size(link.bytes_per_second)}/s"
+        items[f"link {name}, 2 processes"] = words
+    items |= {f"link {name}": why for name, why in missing.items()}
+    also = {"layers": count, "machine": {k: v for k, v in vars(found).items() if k != "memory_bytes"},
+            "links": {name: {"latency_seconds": link.latency_seconds, "bytes_per_second": link.bytes_per_second,
+                             "measured": rows[name]} for name, link in links.items()},
+            "links_not_measured": missing}  # fmt: skip
     source = f"measured on {count} layers with random weights"
-    return found, links, Table("This machine", figures, "this_machine", source, facts=True)
+    return found, links, facts("This machine", items, section="this_machine", source=source, also=also)

@@ -12,8 +12,12 @@ from ..models.memory import ModelBytes, array_bytes, live_expert_bytes
 from ..placement import Placement
 from ..projection.links import bytes_per_token, ring_traffic
 from ..trace import RoutingTrace
-from .measuring import Collectives, Seconds, resident_bytes
-from .table import Figure, Table, size
+from .measuring import Seconds, resident_bytes
+from .table import Figure, Table, of_records, size
+
+
+def per_token(num_bytes: float) -> str:
+    return f"{size(num_bytes)} per token"
 
 
 def rank_figures(model, seconds: Seconds) -> dict:
@@ -31,106 +35,100 @@ def rank_figures(model, seconds: Seconds) -> dict:
 
 def memory(whole: ModelBytes, placement: Placement, key_values: int, per_rank: list[dict]) -> list[Table]:
     """Bytes per device, from live arrays, against the whole model on one; `key_values` of a device's cache."""
-    ranks = len(per_rank)
-    if ranks > 1:
-        experts = np.array([figures["expert_bytes"] for figures in per_rank])
-        rest = np.array([figures["rest_bytes"] for figures in per_rank])
-    else:
-        experts = np.array(per_rank[0]["expert_bytes_per_device"])
-        rest = np.full(len(experts), whole.rest)
+    experts = np.array(per_rank[0]["expert_bytes_per_device"])
+    rest, source = np.full(len(experts), whole.rest), "experts measured; the rest, here once, modelled on each"
+    if len(per_rank) > 1:
+        experts, rest = (np.array([each[key] for each in per_rank]) for key in ("expert_bytes", "rest_bytes"))
+        source = "measured"
     together = experts + rest
     columns = [
-        Figure(None, "device", list(range(len(experts)))),
-        Figure("experts_per_device_bytes", "experts", experts.tolist(), size),
-        Figure("rest_per_device_bytes", "the rest", rest.tolist(), size),
-        Figure("per_device_bytes", "together", together.tolist(), size),
-        Figure("experts_per_device_bytes_modelled", None, whole.per_device(placement).tolist()),
+        Figure(None, "device", range(len(experts))),
+        Figure("experts_per_device_bytes", "experts", experts, size),
+        Figure("rest_per_device_bytes", "the rest", rest, size),
+        Figure("per_device_bytes", "together", together, size),
     ]
-    fullest, of_experts = int(together.max()), whole.experts / max(1, int(experts.max()))
-    facts = [
-        Figure(
-            "full_model_bytes",
-            "whole model",
-            whole.total,
-            lambda v: f"{size(v)} in memory, {size(whole.experts)} of it experts",
-        ),
-        Figure("full_model_expert_bytes", None, whole.experts),
+    fullest, beside = int(together.max()), f"in memory, {size(whole.experts)} of it experts"
+    of_experts = whole.experts / max(1, int(experts.max()))
+    overall = [
+        Figure("full_model_bytes", "whole model", whole.total, lambda total: f"{size(total)} {beside}"),
         Figure("reduction", "fullest device", whole.total / fullest, f"{size(fullest)}: {{:.2f}}x less than the whole"),
         Figure("reduction_of_experts", "experts alone", of_experts, "{:.2f}x less"),
-        Figure("kv_cache_bytes", "key-value cache", key_values, lambda v: f"{size(v)} on each device besides"),
-        Figure("peak_process_bytes", None, max(figures["resident"]["peak"] for figures in per_rank)),
+        Figure("kv_cache_bytes", "key-value cache", key_values, lambda cache: f"{size(cache)} on each device besides"),
     ]
-    source = "measured" if ranks > 1 else "experts measured; the rest, here once, modelled on each"
+    also = {"experts_per_device_bytes_modelled": whole.per_device(placement), "full_model_expert_bytes": whole.experts}
+    also["peak_process_bytes"] = max(each["resident"]["peak"] for each in per_rank)
     return [
-        Table("Memory per device", columns, "memory", source),
-        Table("Memory over all", facts, "memory", facts=True),
+        Table("Memory per device", columns, "memory", source, first=-together, order="the fullest"),
+        Table("Memory over all", overall, "memory", also=also, facts=True),
     ]
 
 
-def communication(
-    model, trace: RoutingTrace, value_bytes: int, counted: Collectives, combine: str, ranks: int
-) -> Table:
+def communication(model, trace: RoutingTrace, value_bytes: int, counted: dict, combine: str, ranks: int) -> Table:
     """Bytes per token of both ways to combine, by formula; with ranks also what was counted at the calls.
 
     value_bytes  of one value that the experts gave in this run
     combine      what was asked for; of ranks the way that was taken counts
     """
-    layers = moe_layers(model)
-    experts, top_k = layers[0].experts, trace.experts.shape[2]
-    hidden = hidden_size(experts)
-    both = {how: bytes_per_token(hidden, top_k, len(layers), value_bytes, how) for how in ("reduce", "gather")}
+    layers, top_k = moe_layers(model), trace.experts.shape[2]
+    experts = layers[0].experts
+    shape = (hidden_size(experts), top_k, len(layers), value_bytes)
+    both = {how: bytes_per_token(*shape, how) for how in ("reduce", "gather")}
     used = "gather" if experts.gathers or combine == "gather" else "reduce"
-    one = "" if ranks > 1 else "; in one process nothing is sent"
+    sent = round(ring_traffic(both[used], len(experts.held)))
     figures = [
-        Figure("bytes_per_token_by_combine", None, both),
-        Figure(None, "reduce: weighted sums, all-summed", both["reduce"], lambda v: f"{size(v)} per token"),
-        Figure(None, "gather: every slot's output, all-summed", both["gather"], lambda v: f"{size(v)} per token"),
-        Figure("combine", None, used),
-        Figure("value_bytes", None, value_bytes),
-        Figure("bytes_per_token", None, both[used]),
-        Figure(
-            "ring_bytes_sent_per_token_and_rank",
-            f"{used} by a ring, sent by each rank",
-            round(ring_traffic(both[used], len(experts.held))),
-            lambda v: f"{size(v)} per token",
-        ),
+        Figure(None, "reduce: weighted sums, all-summed", both["reduce"], per_token),
+        Figure(None, "gather: every slot's output, all-summed", both["gather"], per_token),
+        Figure("ring_bytes_sent_per_token_and_rank", f"{used} by a ring, sent by each rank", sent, per_token),
     ]
     if ranks > 1:
-        per_token = counted.bytes / max(1, len(trace))
+        calls, payload = (sum(counts[n] for counts in counted.values()) for n in (0, 1))
         about = {"source": "measured at the calls, head and attention included where sharded", "tokens": len(trace),
-                 "calls": counted.calls, "payload_bytes": counted.bytes, "by_kind": counted.by_kind,
-                 "payload_bytes_per_token": per_token}  # fmt: skip
-        text = f"{size(per_token)} per token, {counted.calls} calls in all"
-        figures.append(Figure("counted", "counted at the calls (measured)", about, lambda _: text))
-    return Table("Communication", figures, "communication", f"modelled, {value_bytes}-byte values{one}", facts=True)
+                 "calls": calls, "payload_bytes": payload, "by_kind": counted,
+                 "payload_bytes_per_token": payload / max(1, len(trace))}  # fmt: skip
+        text = f"{per_token(about['payload_bytes_per_token'])}, {calls} calls in all"
+        figures.append(Figure("counted", "counted at the calls", about, lambda _: text, "measured"))
+    one = "" if ranks > 1 else "; in one process nothing is sent"
+    title = f"Communication (modelled, {value_bytes}-byte values{one})"
+    also = {
+        "combine": used,
+        "value_bytes": value_bytes,
+        "bytes_per_token": both[used],
+        "bytes_per_token_by_combine": both,
+    }
+    return Table(title, figures, "communication", "modelled", also=also, facts=True)
 
 
 def speed(text: str, tokens: list[int], prompt_tokens: int, last, seconds: Seconds, stock_speed=None) -> list[Table]:
     """Speed of the run, and where the time of one token goes; `last` is mlx-lm's last response."""
-    spent = seconds.experts / max(seconds.total, 1e-12)
+    share = seconds.experts / max(seconds.total, 1e-12)
     figures = [
         Figure("prompt_tokens_per_second", "prompt", last.prompt_tps, f"{{:.1f}} tokens/s ({prompt_tokens} tokens)"),
         Figure("tokens_per_second", "generation", last.generation_tps, f"{{:.1f}} tokens/s ({len(tokens)} tokens)"),
         Figure(None, "generation by stock mlx-lm", stock_speed, "{:.1f} tokens/s"),
-        Figure(None, "share of time in experts", spent, f"{{:.0%}} (measured on {seconds.tokens} tokens with stops)"),
-        *(Figure(key, None, v) for key, v in (("prompt_tokens", prompt_tokens), ("text", text), ("tokens", tokens))),
+        Figure(None, "share of time in experts", share, f"{{:.0%}} (measured on {seconds.tokens} tokens with stops)"),
     ]
-    parts = [Figure(key, None, value) for key, value in vars(seconds).items()]
+    also = {"prompt_tokens": prompt_tokens, "text": text, "tokens": tokens}
     return [
-        Table("Speed", figures, "generation", "measured", facts=True),
-        Table("", parts, "time", "measured with a stop after each part"),
+        Table("Speed", figures, "generation", "measured", also=also, facts=True),
+        Table("", [], "time", "measured with a stop after each part", also=vars(seconds), facts=True),
     ]
 
 
 def ranks_table(per_rank: list[dict]) -> Table:
     """What each rank held, computed and waited for."""
-    seconds = [figures["seconds"] for figures in per_rank]
-    columns = [
-        Figure(None, "rank", list(range(len(per_rank)))),
-        Figure(None, "experts", [figures["expert_bytes"] for figures in per_rank], size),
-        Figure(None, "process", [figures["resident"]["now"] for figures in per_rank], size),
-        Figure(None, "slots", [sum(figures["slots_computed_per_layer"]) for figures in per_rank]),
-    ]
-    for part in ("experts", "collectives", "waiting"):
-        columns.append(Figure(None, f"{part} ms", [1e3 * each[part] / each["tokens"] for each in seconds], "{:.2f}"))
-    return Table("Ranks", columns, "", f"measured; ms per token, on {seconds[0]['tokens']} tokens with stops")
+
+    def milliseconds(part):
+        return lambda each: 1e3 * each["seconds"][part] / each["seconds"]["tokens"]
+
+    table = of_records(
+        f"Ranks (measured; milliseconds per token, on {per_rank[0]['seconds']['tokens']} tokens with stops)",
+        "ranks",
+        per_rank,
+        ("expert_bytes", "experts", size),
+        (lambda each: each["resident"]["now"], "process", size),
+        (lambda each: sum(each["slots_computed_per_layer"]), "slots"),
+        *((milliseconds(part), f"{part} ms", "{:.2f}") for part in ("experts", "collectives", "waiting")),
+        section="",
+    )
+    table.figures.insert(0, Figure(None, "rank", range(len(per_rank))))
+    return table

@@ -1,7 +1,7 @@
 """Measuring: what a rank computed, sent and waited for.
 
-Stopping after every step to look at the clock slows a run down. So seconds are taken on a few
-extra tokens after the real ones, and speeds on the real ones, without stops.
+Stopping after every step to look at the clock slows a run down. So seconds are taken on a few extra tokens after
+the real ones, and speeds on the real ones, without stops.
 """
 
 from __future__ import annotations
@@ -9,29 +9,17 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections import defaultdict
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 
-from ..experts import ShardedExperts
+from ..experts import ShardedExperts, is_rank
 from ..trace import replaced
 
-
-@dataclass
-class Collectives:
-    """Calls of collectives and their payload: `bytes` is what one rank hands in."""
-
-    calls: int = 0
-    bytes: int = 0
-    by_kind: dict = field(default_factory=dict)
-
-    def add(self, kind: str, num_bytes: int) -> None:
-        self.calls += 1
-        self.bytes += num_bytes
-        calls, total = self.by_kind.get(kind, (0, 0))
-        self.by_kind[kind] = (calls + 1, total + num_bytes)
+COLLECTIVES = ("all_sum", "all_gather")
 
 
 @dataclass
@@ -39,6 +27,7 @@ class Seconds:
     """Where a rank's time went over so many tokens, each part with a stop before and after it.
 
     value_bytes  of one value that experts gave: 4 for float32, 2 for bfloat16
+    waiting      for the other ranks, in an empty collective just before each real one: the slowest does not wait
     """
 
     tokens: int = 0
@@ -49,34 +38,30 @@ class Seconds:
     collectives: float = 0.0
 
 
-_COLLECTIVES = ("all_sum", "all_gather")
-
-
 @contextmanager
 def count_collectives():
-    """Count the collectives that are called while the block runs, mlx-lm's own among them."""
-    counted = Collectives()
+    """Count the collectives that are called while the block runs, mlx-lm's own among them.
+
+    Gives {kind: [calls, bytes that this rank handed in]}.
+    """
+    counted = defaultdict(lambda: [0, 0])
 
     def counting(kind, original):
         def call(x, *args, **kwargs):
-            counted.add(kind, x.nbytes)
+            counted[kind][0] += 1
+            counted[kind][1] += x.nbytes
             return original(x, *args, **kwargs)
 
         return call
 
-    with replaced(mx.distributed, {kind: counting(kind, getattr(mx.distributed, kind)) for kind in _COLLECTIVES}):
+    with replaced(mx.distributed, {kind: counting(kind, getattr(mx.distributed, kind)) for kind in COLLECTIVES}):
         yield counted
 
 
 @contextmanager
 def time_parts(tokens: int, group=None):
-    """Take the seconds of experts, of waiting for other ranks, and of collectives, with stops in between.
-
-    tokens   how many the block is going to run
-    waiting is the time in an empty collective just before the real one: the slowest rank does not wait.
-    """
-    seconds = Seconds(tokens)
-    several = group is not None and group.size() > 1
+    """Take the seconds of experts, of waiting and of collectives while the block runs `tokens`; gives `Seconds`."""
+    seconds, all_sum = Seconds(tokens), mx.distributed.all_sum
 
     def timed_experts(original):
         def call(self, x, indices):
@@ -94,7 +79,7 @@ def time_parts(tokens: int, group=None):
         def call(x, *args, **kwargs):
             mx.eval(x)
             begin = time.perf_counter()
-            if several:
+            if is_rank(group):
                 mx.eval(all_sum(mx.zeros(1), group=group))
             ready = time.perf_counter()
             y = original(x, *args, **kwargs)
@@ -105,12 +90,9 @@ def time_parts(tokens: int, group=None):
 
         return call
 
-    all_sum = mx.distributed.all_sum
-    collectives = {kind: timed_collective(getattr(mx.distributed, kind)) for kind in _COLLECTIVES}
-    with (
-        replaced(ShardedExperts, {way: timed_experts(getattr(ShardedExperts, way)) for way in ("compact", "masked")}),
-        replaced(mx.distributed, collectives),
-    ):
+    ways = {way: timed_experts(getattr(ShardedExperts, way)) for way in ("compact", "masked")}
+    timed = {kind: timed_collective(getattr(mx.distributed, kind)) for kind in COLLECTIVES}
+    with replaced(ShardedExperts, ways), replaced(mx.distributed, timed):
         begin = time.perf_counter()
         yield seconds
         seconds.total = time.perf_counter() - begin
@@ -119,8 +101,8 @@ def time_parts(tokens: int, group=None):
 def resident_bytes() -> dict:
     """Physical memory of this process by the operating system, {"now", "peak"}; `now` is 0 where it does not say.
 
-    Linux's ru_maxrss is no peak of this program: a process starts with that of the one that started it,
-    so under a launcher of 800 MB every small program has 814. VmHWM begins anew with each program.
+    Linux's ru_maxrss is no peak of this program: a process starts with that of the one that started it, so under a
+    launcher of 800 MB every small program has 814. VmHWM begins anew with each program.
     """
     status = Path("/proc/self/status")
     if status.exists():

@@ -1,146 +1,217 @@
 """One table: a figure is defined once, and prints, goes into JSON and shows itself in a notebook.
 
-Table("Balance over devices", [Figure("balancedness", "balancedness", values, "{:.3f}")], "balance", "measured")
+loads = Figure("loads", "load", [9, 4, 7], "{:.1f}", means="tokens of the fullest device")
+Table("Balance", [Figure(None, "layer", [0, 1, 2]), loads], "balance", "measured")      columns over rows
+Table("Speed", [Figure("seconds", "one token", 0.2, "{} s")], "time", facts=True)       a line each
 """
 
 from __future__ import annotations
 
 import html
+import math
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-SHADES = " ░▒▓█"
+from ..files import plain
+
 MOST_ROWS = 16  # that are printed; JSON has all
+SHADES = " ░▒▓█"
 
 
 @dataclass(frozen=True)
 class Figure:
     """One figure, or a column of them.
 
-    key    in JSON; None: it is printed only
-    label  in print; None: it is in JSON only
-    show   a format, or a function from value to text; values that are missing or not a number show as -
+    key     in JSON; None: it is printed only
+    label   in print
+    value   in a table of columns one for each row
+    show    a format, or a function from a value to its text
+    source  measured, simulated or modelled, where that is not the table's; stands behind the label
+    means   what it is, where the label does not say; stands under the table
+    beside  the bound or chance level that it can be held against; stands in brackets behind it
     """
 
     key: str | None
-    label: str | None
+    label: str
     value: object
     show: str | Callable = "{}"
+    source: str = ""
+    means: str = ""
+    beside: Figure | None = None
 
-    def text(self, value) -> str:
-        if value is None or (isinstance(value, float | np.floating) and np.isnan(value)):
-            return "-"
-        return self.show.format(value) if isinstance(self.show, str) else self.show(value)
+    def heading(self, of_column: bool) -> str:
+        behind = self.beside.label if of_column and self.beside else self.source
+        return f"{self.label} ({behind})" if behind else self.label
+
+    def text(self, row: int | None = None) -> str:
+        """The value, or that of a row, in print; text from outside stays as it is, but for what steers a terminal."""
+        value = self.value if row is None else self.value[row]
+        if isinstance(value, float | np.floating) and not math.isfinite(value):
+            text = "not a number"
+        elif value is None or isinstance(value, str) and not value:
+            text = "-" if value is None else ""
+        else:
+            text = self.show.format(value) if isinstance(self.show, str) else self.show(value)
+        text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+        if not self.beside or value is None:
+            return text
+        of_what = "" if row is not None else f"{self.beside.label}: "
+        source = f", {self.beside.source}" if self.beside.source else ""
+        return f"{text} ({of_what}{self.beside.text(row)}{source})"
 
 
 @dataclass
 class Table:
     """Figures under a title: columns with a value for each row, or `facts`, a line each.
 
-    section  where in the report's JSON, e.g. "balance" or "routing.prefill"; "": nowhere
-    source   measured, simulated or modelled, and on what; stands in title and JSON
-    rows     numbers of the rows that are printed, in this order; None: all, or the first few
+    section  where in the report's JSON, e.g. "balance" or "routing.all"; "": at its top; None: nowhere
+    source   measured, simulated or modelled, and on what; in JSON, and in the heading where the title does not say it
+    also     {key: value} of what JSON has besides
+    first    of a long table those rows are printed that have least of this, a value for each row
+    order    what that makes them, e.g. "the most skewed"
     """
 
     title: str
     figures: list[Figure]
-    section: str = ""
+    section: str | None = None
     source: str = ""
     note: str = ""
+    also: dict = field(default_factory=dict)
     facts: bool = False
-    rows: list[int] | None = None
+    first: object = None
+    order: str = "the first"
 
-    @property
     def heading(self) -> str:
-        return f"{self.title} ({self.source})" if self.source else self.title
+        return f"{self.title} ({self.source})" if self.source and self.source not in self.title else self.title
 
     def cells(self) -> list[list[str]]:
-        """What is printed, row by row."""
-        shown = [figure for figure in self.figures if figure.label is not None]
+        """What is printed, row by row; facts that are not there have no line."""
         if self.facts:
-            return [[f.label, f.text(f.value)] for f in shown if f.value not in (None, "")]
-        count = len(shown[0].value) if shown else 0
-        rows = list(range(count)) if self.rows is None else self.rows
-        cells = [[figure.text(figure.value[n]) for figure in shown] for n in rows[:MOST_ROWS]]
-        return cells + [["..."] + [""] * (len(shown) - 1)] * (len(rows) > MOST_ROWS)
+            lines = [[f.heading(False), f.text()] for f in self.figures if f.value is not None]
+            return [line for line in lines if line[1]]
+        rows = range(len(self.figures[0].value))
+        if len(rows) > MOST_ROWS:
+            rows = rows if self.first is None else np.argsort(self.first, kind="stable").tolist()
+            rows = sorted(rows[:MOST_ROWS])
+        return [[figure.text(row) for figure in self.figures] for row in rows]
 
-    def __rich__(self):
-        from rich.console import Group
+    def notes(self) -> str:
+        """What stands under the table: that rows were left out, what the figures mean."""
+        count = 0 if self.facts else len(self.figures[0].value)
+        cut = f"{MOST_ROWS} of {count} rows, {self.order}; --json has all." if count > MOST_ROWS else ""
+        return " ".join(filter(None, (cut, self.note, *(f"{f.label}: {f.means}." for f in self.figures if f.means))))
+
+    def lines(self, console, options) -> list:
+        """rich's texts, one a line."""
         from rich.table import Table as Grid
         from rich.text import Text
 
         grid = Grid(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=not self.facts)
-        labels = ["", ""] if self.facts else [figure.label for figure in self.figures if figure.label is not None]
-        for n, label in enumerate(labels):
+        for n, label in enumerate(("", "") if self.facts else [figure.heading(True) for figure in self.figures]):
             justify = "left" if n == 0 or self.facts else "right"
-            grid.add_column(label, justify=justify, header_style="dim", overflow="fold", no_wrap=self.facts and n == 0)
+            grid.add_column(Text(label), justify=justify, header_style="dim", overflow="fold")
         for row in self.cells():
             grid.add_row(*map(Text, row))
-        return Group(Text(self.heading, style="bold"), grid, *([Text(self.note)] if self.note else []))
+        lines = console.render_lines(grid, options, pad=False) if grid.row_count else []
+        return [Text.assemble(*((segment.text, segment.style or "") for segment in line)) for line in lines]
+
+    def __rich_console__(self, console, options):
+        from rich.text import Text
+
+        for text in (Text(self.heading(), style="bold"), *self.lines(console, options), Text(self.notes())):
+            for line in text.wrap(console, options.max_width) if text else ():
+                line.rstrip()  # rich fills lines with blanks
+                yield line
+
+    def __str__(self) -> str:
+        """As it is printed where there is no terminal: 80 columns, no colours."""
+        from rich.console import Console
+
+        console = Console(width=80, color_system=None)
+        with console.capture() as printed:
+            console.print(self)
+        return printed.get()
 
     def to_json(self) -> dict:
-        """{key: value}, with the source."""
+        """{key: value}, with the source; what is no number is null."""
+        figures = [f for figure in self.figures for f in (figure, figure.beside) if f and f.key is not None]
         source = {"source": self.source} if self.source else {}
-        return source | {figure.key: figure.value for figure in self.figures if figure.key is not None}
+        return source | plain({f.key: f.value for f in figures} | self.also)
 
     def _repr_html_(self) -> str:
-        labels = [] if self.facts else [figure.label for figure in self.figures if figure.label is not None]
-        lines = [("th", labels)] * bool(labels) + [("td", row) for row in self.cells()]
-        rows = ("".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) for tag, row in lines)
+        head = [] if self.facts else [("th", [figure.heading(True) for figure in self.figures])]
+        rows = [
+            "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
+            for tag, row in [*head, *(("td", row) for row in self.cells())]
+        ]
         body = "".join(f"<tr>{row}</tr>" for row in rows)
-        return f"<h4>{html.escape(self.heading)}</h4><table>{body}</table><p>{html.escape(self.note)}</p>"
+        return f"<h4>{html.escape(self.heading())}</h4><table>{body}</table><p>{html.escape(self.notes())}</p>"
 
 
 class HeatMap(Table):
     """Loads [rows, columns] of its one figure as shades, each row against its own mean."""
 
-    def __rich__(self):
-        from rich.console import Group
+    def lines(self, console, options) -> list:
         from rich.text import Text
 
         loads = np.asarray(self.figures[0].value, dtype=float)
         level = np.clip(np.round(loads / np.maximum(loads.mean(axis=1, keepdims=True), 1e-12) * 2), 0, 4).astype(int)
-        cell = 3 if loads.shape[1] <= 20 else 1
-        lines = [f"{n:4d} " + "".join(SHADES[shade] * cell for shade in row) for n, row in enumerate(level)]
-        return Group(Text(self.heading, style="bold"), Text(self.note), *(Text(line.rstrip()) for line in lines))
+        wide = 3 if loads.shape[1] <= 20 else 1
+        shades = (Text(f"{n:4d} " + "".join(SHADES[shade] * wide for shade in row)) for n, row in enumerate(level))
+        return [Text(self.note), *shades]
 
     def cells(self) -> list[list[str]]:
         return [[f"{value:g}" for value in row] for row in self.figures[0].value]
 
-
-def columns(rows: list[dict], *wanted: tuple) -> list[Figure]:
-    """Printed columns (label, key, show) of rows that JSON has as they are; what a row lacks shows as -."""
-    return [Figure(None, label, [row.get(key) for row in rows], show) for label, key, show in wanted]
+    def notes(self) -> str:
+        return ""
 
 
 def of_rows(title: str, *labels: str, rows) -> Table:
     """A table that is printed only, of rows of cells; for benchmarks."""
-    return Table(
-        title, [Figure(None, label, list(cells)) for label, cells in zip(labels, zip(*rows, strict=True), strict=True)]
-    )
+    columns = list(zip(*rows, strict=True)) or [()] * len(labels)
+    return Table(title, [Figure(None, label, cells) for label, cells in zip(labels, columns, strict=True)])
 
 
-def sections(tables: list[Table]) -> dict:
-    """The tables' figures as one JSON document; tables of one section go together."""
-    document: dict = {}
-    for table in filter(lambda table: table.section, tables):
+def of_records(title: str, key: str | None, records, *columns, also=None, **more) -> Table:
+    """A table of records [{name: value}], or {"name" of the record: {name: value}}, which JSON has under `key`.
+
+    columns     (name in the record, label[, show]); a function from the record may stand for the name
+    also, more  of Table
+    """
+    rows = [{"name": n, **row} for n, row in records.items()] if isinstance(records, dict) else records
+    figures = [
+        Figure(None, label, [name(row) if callable(name) else row.get(name) for row in rows], *show)
+        for name, label, *show in columns
+    ]
+    return Table(title, figures, also={**({key: records} if key else {}), **(also or {})}, **more)
+
+
+def facts(title: str, items: dict, **more) -> Table:
+    """Names and texts, a line each, that are printed only."""
+    return Table(title, [Figure(None, name, text) for name, text in items.items()], facts=True, **more)
+
+
+def sections(tables: list[Table], **others) -> dict:
+    """The tables' figures as one JSON document, tables of one section together, others at its top."""
+    document = plain(others)
+    for table in tables:
         place = document
-        for name in table.section.split("."):
-            place = place.setdefault(name, {})
-        place |= {key: value for key, value in table.to_json().items() if key != "source" or key not in place}
+        for name in filter(None, (table.section or "").split(".")):
+            place[name] = place = place.get(name) or {}
+        if table.section is not None:
+            place |= {key: value for key, value in table.to_json().items() if key != "source" or key not in place}
     return document
 
 
 def size(num_bytes: float) -> str:
     """Bytes for people, in decimal units as disks and vendors count."""
-    for unit, power in (("GB", 9), ("MB", 6), ("kB", 3)):
-        if abs(num_bytes) >= 10**power:
-            return f"{num_bytes / 10**power:.2f} {unit}"
-    return f"{num_bytes:.0f} B"
+    unit, power = next(((u, p) for u, p in (("GB", 9), ("MB", 6), ("kB", 3)) if abs(num_bytes) >= 10**p), ("B", 0))
+    return f"{num_bytes / 10**power:.2f} {unit}" if power else f"{num_bytes:.0f} B"
 
 
 def environment() -> dict:

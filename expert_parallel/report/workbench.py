@@ -1,4 +1,4 @@
-"""Figures and tables of expert_parallel_poc.py: one MoE layer's routing, its bottleneck, and what helps."""
+"""The report of expert_parallel_poc.py: one MoE layer's routing, its bottleneck, and what helps."""
 
 from __future__ import annotations
 
@@ -12,70 +12,113 @@ from ..projection.links import Link, traffic_matrix
 from ..study.phases import MEASURED, Phases, SmallLayer, given, run_phases, slowest_device_seconds
 from ..study.remedies import Choices, compare
 from ..study.scenarios import hot_experts, tokens_until_hot
-from .table import Figure, Table, columns
+from .table import Figure, Table, of_records
 
 UNCHANGED = ("contiguous", "round-robin", "balanced", "replicated", "affinity")  # the model's output stays
 
 
 def study(
-    layer: SmallLayer,
-    fit: Choices,
-    test: Choices,
-    x,
-    preference,
-    num_devices: int,
-    redundant: int,
-    link: Link,
-) -> dict:
-    """All figures of one scenario or trace.
+    layer: SmallLayer, fit: Choices, test: Choices, x, preference, num_devices: int, redundant: int, link: Link
+) -> list[Table]:
+    """One scenario or trace: where the time goes, what limits it, and what helps.
 
     x           [512, H], tokens of the timed passes
     preference  [512, E], what is added to their logits; None: the choices of evenly spaced test tokens are used
     The timed layer is that with the least even contiguous devices.
     """
+    # 1. One pass over contiguous devices, timed part by part.
     loads = test.loads()
-    contiguous = place_experts(loads, num_devices)
-    worst = int((contiguous.device_loads(loads).max(axis=1) / loads.sum(axis=1)).argmax())
+    device_loads = place_experts(loads, num_devices).device_loads(loads)
+    worst = int((device_loads.max(axis=1) / loads.sum(axis=1)).argmax())
     rows = np.linspace(0, len(test.experts) - 1, MEASURED).astype(int)
     experts = test.experts[rows, worst] if preference is None else None
     wish = mx.zeros((MEASURED, layer.num_experts)) if preference is None else mx.array(preference)
     placement = place_experts(loads[worst : worst + 1], num_devices)
     y, phases = run_phases(layer, x, wish, placement, experts)
     traffic = traffic_matrix(test.experts[rows, worst][:, None], placement.held, layer.hidden)[0]
-    parts = layer_parts(phases, link, traffic)
+
+    # 2. Every remedy, fitted on one part of the tokens and judged on the other; its slowest device is timed.
     per_slot = sum(phases.device_seconds) / sum(phases.device_slots)
     costs = Costs(layer.expert_bytes, link.bytes_per_second, per_slot, link.latency_seconds, side_by_side=True)
     remedies = []
     for outcome in compare(fit, test, num_devices, redundant, costs):
-        mine, share = outcome.choices.part(rows), 1.0
-        if mine.kept is not None:
-            share = float(outcome.choices.kept.mean())
-        measured = slowest_device_seconds(
-            layer,
-            x,
-            outcome.placement.held[worst],
-            mine.experts[:, worst],
-            None if mine.kept is None else mine.kept[:, worst],
-        )
-        predicted = share * MEASURED * layer.top_k / num_devices * per_slot / outcome.balancedness_fit_per_layer[worst]
-        remedies.append(
-            {"remedy": outcome.remedy, "balancedness_fit": outcome.balancedness_fit,
-             "balancedness_test": outcome.balancedness_test, "fan_out": outcome.fan_out, "price": outcome.price,
-             "slowest_device_seconds_predicted": predicted, "slowest_device_seconds_measured": measured,
-             **outcome.figures}
-        )  # fmt: skip
-    # Without copies the hottest expert has company: its device's other slots, at best the coldest experts.
+        mine, share = outcome.choices.part(rows), 1.0 if outcome.choices.kept is None else outcome.choices.kept.mean()
+        kept = None if mine.kept is None else mine.kept[:, worst]
+        slots = share * MEASURED * layer.top_k / num_devices / outcome.balancedness_fit_per_layer[worst]
+        measured = slowest_device_seconds(layer, x, outcome.placement.held[worst], mine.experts[:, worst], kept)
+        names = ("remedy", "balancedness_fit", "balancedness_test", "fan_out", "price")
+        seconds = {"slowest_device_seconds_predicted": slots * per_slot, "slowest_device_seconds_measured": measured}
+        remedies.append({**{name: getattr(outcome, name) for name in names}, **seconds, **outcome.figures})
+
+    # 3. Both as tables. Without copies the hottest expert has company: other slots, at best of the coldest experts.
     company = np.sort(loads, axis=1)[:, : loads.shape[1] // num_devices - 1].sum(axis=1)
     least = np.maximum(lower_bound(loads, num_devices), loads.max(axis=1) + company)
-    return {
-        "tokens_fit": len(fit.experts), "tokens_test": len(test.experts), "layer": worst,
-        "parity": differences(layer, x, wish, y, experts),
-        "device_loads_simulated": contiguous.device_loads(loads).tolist(),
-        "most_balancedness_without_copies": float((loads.sum(axis=1) / num_devices / least).mean()),
-        "phases_seconds_measured": vars(phases), "parts_seconds_modelled": parts,
-        "bottleneck": max(parts, key=parts.get), "hot_experts": hot_figures(fit, num_devices),
-        "remedies": remedies, "proposed": proposed(remedies),
-    }  # fmt: skip
+    bound = (loads.sum(axis=1) / num_devices / least).mean()
+    parts, hot = layer_parts(phases, link, traffic), hot_figures(fit, num_devices)
+    off = differences(layer, x, wish, y, experts)
+    about = {"tokens_fit": len(fit.experts), "tokens_test": len(test.experts), "layer": worst}
+    return [_overview(device_loads, off, phases, parts, bound, hot, remedies, about), _remedies(remedies)]
+
+
+def _overview(device_loads, off, phases, parts, bound, hot, remedies, about) -> Table:
+    def milliseconds(*names):
+        return lambda seconds: ", ".join(f"{name} {1e3 * seconds[name]:.1f}" for name in names)
+
+    share, slowest, plan = device_loads[about["layer"]], max(parts, key=parts.get), proposed(remedies)
+    share = " ".join(f"{part:.0f}" for part in 100 * share / share.sum())
+    apart = next(remedy for remedy in remedies if remedy["remedy"] == "affinity")
+    hottest = next(iter(hot["hottest"]), None)
+    figures = [
+        Figure("device_loads_simulated", "load per device, %", device_loads, lambda _: f"{share} (simulated)"),
+        Figure("parity", "off mlx-lm, off dense", off, "{0[whole_layer]:.1g}, {0[dense]:.1g} (measured)"),
+        Figure("phases_seconds_measured", "one pass, ms", vars(phases),
+               milliseconds("route", "dispatch", "compute", "combine"), "measured"),
+        Figure("parts_seconds_modelled", "machines, ms", parts,
+               milliseconds("compute", "straggler", "communication"), "modelled"),
+        Figure("bottleneck", "bottleneck", slowest, f"{{}}, {parts[slowest] / sum(parts.values()):.0%} of the layer"),
+        Figure("most_balancedness_without_copies", "balance without copies", bound, "at most {:.3f} (bound)"),
+        Figure(None, "hottest expert", hottest, hottest_text),
+        Figure(None, "seen after", hottest and hottest["tokens_until_seen"], f"{{}} tokens: {hot['rule']}"),
+        Figure("proposed", "proposed", plan, proposed_text),
+        Figure(None, "affinity's bound", apart, "+{0[balance_bound]:.0%}; {0[fullest_over_balanced_fit]:+.1%} where"
+               " fitted, {0[fullest_over_balanced_test]:+.1%} on the test"),
+    ]  # fmt: skip
+    title = f"{device_loads.shape[1]} contiguous devices, {MEASURED} tokens, layer {about['layer']}"
+    return Table(title, figures, "", also={**about, "hot_experts": hot}, facts=True)
+
+
+def _remedies(remedies: list[dict]) -> Table:
+    def milliseconds(seconds):
+        return f"{1e3 * seconds:.1f}"
+
+    return of_records(
+        "Remedies (balancedness and fan-out simulated; ms of the slowest device)",
+        "remedies",
+        remedies,
+        ("remedy", "remedy"),
+        ("balancedness_fit", "fit", "{:.2f}"),
+        ("balancedness_test", "test", "{:.2f}"),
+        ("fan_out", "fan-out", "{:.1f}"),
+        ("slowest_device_seconds_predicted", "modelled", milliseconds),
+        ("slowest_device_seconds_measured", "measured", milliseconds),
+        ("price", "price"),
+        section="",
+    )
+
+
+def hottest_text(hot: dict) -> str:
+    alone = ", too much for one device" if hot["alone_over_device_mean"] > 1 else ""
+    return f"#{hot['expert']}, {hot['over_mean']:.1f}x the mean{alone}"
+
+
+def proposed_text(plan: dict) -> str:
+    if plan["remedy"] == "contiguous":
+        return "nothing: no placement is quicker by 2% or more (modelled)"
+    before, predicted, measured = (1e3 * plan[f"seconds_{n}"] for n in ("before_measured", "predicted", "measured"))
+    return f"{plan['remedy']}: {before:.1f} to {measured:.1f} ms measured, {predicted:.1f} modelled"
+
+
+# --- figures --------------------------------------------------------------------------------------------------
 
 
 def differences(layer, x, preference, y, chosen=None) -> dict:
@@ -128,48 +171,3 @@ def proposed(remedies: list[dict]) -> dict:
     return {"remedy": best["remedy"], "seconds_before_measured": remedies[0]["slowest_device_seconds_measured"],
             "seconds_predicted": best["slowest_device_seconds_predicted"],
             "seconds_measured": best["slowest_device_seconds_measured"]}  # fmt: skip
-
-
-def tables(figures: dict) -> list[Table]:
-    """Of `study`, 80 columns wide."""
-    phases, parts, plan = (figures[n] for n in ("phases_seconds_measured", "parts_seconds_modelled", "proposed"))
-    loads = np.array(figures["device_loads_simulated"])[figures["layer"]]
-    items = {"load per device, %": " ".join(f"{s:.0f}" for s in 100 * loads / loads.sum()) + " (simulated)"}
-    items["off mlx-lm, off dense"] = "{whole_layer:.1g}, {dense:.1g} (measured)".format(**figures["parity"])
-    items |= {
-        f"{label}, ms ({source})": ", ".join(f"{name} {1e3 * seconds[name]:.1f}" for name in names)
-        for label, source, seconds, names in (
-            ("one pass", "measured", phases, ("route", "dispatch", "compute", "combine")),
-            ("machines", "modelled", parts, ("compute", "straggler", "communication")),
-        )
-    }
-    bottleneck = figures["bottleneck"]
-    items["bottleneck"] = f"{bottleneck}, {parts[bottleneck] / sum(parts.values()):.0%} of the layer"
-    items["balance without copies"] = f"at most {figures['most_balancedness_without_copies']:.3f} (bound)"
-    for hot in figures["hot_experts"]["hottest"][:1]:
-        alone = ", too much for one device" if hot["alone_over_device_mean"] > 1 else ""
-        items["hottest expert"] = f"#{hot['expert']}, {hot['over_mean']:.1f}x the mean{alone}"
-        items["seen after"] = f"{hot['tokens_until_seen']} tokens: {figures['hot_experts']['rule']}"
-    before, predicted, measured = (1e3 * plan[f"seconds_{n}"] for n in ("before_measured", "predicted", "measured"))
-    items["proposed"] = f"{plan['remedy']}: {before:.1f} to {measured:.1f} ms measured, {predicted:.1f} modelled"
-    if plan["remedy"] == "contiguous":
-        items["proposed"] = "nothing: no placement is quicker by 2% or more (modelled)"
-    apart = next(r for r in figures["remedies"] if r["remedy"] == "affinity")
-    fitted, tested = apart["fullest_over_balanced_fit"], apart["fullest_over_balanced_test"]
-    bound = apart["balance_bound"]
-    items["affinity's bound"] = f"+{bound:.0%}; {fitted:+.1%} where fitted, {tested:+.1%} on the test"
-    shown = columns(
-        figures["remedies"], ("remedy", "remedy", "{}"), ("fit", "balancedness_fit", "{:.2f}"),
-        ("test", "balancedness_test", "{:.2f}"), ("fan-out", "fan_out", "{:.1f}"),
-        ("modelled", "slowest_device_seconds_predicted", milliseconds),
-        ("measured", "slowest_device_seconds_measured", milliseconds), ("price", "price", "{}"),
-    )  # fmt: skip
-    title = f"{len(loads)} contiguous devices, {MEASURED} tokens, layer {figures['layer']}"
-    return [
-        Table(title, [Figure(None, label, text) for label, text in items.items()], facts=True),
-        Table("Remedies", shown, "", "balancedness and fan-out simulated; ms of the slowest device"),
-    ]
-
-
-def milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.1f}"

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHIPPED
+from conftest import ROOT, SHIPPED, run_script
 
 from expert_parallel import RoutingTrace
 from expert_parallel.command import output
@@ -142,3 +143,64 @@ def test_a_signal_leaves_no_part_of_a_file(number, tmp_path):
 def test_json_has_no_number_that_is_none(tmp_path):
     output.write_json(tmp_path / "o.json", {"a": float("nan"), "b": np.array([1.0, np.inf]), "c": {"d": np.float32(2)}})
     assert json.loads((tmp_path / "o.json").read_text()) == {"a": None, "b": [1.0, None], "c": {"d": 2.0}}
+
+
+# --- figures for programs, alike in all scripts -----------------------------------------------------------------
+
+
+SCRIPTS = {
+    "qwen3_expert_parallel.py": ["--model", SHIPPED, "--max-tokens", 2, "--no-verify"],
+    "model_analysis.py": ["--model", "qwen1.5-moe-a2.7b", "--devices", 1, 2],
+    "expert_parallel_poc.py": ["--scenarios", "hot", "--tokens", 1024, "--hidden", 16, "--expert-width", 8],
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_json_alone_goes_to_standard_output_and_says_what_was_asked_for(script):
+    result = run_script(script, *SCRIPTS[script], "--json", "-")
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(result.stdout, parse_constant=pytest.fail)  # nothing but JSON, and no NaN in it
+    options, arguments = figures["options"], iter(map(str, SCRIPTS[script]))
+    assert options["json"] == "-" and options["quiet"] is False
+    for argument in arguments:
+        if argument.startswith("--") and argument != "--no-verify":
+            found = options[argument[2:].replace("-", "_")]
+            assert str(found[0] if isinstance(found, list) else found) == next(arguments)
+    assert {"device", "cores", "system", "python", "mlx", "mlx_lm", "numpy"} <= set(figures["environment"])
+
+
+@pytest.mark.parametrize("name", ["[red]a.npz", "[[x]].npz", ":smile:.npz"])
+def test_names_of_files_are_shown_as_they_are(name, tmp_path):
+    experts = np.random.default_rng(0).random((1100, 1, 16)).argsort(axis=2)[..., :4]
+    RoutingTrace(experts, 16).save(tmp_path / name)
+    result = run_script("expert_parallel_poc.py", "--trace", tmp_path / name, "--hidden", 16, "--expert-width", 8)
+    assert result.returncode == 0, result.stderr
+    assert f"{name}: recorded trace" in result.stdout
+
+
+def test_a_program_that_nohup_started_outlives_its_terminal():
+    code = (
+        "import os, signal\nfrom expert_parallel.command.output import exit_on_user_error\n"
+        "with exit_on_user_error():\n    os.kill(os.getpid(), signal.SIGHUP)\n    print('still here')\n"
+    )
+    command = [sys.executable, "-c", code]
+    for before, out, status in (("", "", 129), ("nohup ", "still here\n", 0)):
+        line = f"{before}{shlex.join(command)}"
+        done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        assert (done.returncode, done.stdout) == (status, out), done.stderr
+
+
+def test_signals_are_handled_as_before_once_a_script_is_done():
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    with output.exit_on_user_error():
+        assert [signal.getsignal(number) for number in numbers] != before
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_how_a_program_ends():
+    assert output.exit_of(KeyboardInterrupt()) == (130, "stopped")
+    assert output.exit_of(BrokenPipeError()) == (141, "")
+    assert output.exit_of(ValueError("two\nlines")) == (2, "error: two lines")
+    assert output.exit_of(OSError("no disk")) == (2, "error: no disk")
+    assert output.exit_of(KeyError("our own mistake")) is None

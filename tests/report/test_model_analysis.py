@@ -17,7 +17,6 @@ from expert_parallel.projection.link_probe import measure_link
 from expert_parallel.projection.links import Link
 from expert_parallel.projection.step import Cluster, decode_step
 from expert_parallel.ranks.launch import rank_commands
-from expert_parallel.report.model import billions, numbers_text
 from expert_parallel.trace import RoutingTrace
 
 SCRIPT = "model_analysis.py"
@@ -156,11 +155,6 @@ def test_what_is_refused(tmp_path):
     refused(run_script(SCRIPT, "--trace", tmp_path / "t.npz"), "t.npz")
     RoutingTrace(np.zeros((4, 4, 8), dtype=int) + np.arange(8), 128).save(tmp_path / "t.npz")
     refused(run_script(SCRIPT, "--trace", tmp_path / "t.npz"), "4 layers", "48")
-
-
-def test_words_of_tables():
-    assert [billions(n) for n in (30_532_122_624, 4_718_592, 1500, 3)] == ["30.53 B", "4.72 M", "1.50 k", "3"]
-    assert [numbers_text(n) for n in ([0, 1, 2], [4], [0, 2, 4, 6])] == ["0-2", "4", "4: 0, 2, 4, ..."]
 
 
 # --- this machine -------------------------------------------------------------------------------

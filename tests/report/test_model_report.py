@@ -1,0 +1,224 @@
+"""The report of model_analysis.py: what is printed held against the JSON, and both against the model's own numbers."""
+
+import json
+
+import numpy as np
+import pytest
+from printed import columns_of, facts_of, lines_of
+
+from expert_parallel.models.architecture import describe
+from expert_parallel.models.configurations import load_configuration
+from expert_parallel.models.statistics import next_layer_recall
+from expert_parallel.projection.hardware import LINKS, MACHINES
+from expert_parallel.report import checks, model, projection
+from expert_parallel.report.table import sections, size
+from expert_parallel.trace import RoutingTrace
+
+DEVICES = [1, 2, 7, 8]
+LINK, LINK_SOURCE = LINKS["thunderbolt-jaccl"]
+
+
+@pytest.fixture(scope="module")
+def described():
+    """Qwen3-Coder-30B at 4 bits, whose bytes are known from the published checkpoint."""
+    return describe(load_configuration("qwen3-coder-30b"), bits=4)
+
+
+def printed(tables):
+    return "\n".join(map(str, tables))
+
+
+def test_what_is_in_a_model(described):
+    tables = model.architecture(described, load_configuration("qwen3-coder-30b"), 2048)
+    figures, text = sections(tables)["architecture"], printed(tables)
+    facts = facts_of(text, "qwen3-coder-30b (modelled: no weights were read)")
+    assert (figures["parameters"], figures["bytes"]) == (30_532_122_624, 17_180_913_664)
+    assert facts["parameters"] == f"{figures['parameters']:,} (published: 30.50 B)"
+    assert facts["experts, all"] == f"{figures['expert_bytes']:,} B" == "16,307,453,952 B"
+    assert facts["one expert"] == "2,654,208 B, 4,718,592 parameters"
+    assert facts["experts"] == "128 a layer, 8 chosen per token (6.25%)"
+    assert facts["layers"] == "48, all of them MoE"
+    cache = 48 * 2 * 4 * 128 * 2  # layers, keys and values, heads, head size, bytes
+    assert facts["keys and values"] == f"{cache:,} B a token, {size(2048 * cache)} at 2,048 tokens"
+    assert figures["expert_bytes"] + figures["rest_bytes"] == figures["bytes"]
+    assert figures["source"].startswith("modelled") and figures["published"]["total"] == 30.5e9
+    parts = columns_of(text, "Parts over all layers", len(figures["parts"]))
+    assert list(parts["part"]) == list(figures["parts"])
+    assert parts["bytes"] == tuple(size(part["bytes"]) for part in figures["parts"].values())
+    assert sum(part["bytes"] for part in figures["parts"].values()) == figures["bytes"]
+    assert parts["share"][0] == f"{figures['parts']['experts']['bytes'] / figures['bytes']:.2%}" == "94.92%"
+    shapes = columns_of(text, "Expert weights of a layer", len(figures["expert_weights"]))
+    assert dict(zip(shapes["tensor"], shapes["shape"], strict=True)) == {
+        name: weight["shape"] for name, weight in figures["expert_weights"].items()
+    }
+
+
+def test_layers_alike_stand_in_one_line():
+    described = describe(load_configuration("deepseek-v2-lite"))
+    tables = model.architecture(described, load_configuration("deepseek-v2-lite"), 2048)
+    layers, text = sections(tables)["architecture"]["layers"], printed(tables)
+    assert [layer["numbers"] for layer in layers] == [[0], list(range(1, 27))]
+    assert lines_of(text, "Layers, one line")[1].split()[:2] == ["0", "dense"]  # and no bytes of experts
+    assert lines_of(text, "Layers, one line")[2].split()[:2] == ["1-26", "MoE"]
+    each = [len(layer["numbers"]) * layer["bytes_each"] for layer in layers]
+    assert sum(each) < described.bytes.total
+    assert "26 of them MoE" in text
+
+
+def test_memory_of_the_fullest_device(described):
+    tables = model.memory(described, DEVICES, redundant=32)
+    figures, text = sections(tables)["memory"], printed(tables)
+    assert figures["source"] == "modelled" and "Memory of the fullest device (modelled)" in text
+    columns = columns_of(text, "Memory of the fullest device", len(DEVICES))
+    for n, row in enumerate(figures["devices"]):
+        experts = -(-128 // DEVICES[n])
+        whole = experts * 48 * 2_654_208 + 873_459_712
+        assert (row["devices"], row["experts_per_layer"], row["replicated_rest_bytes"]) == (DEVICES[n], experts, whole)
+        assert columns["+ rest on each"][n] == size(whole)
+        assert row["expert_bytes"] == experts * 48 * 2_654_208
+        assert columns["less"][n] == f"{17_180_913_664 / whole:.2f}x"
+        copied = -(-160 // DEVICES[n]) * 48 * 2_654_208 + 873_459_712
+        assert row.get("with_copies_bytes") == (copied if n else None)
+        assert columns["+32 copies"][n] == (size(copied) if n else "-")
+    assert [row["hybrid_bytes"] is None for row in figures["devices"]] == [False, False, True, True]
+    assert figures["hybrid_not_possible"] in facts_of(text, "No hybrid")["from here on"]
+
+
+def test_devices_of_a_size(described):
+    cache = described.cache_bytes_at(2048)
+    table = model.fit(described, DEVICES, 8e9, 2048)
+    figures, facts = (
+        table.to_json(),
+        facts_of(str(table), "Devices of 8.00 GB, with the cache of 2,048 tokens (modelled)"),
+    )
+    needed = next(n for n in range(1, 129) if -(-128 // n) * 48 * 2_654_208 + 873_459_712 + cache <= 8e9)
+    assert figures["fewest_devices"] == needed and facts["fewest devices"] == f"{needed} hold the model"
+    assert [row["devices"] for row in figures["lacking"]] == [n for n in DEVICES if n < needed]
+    assert facts["1 devices"] == f"{size(17_180_913_664 + cache - 8e9)} short"
+    exact = model.fit(described, DEVICES, 17_180_913_664 + cache, 2048).to_json()
+    assert (exact["fewest_devices"], exact["lacking"]) == (1, [])  # not a byte more is needed
+    none = model.fit(described, DEVICES, 1e6, 2048)
+    least = 48 * 2_654_208 + 873_459_712 + cache
+    assert none.to_json()["fewest_devices"] is None and none.to_json()["smallest_device_bytes"] == least
+    assert facts_of(str(none), "Devices")["fewest devices"] == f"none: {size(least)} is the least"
+
+
+def test_projection_in_print_and_json(described):
+    machine = MACHINES["m4-max"]
+    setting = projection.Setting(machine, LINK, "[fast] link", LINK_SOURCE, 2048, DEVICES)
+    hybrid = {2: 5e9, 7: None}
+    tables = projection.projection(described, setting, hybrid)
+    figures, text = sections(tables)["projection"], printed(tables)
+    columns = columns_of(text, "Projection (modelled): Apple M4 Max, [fast] link, uniform routing", len(DEVICES))
+    rows = figures["devices"]
+    assert figures["source"] == "modelled"
+    assert columns["tokens/s"] == tuple(projection.speed(row["tokens_per_second"]) for row in rows)
+    assert columns["speed-up"] == tuple(f"{row['speed_up']:.2f}x" for row in rows)
+    assert columns["most time goes to"] == tuple(row["bottleneck"] for row in rows)
+    assert [cell == "-" for cell in columns["hybrid"]] == [True, False, True, True]
+    for row in rows:
+        assert sum(row["milliseconds"].values()) == pytest.approx(1e3 / row["tokens_per_second"])
+        assert row["speed_up"] == pytest.approx(row["tokens_per_second"] / rows[0]["tokens_per_second"])
+        assert row["tokens_per_second"] <= row["tokens_per_second_if_even"] * (1 + 1e-9)
+    best = max(rows, key=lambda row: row["tokens_per_second"])["devices"]
+    assert figures["best_devices"] == best and facts_of(text, "What it rests on")["best number"].startswith(f"{best}; ")
+    assert "*" not in text
+    small = projection.Setting(
+        type(machine)(**{**vars(machine), "memory_bytes": 10e9}), LINK, "x", "y", devices=DEVICES
+    )  # fmt: skip
+    text = printed(projection.projection(described, small))
+    assert columns_of(text, "Projection", 4)["devices"] == ("1 *", "2", "7", "8")
+    assert "does not fit into memory" in text
+
+
+def test_a_trace_in_which_one_device_has_all_gains_nothing(described):
+    hot = RoutingTrace(np.tile(np.arange(8), (64, 48, 1)), 128, model="hot")
+    where = (MACHINES["m4-max"], LINK, "x", "y", 0, [1, 8])
+    one, eight = sections(projection.projection(described, projection.Setting(*where, hot)))["projection"]["devices"]
+    assert eight["milliseconds"]["experts"] == pytest.approx(one["milliseconds"]["experts"])
+    copied = projection.Setting(*where, hot, 64)
+    tables = projection.projection(described, copied, section="this_machine.projection.ring")
+    relieved = sections(tables)["this_machine"]["projection"]["ring"]["devices"][1]
+    assert relieved["milliseconds"]["experts"] < eight["milliseconds"]["experts"]
+    assert "hot routing" in tables[0].title
+
+
+def test_claims_of_the_original_write_up_are_modelled(described):
+    (table,) = projection.original_claims(described)
+    figures = table.to_json()
+    assert figures["source"] == "modelled" and table.heading().endswith("(modelled)")
+    assert [case["claim"] for case in figures["cases"]] == ["2-4x over one GPU", "10-20x over one node"]
+    for n, case in enumerate(figures["cases"]):
+        assert table.cells()[n] == [case["case"], case["claim"], *(f"{x:.2f}x" for x in case["speed_up"].values())]
+    assert projection.original_claims(describe(load_configuration("deepseek-v3"))) == []  # no such GPU holds it
+
+
+# --- files, text --------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_with_many_problems():
+    problems = [{"kind": "shape", "name": f"[b]{n}", "words": "is [1], should be [2]"} for n in range(30)]
+    figures = {"source": "measured on the files' headers", "ok": False, "problems": problems, "num_files": 1,
+               "num_tensors": 40, "bytes_on_disk": 1234, "bytes_predicted": None, "tensors_equal": 10}  # fmt: skip
+    tables = checks.checkpoint(figures)
+    assert sections(tables)["checkpoint"] == figures
+    facts = facts_of(printed(tables), "Checkpoint (measured on the files' headers)")
+    assert facts == {"verdict": "30 problems", "files": "1, 40 tensors, 1,234 B"}
+    assert "[b]15" in printed(tables) and "[b]16" not in printed(tables)
+    assert "16 of 30 rows" in printed(tables)
+    whole = {**figures, "ok": True, "problems": [], "bytes_predicted": 1234}
+    facts = facts_of(printed(checks.checkpoint(whole)), "Checkpoint")
+    assert facts["verdict"] == "as the configuration says, whole"
+    assert facts["predicted"] == "1,234 B; 10 tensors equal"
+
+
+def test_forward_tables_show_chance_beside_what_was_found():
+    experts = np.random.default_rng(0).random((40, 3, 16)).argsort(axis=2)[..., :4]
+    recall, by_use = next_layer_recall(experts, 16)
+    rows = [
+        {"layer": l, "entropy": 0.9, "margin_median": 0.25, "margin_lowest_tenth": float("inf"),
+         "overlap_with_token_before": float("nan"), "strongest_pair": (1, 2), "strongest_pair_lift": lift,
+         "foretold_by_layer_before": [None, *recall][l], "foretold_by_popularity": [None, *by_use][l]}
+        for l, lift in enumerate((2.0, float("nan"), 3.0))
+    ]  # fmt: skip
+    texts = {
+        name: {"source": "measured", "tokens": 40, "overlap_by_chance": 0.25, "layers": rows} for name in ("code", "x")
+    }
+    similarity = {"code": {"code": 1.0, "x": 0.25}, "x": {"code": 0.25, "x": 1.0}}
+    tables = checks.forward(texts, similarity, {"prompt": [0.002, 0.004], "token": [0.001, 0.0005]})
+    document, text = sections(tables)["forward"], printed(tables)
+    json.dumps(document, allow_nan=False)
+    columns = columns_of(text, "Routing of code (measured, 40 tokens; by chance 0.25 as before)", 3)
+    assert columns["foretold (by use)"] == ("-", *(f"{a:.2f} ({b:.2f})" for a, b in zip(recall, by_use, strict=True)))
+    assert columns["strongest pair"] == ("#1 #2", "-", "#1 #2")
+    assert columns["as before"] == columns["lowest 10%"] == ("-",) * 3
+    assert document["texts"]["code"]["layers"][2]["foretold_by_layer_before"] == pytest.approx(recall[1])
+    assert document["domains"] == {"source": "measured", "similarity": similarity}
+    assert lines_of(text, "How alike texts use the experts (cosine of loads, measured)")[2].split() == [
+        "x",
+        "0.25",
+        "1.00",
+    ]
+    seconds = columns_of(text, "Time of decoder layers (measured", 2)
+    assert (seconds["prompt ms"], seconds["token ms"]) == (("2.00", "4.00"), ("1.00", "0.50"))
+    assert document["seconds"]["token"] == [0.001, 0.0005]
+
+
+def test_words_of_tables():
+    assert [model.billions(n) for n in (30_532_122_624, 4_718_592, 1500, 3)] == ["30.53 B", "4.72 M", "1.50 k", "3"]
+    numbers = ([0, 1, 2], [4], [0, 2, 4, 6], [1, 3])
+    assert [model.numbers_text(n) for n in numbers] == ["0-2", "4", "4: 0, 2, 4, ...", "2: 1, 3"]
+    assert [projection.speed(n) for n in (1753.9, 65.84, 0.01234)] == ["1754", "65.8", "0.012"]
+
+
+def test_every_source_stands_in_its_heading(described):
+    configuration = load_configuration("qwen3-coder-30b")
+    setting = projection.Setting(MACHINES["h100"], LINK, "x", "y", 0, DEVICES)
+    tables = [
+        *model.architecture(described, configuration, 1), *model.memory(described, DEVICES),
+        model.fit(described, DEVICES, 1e9, 1), *projection.projection(described, setting),
+        *projection.original_claims(described),
+    ]  # fmt: skip
+    for table in tables:
+        assert table.source in table.heading()
+    assert all("source" in section for section in sections(tables).values())

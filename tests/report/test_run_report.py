@@ -1,0 +1,419 @@
+"""The report of a run: every figure recomputed by a plain loop, and what is printed held against the JSON."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import SHIPPED, random_model, run_script
+from printed import columns_of, facts_of, lines_of
+
+from expert_parallel import Placement, RoutingTrace, place_experts, shard_model
+from expert_parallel.models.memory import ModelBytes
+from expert_parallel.report import cost, run
+from expert_parallel.report.measuring import Seconds
+from expert_parallel.report.table import sections
+
+T, L, E, K, D = 60, 3, 16, 4, 4
+NUMBERS = [1, 4, 5]  # of the decoder layers that are MoE
+
+
+def a_trace(seed=0, tokens=T, layers=L):
+    """Skewed choices; the first third is the prompt."""
+    wish = np.random.default_rng(seed).random((tokens, layers, E)) * np.linspace(1, 3, E)
+    return RoutingTrace(np.argsort(-wish, axis=2)[..., :K], E, np.arange(tokens) < tokens // 3)
+
+
+def slots_by_device(trace, placement, tokens):
+    """[L][D] by counting one slot after the other; an expert's replicas share it."""
+    loads = [[0.0] * placement.num_devices for _ in range(placement.num_layers)]
+    for t in tokens:
+        for l in range(placement.num_layers):
+            for expert in trace.experts[t, l].tolist():
+                holders = placement.devices_of(l, expert)
+                for device in holders:
+                    loads[l][device] += 1 / len(holders)
+    return loads
+
+
+def evenness(loads):
+    """SGLang's and vLLM's balancedness of [L][D]."""
+    each = [(sum(row) / len(row) + 1e-5) / (max(row) + 1e-5) for row in loads]
+    return sum(each) / len(each), sum(sum(row) / len(row) for row in loads) / sum(map(max, loads))
+
+
+# --- balance ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy, redundant", [("contiguous", 0), ("round-robin", 0), ("replicated", 5)])
+def test_balance_counted_slot_by_slot(strategy, redundant):
+    trace = a_trace()
+    placement = place_experts(trace.loads(), D, strategy, redundant)
+    tables = run.balance(trace, [(0, placement)], NUMBERS)
+    figures, text = sections(tables)["balance"], "\n".join(map(str, tables))
+    loads = slots_by_device(trace, placement, range(T))
+    np.testing.assert_allclose(figures["device_loads"], loads)
+    fullest = [max(range(D), key=row.__getitem__) for row in loads]
+    assert np.argmax(figures["device_loads"], axis=1).tolist() == fullest
+    for name, tokens in (("prefill", range(T // 3)), ("decode", range(T // 3, T))):
+        expected = evenness(slots_by_device(trace, placement, tokens))
+        found = figures["phases"][name]
+        assert (found["balancedness_layers"], found["balancedness_aggregate"]) == pytest.approx(expected)
+        assert found["tokens"] == len(tokens)
+        line = f"balancedness in {name} ({len(tokens)} tokens)"
+        assert facts_of(text, "Balance over all layers")[line] == f"{expected[0]:.3f}"
+    assert (figures["balancedness_layers"], figures["balancedness_aggregate"]) == pytest.approx(evenness(loads))
+    assert figures["imbalance_ratio_per_layer"] == pytest.approx([max(row) * D / sum(row) - 1 for row in loads])
+    assert figures["coefficient_of_variation_per_layer"] == pytest.approx([np.std(row) / np.mean(row) for row in loads])
+    assert figures["min_max_ratio_per_layer"] == pytest.approx([min(row) / max(row) for row in loads])
+    first = [[placement.devices_of(l, e)[0] for e in range(E)] for l in range(L)]
+    touched = [np.mean([len({first[l][e] for e in row}) for row in trace.experts[:, l].tolist()]) for l in range(L)]
+    assert figures["fan_out_per_layer"] == pytest.approx(touched)
+    assert ("uniform" in facts_of(text, "Balance over all layers")["devices touched per token (fan-out)"]) == (
+        not redundant
+    )
+
+
+def test_what_is_printed_of_balance_is_what_json_says():
+    trace = a_trace()
+    placement = place_experts(trace.loads(), D)
+    tables = run.balance(trace, [(0, placement)], NUMBERS)
+    figures, text = sections(tables)["balance"], "\n".join(map(str, tables))
+    columns = columns_of(text, "Balance over devices (measured)", L)
+    assert list(columns) == ["layer", "balancedness", "max/mean-1", "std/mean", "min/max", "fan-out"]
+    assert columns["layer"] == ("1", "4", "5")
+    for label, key, show in (
+        ("balancedness", "balancedness_per_layer", "{:.3f}"),
+        ("max/mean-1", "imbalance_ratio_per_layer", "{:.3f}"),
+        ("std/mean", "coefficient_of_variation_per_layer", "{:.3f}"),
+        ("min/max", "min_max_ratio_per_layer", "{:.3f}"),
+        ("fan-out", "fan_out_per_layer", "{:.2f}"),
+    ):
+        assert columns[label] == tuple(map(show.format, figures[key]))
+    assert facts_of(text, "Balance over all layers") == {
+        "balancedness, mean over layers (SGLang)": f"{figures['balancedness_layers']:.3f}",
+        "balancedness, aggregate (vLLM)": f"{figures['balancedness_aggregate']:.3f}",
+        "devices touched per token (fan-out)": f"{figures['fan_out']:.2f} (uniform: "
+        f"{figures['fan_out_if_uniform_modelled']:.2f}, modelled)",
+        "balancedness in prefill (20 tokens)": f"{figures['phases']['prefill']['balancedness_layers']:.3f}",
+        "balancedness in decode (40 tokens)": f"{figures['phases']['decode']['balancedness_layers']:.3f}",
+    }
+    assert "1/4 all on one device" in text
+    # k of E drawn without replacement miss a device of E/D with C(E - E/D, k) / C(E, k).
+    expected = D * (1 - math.comb(E - E // D, K) / math.comb(E, K))
+    assert figures["fan_out_if_uniform_modelled"] == pytest.approx(expected)
+
+
+def test_each_token_counts_under_the_placement_that_answered_it():
+    trace = a_trace()
+    placements = [place_experts(trace.loads(), D, way) for way in ("contiguous", "round-robin", "balanced")]
+    changes = list(zip((0, 25, 40), placements, strict=True))
+    figures = sections(run.balance(trace, changes, NUMBERS))["balance"]
+    parts = [range(25), range(25, 40), range(40, T)]
+    loads = sum(np.array(slots_by_device(trace, p, part)) for p, part in zip(placements, parts, strict=True))
+    np.testing.assert_allclose(figures["device_loads"], loads)
+
+
+def test_rebalancing_compares_with_and_without_the_move():
+    trace = a_trace()
+    before, after = (place_experts(trace.loads(), D, way) for way in ("contiguous", "balanced"))
+    about = {"pause_seconds": 0.5, "pause_seconds_modelled": 0.25, "gain_seconds_modelled": 2.0}
+    looks = [
+        {"after_tokens": 16, "moved": False, "moves_of_all": 3, "bytes_of_all": 9, **about},
+        {"after_tokens": 32, "moved": True, "moves_of_all": 7, "bytes_of_all": 21_000_000, **about},
+    ]
+    live = {"looks": looks, "costs": {"side_by_side": False}, "tokens_until_look": 16}
+    table = run.rebalancing(live, [(0, before), (32, after)], trace)
+    unmoved, kept = (evenness(slots_by_device(trace, p, range(32, T)))[0] for p in (before, after))
+    since = table.to_json()["looks"][1]["since"]
+    assert since == {
+        "tokens": 28, "balancedness": pytest.approx(kept), "balancedness_unmoved": pytest.approx(unmoved)
+    }  # fmt: skip
+    head, stay, move, *note = lines_of(str(table), "Rebalancing")
+    assert head.split("  ")[-1] == "as moved" and stay.split() == ["16", "stay", *"------"]
+    cells = ["32", "7", "21.00", "MB", "0.50", "s", "0.25", "s", "2.00", "s", f"{unmoved:.3f}", f"{kept:.3f}"]
+    assert move.split() == cells
+    assert "pause are measured, predicted pause and gain modelled, as if devices ran" in " ".join(note)
+    assert table.to_json()["tokens_until_look"] == 16 and "measured" in table.to_json()["source"]
+
+
+# --- routing ----------------------------------------------------------------------------------------------------
+
+
+def test_entropy_is_one_where_all_experts_are_used_alike_and_nought_for_one():
+    even = np.arange(E).reshape(E, 1, 1)  # k = 1
+    experts = np.concatenate([even, np.full((E, 1, 1), 5)])
+    trace = RoutingTrace(experts, E, np.arange(2 * E) < E)  # the prompt is even, decoding is not
+    figures = sections(run.routing(trace, [0]))["routing"]
+    assert figures["prefill"]["entropy_per_layer"] == [pytest.approx(1)]
+    assert figures["decode"]["entropy_per_layer"] == [pytest.approx(0)]
+    assert figures["decode"]["hottest_expert_per_layer"] == [5]
+    assert (figures["prefill"]["unused_experts_per_layer"], figures["decode"]["unused_experts_per_layer"]) == (
+        [0],
+        [15],
+    )
+    assert figures["decode"]["hottest_over_mean_per_layer"] == [pytest.approx(E)]
+
+
+def test_routing_counted_slot_by_slot_and_as_printed():
+    trace = a_trace()
+    tables = run.routing(trace, NUMBERS)
+    figures, text = sections(tables)["routing"], "\n".join(map(str, tables))
+    counts = [[int((trace.experts[:, l] == e).sum()) for e in range(E)] for l in range(L)]
+    columns = columns_of(text, f"Routing (measured, {T} tokens, top-{K} of {E})", L)
+    for l, row in enumerate(counts):
+        shares = [count / sum(row) for count in row if count]
+        assert figures["all"]["hottest_expert_per_layer"][l] == max(range(E), key=row.__getitem__)
+        assert figures["all"]["entropy_per_layer"][l] == pytest.approx(-sum(s * math.log(s, E) for s in shares))
+        assert figures["all"]["unused_experts_per_layer"][l] == row.count(0)
+        assert columns["hottest expert"][l] == f"#{figures['all']['hottest_expert_per_layer'][l]}"
+        assert columns["load / mean"][l] == f"{max(row) * E / sum(row):.2f}x"
+        assert columns["entropy (1 = even)"][l] == f"{figures['all']['entropy_per_layer'][l]:.3f}"
+    phases = columns_of(text, "Routing by phase (measured, means over layers)", 2)
+    assert phases["phase"] == ("prefill", "decode") and phases["tokens"] == ("20", "40")
+    for n, name in enumerate(("prefill", "decode")):
+        assert figures[name]["tokens"] == int(phases["tokens"][n])
+        assert phases["entropy"][n] == f"{np.mean(figures[name]['entropy_per_layer']):.3f}"
+        assert phases["hottest / mean"][n] == f"{np.mean(figures[name]['hottest_over_mean_per_layer']):.2f}x"
+        assert phases["never used"][n] == f"{np.mean(figures[name]['unused_experts_per_layer']):.1f}"
+    assert {key: figures[key] for key in ("source", "num_experts", "top_k", "dropped_tokens")} == {
+        "source": "measured", "num_experts": E, "top_k": K, "dropped_tokens": 0,
+    }  # fmt: skip
+
+
+def test_a_run_without_decoding_has_no_such_phase():
+    trace = RoutingTrace(a_trace().experts, E, np.ones(T, dtype=bool))
+    tables = run.routing(trace, NUMBERS)
+    assert sections(tables)["routing"]["decode"] is None
+    assert lines_of(str(tables[1]), "Routing by phase")[1:] == [str(tables[1]).splitlines()[2]]
+    assert (
+        "decode"
+        not in sections(run.balance(trace, [(0, place_experts(trace.loads(), D))], NUMBERS))["balance"]["phases"]
+    )
+
+
+def test_of_48_layers_the_16_worst_are_printed():
+    trace = a_trace(layers=48)
+    numbers = list(range(48))
+    placement = place_experts(trace.loads(), D)
+    for table, key, label in (
+        (run.routing(trace, numbers)[0], "entropy_per_layer", "entropy (1 = even)"),
+        (run.balance(trace, [(0, placement)], numbers)[0], "balancedness_per_layer", "balancedness"),
+    ):
+        values = table.to_json()[key]
+        columns = columns_of(str(table), table.title, 16)
+        assert sorted(columns[label]) == [f"{value:.3f}" for value in sorted(values)[:16]]
+        assert len(values) == 48 and "16 of 48 rows, the " in str(table)
+
+
+# --- parity -----------------------------------------------------------------------------------------------------
+
+
+def test_parity_says_when_the_answers_differ():
+    logits = mx.array([[1.0, 2.0], [3.0, 4.0]])
+    same = run.parity(logits, [7, 8], logits.astype(mx.float16), [7, 8], 99.0)
+    assert facts_of(str(same), "Parity with stock mlx-lm (measured)") == {
+        "tokens": "the same (2 compared)", "largest logit difference": "0 (4 compared)",
+    }  # fmt: skip
+    other = run.parity(logits, [7, 8], logits + mx.array([[0, 0], [0, -0.25]]), [7, 9], 99.0)
+    assert facts_of(str(other), "Parity")["tokens"] == "NOT the same (2 compared)"
+    assert facts_of(str(other), "Parity")["largest logit difference"] == "0.25 (4 compared)"
+    figures = {"tokens_equal": False, "max_abs_logit_difference": 0.25, "tokens_compared": 2, "logits_compared": 4}
+    assert other.to_json() == {"source": "measured", **figures, "stock_tokens_per_second": 99.0}
+    broken = run.parity(logits, [7], logits * mx.array(float("nan")), [7], 99.0)
+    assert facts_of(str(broken), "Parity")["largest logit difference"] == "not a number"
+    assert broken.to_json()["max_abs_logit_difference"] is None
+
+
+# --- what it takes ----------------------------------------------------------------------------------------------
+
+HELD = np.zeros((2, 3, 8), dtype=bool)
+HELD[:, 0, :4] = HELD[:, 1, 4:] = HELD[0, 2, :1] = HELD[1, 2, 5:7] = True
+PLACEMENT = Placement(HELD, "[/x] by hand")
+WHOLE = ModelBytes(np.array([100, 1000]), 8, rest=50)
+
+
+def of_rank(experts, rest, peak, milliseconds=8):
+    seconds = {"tokens": 4, "experts": milliseconds / 1e3, "collectives": 0.002, "waiting": 0.001}
+    return {"expert_bytes": experts, "expert_bytes_per_device": [4400, 4400, 2100], "rest_bytes": rest,
+            "resident": {"now": 7_000_000, "peak": peak}, "slots_computed_per_layer": [3, 4],
+            "seconds": seconds}  # fmt: skip
+
+
+def test_memory_of_simulated_devices_is_measured_but_for_the_rest():
+    tables = cost.memory(WHOLE, PLACEMENT, 1_050_000, [of_rank(0, 0, 9_000_000)])
+    figures, text = sections(tables)["memory"], "\n".join(map(str, tables))
+    assert figures["source"] == "experts measured; the rest, here once, modelled on each"
+    assert f"Memory per device ({figures['source']})" in text
+    assert figures["experts_per_device_bytes_modelled"] == [4 * 100 + 4 * 1000] * 2 + [100 + 2 * 1000]
+    assert figures["experts_per_device_bytes"] == figures["experts_per_device_bytes_modelled"]
+    assert figures["per_device_bytes"] == [4450, 4450, 2150]
+    assert (figures["full_model_bytes"], figures["full_model_expert_bytes"]) == (8850, 8800)
+    assert figures["reduction"] == pytest.approx(8850 / 4450)
+    assert figures["reduction_of_experts"] == pytest.approx(2)
+    assert (figures["kv_cache_bytes"], figures["peak_process_bytes"]) == (1_050_000, 9_000_000)
+    columns = columns_of(text, "Memory per device", 3)
+    assert columns == {
+        "device": ("0", "1", "2"), "experts": ("4.40 kB", "4.40 kB", "2.10 kB"),
+        "the rest": ("50 B",) * 3, "together": ("4.45 kB", "4.45 kB", "2.15 kB"),
+    }  # fmt: skip
+    assert facts_of(text, "Memory over all") == {
+        "whole model": "8.85 kB in memory, 8.80 kB of it experts",
+        "fullest device": "4.45 kB: 1.99x less than the whole",
+        "experts alone": "2.00x less",
+        "key-value cache": "1.05 MB on each device besides",
+    }
+
+
+def test_memory_of_ranks_is_measured_on_each():
+    ranks = [of_rank(4400, 30, 5), of_rank(4400, 50, 9), of_rank(2100, 3000, 7)]
+    figures = sections(cost.memory(WHOLE, PLACEMENT, 0, ranks))["memory"]
+    assert figures["source"] == "measured" and figures["peak_process_bytes"] == 9
+    assert figures["per_device_bytes"] == [4430, 4450, 5100]  # the fullest has the fewest experts
+    assert figures["reduction"] == pytest.approx(8850 / 5100)
+
+
+def test_of_many_devices_the_fullest_are_printed():
+    experts = list(range(1000, 1064))
+    ranks = [of_rank(each, 0, 1) | {"expert_bytes_per_device": experts} for each in experts]
+    held = np.eye(64, dtype=bool)[None]
+    table = cost.memory(ModelBytes(np.array([1000]), 64, 0), Placement(held), 0, ranks)[0]
+    assert columns_of(str(table), "Memory", 16)["device"] == tuple(map(str, range(48, 64)))
+    assert "16 of 64 rows, the fullest; --json has all." in str(table)
+
+
+def test_what_each_rank_did():
+    ranks = [of_rank(4_400_000, 30, 5), of_rank(2_100_000, 50, 9, milliseconds=16)]
+    table = cost.ranks_table(ranks)
+    assert sections([table], ranks=None) == {"ranks": ranks}
+    assert columns_of(str(table), "Ranks (measured; milliseconds per token, on 4 tokens with stops)", 2) == {
+        "rank": ("0", "1"), "experts": ("4.40 MB", "2.10 MB"), "process": ("7.00 MB",) * 2, "slots": ("7", "7"),
+        "experts ms": ("2.00", "4.00"), "collectives ms": ("0.50",) * 2, "waiting ms": ("0.25",) * 2,
+    }  # fmt: skip
+
+
+def test_communication_by_formula_and_as_counted():
+    model, trace = shard_model(random_model(), place_experts(np.zeros((L, E)), D)), a_trace()
+    reduce, gather = 64 * 2 * L, 64 * 2 * L * K  # hidden, bytes of a value, layers
+    alone = cost.communication(model, trace, 2, {}, "auto", ranks=1)
+    assert alone.title == "Communication (modelled, 2-byte values; in one process nothing is sent)"
+    figures = alone.to_json()
+    assert figures["bytes_per_token_by_combine"] == {"reduce": reduce, "gather": gather}
+    assert (figures["source"], figures["combine"], figures["bytes_per_token"]) == ("modelled", "reduce", reduce)
+    assert figures["ring_bytes_sent_per_token_and_rank"] == round(2 * (D - 1) / D * reduce)
+    assert "counted" not in figures and figures["value_bytes"] == 2
+    assert list(facts_of(str(alone), "Communication").values()) == [
+        "384 B per token",
+        "1.54 kB per token",
+        "576 B per token",
+    ]
+    counted = {"all_sum": [180, 23_040], "all_gather": [20, 960]}
+    asked = cost.communication(model, trace, 2, counted, "gather", ranks=2)
+    assert asked.title == "Communication (modelled, 2-byte values)"
+    figures = asked.to_json()
+    assert (figures["combine"], figures["bytes_per_token"]) == ("gather", gather)
+    assert figures["counted"]["source"].startswith("measured") and figures["counted"]["by_kind"] == counted
+    assert (figures["counted"]["calls"], figures["counted"]["payload_bytes"]) == (200, 24_000)
+    assert (
+        facts_of(str(asked), "Communication")["counted at the calls (measured)"] == "400 B per token, 200 calls in all"
+    )
+
+
+def test_speed_and_where_the_time_goes():
+    last, seconds = SimpleNamespace(prompt_tps=282.04, generation_tps=109.36), Seconds(4, 4, total=0.5, experts=0.2)
+    tables = cost.speed("text", [1, 2, 3], 17, last, seconds, 157.7)
+    assert facts_of(str(tables[0]), "Speed (measured)") == {
+        "prompt": "282.0 tokens/s (17 tokens)", "generation": "109.4 tokens/s (3 tokens)",
+        "generation by stock mlx-lm": "157.7 tokens/s",
+        "share of time in experts": "40% (measured on 4 tokens with stops)",
+    }  # fmt: skip
+    document = sections(tables)
+    assert document["generation"] == {
+        "source": "measured", "prompt_tokens_per_second": 282.04, "tokens_per_second": 109.36, "prompt_tokens": 17,
+        "text": "text", "tokens": [1, 2, 3],
+    }  # fmt: skip
+    assert document["time"] == {"source": "measured with a stop after each part", **vars(seconds)}
+    assert "stock" not in str(cost.speed("", [], 1, last, seconds)[0])
+
+
+def test_what_runs_where_shows_a_strategy_as_it_is():
+    versions = {
+        "device": "CPU",
+        "device_name": "x",
+        "cores": 2,
+        "system": "s",
+        "mlx": "1",
+        "mlx_lm": "2",
+        "python": "3",
+    }
+    reading = SimpleNamespace(bytes_read_experts=15_000_000, bytes_read_rest=920_000, seconds=0.14)
+    config = {"quantization": {"bits": 4, "group_size": 64}}
+    table = run.what_runs_where("[red]model", config, random_model(), PLACEMENT, 1, reading, versions)
+    assert facts_of(str(table), "What runs where") == {
+        "model": "[red]model",
+        "MoE layers": "2 x 8 experts",
+        "dtype": "4-bit in groups of 64, the rest float32",
+        "devices": "3 simulated in one process",
+        "placement": "[/x] by hand, 1 to 4 of 8 experts on each device, 1 copies a layer",
+        "running on": "CPU, x, 2 cores, s",
+        "read": "15.92 MB of files in 0.1 s",
+        "versions": "mlx 1, mlx-lm 2, Python 3",
+    }
+    assert sections([table])["placement"] == {
+        "source": "as asked for", "strategy": "[/x] by hand", "devices": 3, "ranks": 1,
+        "experts_per_device": [[4, 4, 1], [4, 4, 2]],
+    }  # fmt: skip
+
+
+# --- all of it --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(what the main script printed, its JSON)."""
+    path = tmp_path_factory.mktemp("run") / "o.json"
+    result = run_script(
+        "qwen3_expert_parallel.py", "--model", SHIPPED, "--prompt", "import os\n", "--max-tokens", 24, "--devices", 3,
+        "--rebalance-every", 8, "--rebalance-horizon", 10**6, "--json", path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result.stdout, json.loads(path.read_text(), parse_constant=pytest.fail)
+
+
+def test_the_whole_report_is_whole_in_print_and_json(whole):
+    text, figures = whole
+    assert all(line == line.rstrip() and len(line) <= 80 for line in text.partition("─\n\nParity")[2].splitlines())
+    promised = {"model": ["name", "config", "environment"], "placement": ["strategy", "devices", "ranks"],
+                "generation": ["text", "tokens", "prompt_tokens_per_second", "tokens_per_second"],
+                "parity": ["tokens_equal", "max_abs_logit_difference"], "routing": ["all", "prefill", "decode"],
+                "balance": ["device_loads", "balancedness_layers", "phases"], "rebalancing": ["looks", "costs"],
+                "memory": ["per_device_bytes", "full_model_bytes", "reduction", "peak_process_bytes"],
+                "communication": ["bytes_per_token"], "time": ["total", "experts"],
+                "options": ["model", "max_tokens", "devices"], "environment": ["mlx", "cores"]}  # fmt: skip
+    for section, keys in promised.items():
+        assert set(keys) <= set(figures[section]), section
+        if section not in ("model", "options", "environment"):
+            assert any(word in figures[section]["source"] for word in ("measured", "modelled", "as asked for"))
+    assert figures["ranks"] is None
+    assert (figures["options"]["max_tokens"], figures["options"]["devices"]) == (24, 3)
+    assert figures["environment"] == figures["model"]["environment"]
+
+
+def test_the_whole_report_prints_what_json_says(whole):
+    text, figures = whole
+    memory = columns_of(text, "Memory per device", 3)
+    assert memory["together"] == tuple(f"{n / 1e6:.2f} MB" for n in figures["memory"]["per_device_bytes"])
+    balance = columns_of(text, "Balance over devices", 4)
+    assert balance["balancedness"] == tuple(f"{b:.3f}" for b in figures["balance"]["balancedness_per_layer"])
+    assert facts_of(text, "Parity")["tokens"] == f"the same ({figures['parity']['tokens_compared']} compared)"
+    speed, generation = facts_of(text, "Speed (measured)"), figures["generation"]
+    tokens = f"({len(generation['tokens'])} tokens)"
+    assert speed["generation"] == f"{generation['tokens_per_second']:.1f} tokens/s {tokens}"
+    looks = lines_of(text, "Rebalancing")[1 : 1 + len(figures["rebalancing"]["looks"])]
+    assert [line.split()[0] for line in looks] == [
+        str(look["after_tokens"]) for look in figures["rebalancing"]["looks"]
+    ]
+    slots = (generation["prompt_tokens"] + len(generation["tokens"])) * 4 * 8
+    assert sum(map(sum, figures["balance"]["device_loads"])) == pytest.approx(slots)

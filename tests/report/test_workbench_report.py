@@ -1,0 +1,108 @@
+"""The workbench's report: what it prints held against its JSON, and figures recomputed by plain loops."""
+
+import json
+import re
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from printed import facts_of, lines_of
+
+from expert_parallel import place_experts
+from expert_parallel.projection.links import Link
+from expert_parallel.report import workbench
+from expert_parallel.report.table import sections
+from expert_parallel.study.phases import MEASURED, SmallLayer, scenario_tokens
+from expert_parallel.study.remedies import Choices
+
+E, K, D = 32, 4, 4
+
+
+@pytest.fixture(scope="module")
+def hot():
+    """(tables, JSON, fit, test) of a layer with one hot expert."""
+    layer = SmallLayer(32, 16, E, K)
+    fit, test, x, wish = scenario_tokens(layer, "hot", 2048)
+    tables = workbench.study(layer, fit, test, x, wish, D, 4, Link(20e-6, 5e9))
+    return "\n".join(map(str, tables)), json.loads(json.dumps(sections(tables), allow_nan=False)), fit, test
+
+
+def test_loads_of_devices_counted_slot_by_slot(hot):
+    text, figures, _, test = hot
+    loads = [0] * D
+    for token in test.experts[:, 0].tolist():
+        for expert in token:
+            loads[expert // (E // D)] += 1
+    assert figures["device_loads_simulated"] == [loads]
+    shares = " ".join(f"{100 * load / sum(loads):.0f}" for load in loads)
+    title = f"{D} contiguous devices, {MEASURED} tokens, layer 0"
+    assert facts_of(text, title)["load per device, %"] == f"{shares} (simulated)"
+
+
+def test_what_is_printed_is_what_json_says(hot):
+    text, figures, fit, test = hot
+    facts = facts_of(text, f"{D} contiguous devices")
+    assert (figures["tokens_fit"], figures["tokens_test"]) == (len(fit.experts), len(test.experts)) == (1024, 1024)
+    phases, parts = figures["phases_seconds_measured"], figures["parts_seconds_modelled"]
+    for label, seconds in (("one pass, ms (measured)", phases), ("machines, ms (modelled)", parts)):
+        for name, ms in re.findall(r"(\w+) ([\d.]+)", facts[label]):
+            assert ms == f"{1e3 * seconds[name]:.1f}", name
+    largest = max(parts, key=parts.get)
+    assert figures["bottleneck"] == largest
+    assert facts["bottleneck"] == f"{largest}, {parts[largest] / sum(parts.values()):.0%} of the layer"
+    assert facts["balance without copies"] == f"at most {figures['most_balancedness_without_copies']:.3f} (bound)"
+    assert facts["off mlx-lm, off dense"] == f"0, {figures['parity']['dense']:.1g} (measured)"
+    hottest, rule = figures["hot_experts"]["hottest"][0], figures["hot_experts"]["rule"]
+    assert facts["hottest expert"].startswith(f"#{hottest['expert']}, {hottest['over_mean']:.1f}x the mean")
+    assert facts["seen after"] == f"{hottest['tokens_until_seen']} tokens: {rule}"
+
+
+def test_remedies_in_print_and_json(hot):
+    text, figures, *_ = hot
+    title = "Remedies (balancedness and fan-out simulated; ms of the slowest device)"
+    head, *lines = lines_of(text, title)
+    assert head.split() == ["remedy", "fit", "test", "fan-out", "modelled", "measured", "price"]
+    for line, remedy in zip(lines, figures["remedies"], strict=True):
+        predicted, measured = (remedy[f"slowest_device_seconds_{way}"] for way in ("predicted", "measured"))
+        cells = [f"{remedy['balancedness_fit']:.2f}", f"{remedy['balancedness_test']:.2f}", f"{remedy['fan_out']:.1f}",
+                 f"{1e3 * predicted:.1f}", f"{1e3 * measured:.1f}"]  # fmt: skip
+        assert line.removeprefix(remedy["remedy"]).split()[:5] == cells
+        assert line.endswith(remedy["price"])
+    assert [remedy["remedy"] for remedy in figures["remedies"]][:5] == [
+        "contiguous", "round-robin", "balanced", "replicated", "affinity",
+    ]  # fmt: skip
+
+
+def test_balancedness_of_a_remedy_by_a_plain_loop(hot):
+    _, figures, fit, test = hot
+    for part, key in ((fit, "balancedness_fit"), (test, "balancedness_test")):
+        placement, means, highest = place_experts(fit.loads(), D, "balanced"), 0, 0
+        for start in range(0, len(part.experts), 256):
+            loads = [0] * D
+            for expert in part.experts[start : start + 256].ravel().tolist():
+                loads[placement.devices_of(0, expert)[0]] += 1
+            means, highest = means + sum(loads) / D, highest + max(loads)
+        assert figures["remedies"][2][key] == pytest.approx(means / highest)
+
+
+def test_even_routing_has_no_hot_expert_and_proposes_nothing():
+    experts = np.tile(np.arange(E).reshape(-1, K), (256, 1))[:, None]
+    choices, layer = Choices(experts, E), SmallLayer(32, 16, E, K)
+    x = mx.random.normal((MEASURED, 32))
+    tables = workbench.study(layer, choices, choices, x, None, D, 4, Link(20e-6, 5e9))
+    facts, figures = facts_of(str(tables[0]), f"{D} contiguous"), sections(tables)
+    assert facts["load per device, %"] == "25 25 25 25 (simulated)"
+    assert facts["proposed"] == "nothing: no placement is quicker by 2% or more (modelled)"
+    assert "hottest expert" not in facts and "seen after" not in facts
+    assert figures["hot_experts"]["hottest"] == [] and figures["proposed"]["remedy"] == "contiguous"
+    assert figures["most_balancedness_without_copies"] == pytest.approx(1)
+
+
+def test_words():
+    plan = {"remedy": "balanced", "seconds_before_measured": 0.006, "seconds_predicted": 0.003}
+    assert workbench.proposed_text(plan | {"seconds_measured": 0.0035}) == (
+        "balanced: 6.0 to 3.5 ms measured, 3.0 modelled"
+    )
+    hot = {"expert": 3, "over_mean": 12.34, "alone_over_device_mean": 1.5}
+    assert workbench.hottest_text(hot) == "#3, 12.3x the mean, too much for one device"
+    assert workbench.hottest_text(hot | {"alone_over_device_mean": 0.9}) == "#3, 12.3x the mean"
