@@ -73,9 +73,7 @@ class InMemory(nn.Module):
         if not self._has_spare:
             rows = expert_tensors(self.experts)
             zeros = {name: mx.zeros((1, *array.shape[1:]), array.dtype) for name, array in rows.items()}
-            self.experts.update(
-                with_tensors(self.experts, {n: mx.concatenate([a, zeros[n]]) for n, a in rows.items()}).parameters()
-            )
+            self.experts = with_tensors(self.experts, {n: mx.concatenate([a, zeros[n]]) for n, a in rows.items()})
             self._has_spare = True
             mx.eval(self.parameters())
         return np.where(self._row >= 0, self._row, len(self.ids))

@@ -19,7 +19,6 @@ from expert_parallel.balance import (
     routing_entropy,
 )
 from expert_parallel.placing.copies import lower_bound
-from expert_parallel.router.capacity import expert_capacity
 from expert_parallel.study.scenarios import hot_experts, tokens_until_hot
 
 # EPLB's README: loads of 2 layers x 12 experts and where its 16 copies go, two to each of 8 GPUs.
@@ -108,18 +107,6 @@ def test_measured_fan_out_of_uniform_routing_is_the_expected_one():
     experts = random.random((20_000, 1, 128)).argsort(axis=-1)[..., :8]
     placement = place_experts(np.ones((1, 128)), 8)
     assert fan_out(experts, placement.held)[0] == pytest.approx(expected_fan_out([16] * 8, 128, 8), rel=0.005)
-
-
-def test_capacity_formulas_of_the_field():
-    rules = ("megatron", "deepspeed", "tutel")
-    assert [expert_capacity(10, 8, 128, rule=rule) for rule in rules] == [1, 4, 8]
-    assert [expert_capacity(4096, 8, 128, rule=rule) for rule in rules] == [256, 256, 256]
-    # 100 x 8 / 128 = 6.25 slots on average; 1.25 of that is 7.8125. Tutel: 8 int(1.25 x 1).
-    assert [expert_capacity(100, 8, 128, 1.25, rule) for rule in rules] == [8, 8, 8]
-    with pytest.raises(ValueError, match="megatron, deepspeed or tutel"):
-        expert_capacity(10, 8, 128, rule="other")
-    with pytest.raises(ValueError, match="positive"):
-        expert_capacity(10, 8, 128, factor=0)
 
 
 def test_lower_bound_by_hand():

@@ -113,8 +113,11 @@ def exit_of(error: BaseException) -> tuple[int, str] | None:
 @contextlib.contextmanager
 def exit_on_user_error(prefix: str = ""):
     """Turn the errors of wrong input into one line on standard error and exit status 2."""
-    if sys.stdout is None:  # closed by whoever started us
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123, for as long as the process lives
+    # Closed by whoever started us: what is opened next would get their numbers, and MLX takes file 0 for an error.
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115, PTH123, for as long as the process lives
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
     try:
         try:
             # Of ranks the watch process hears the launcher, see ranks/watch.py.

@@ -1,1 +1,1 @@
-"""Steering the load of experts, with its price in quality."""
+"""Steering a router's load: by a bias on its choice, by limits of slots per expert. Both change what a model says."""

@@ -15,12 +15,9 @@ def fit_bias(loads, strength: float = 1.0, placement: Placement | None = None, l
 
     -strength log(load / mean load), at most `limit` either way: where choices follow exp(logit), strength 1
     levels them out. With a placement the loads of its devices are levelled, not those of experts: experts of
-    one device share one bias (copies: the mean of their devices), and less of the model's choice is changed.
+    one device share one bias (replicas: the mean of their devices), and less of the model's choice is changed.
     """
     loads = check_loads(loads)
-    if placement is None:
-        level = loads + 1  # an expert never seen is taken as seen once
-        return np.clip(-strength * np.log(level / level.mean(axis=1, keepdims=True)), -limit, limit)
-    level = placement.device_loads(loads) + 1
-    of_device = np.clip(-strength * np.log(level / level.mean(axis=1, keepdims=True)), -limit, limit)
-    return np.einsum("lde,ld->le", placement.held, of_device) / placement.copies
+    level = 1 + (loads if placement is None else placement.device_loads(loads))  # never seen is taken as seen once
+    bias = np.clip(-strength * np.log(level / level.mean(axis=1, keepdims=True)), -limit, limit)
+    return bias if placement is None else np.einsum("lde,ld->le", placement.held, bias) / placement.copies

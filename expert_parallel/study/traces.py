@@ -7,7 +7,6 @@ Dimensions: T tokens, L MoE layers, k chosen per token. vLLM returns arrays [tok
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import numpy as np
 from ..trace import RoutingTrace
 
 WARM_UP_RUN = 16  # identical rows that no text explains
+BY_CHANCE = 1e-3  # such runs expected in a trace: one that frequent choices explain is no warm-up
 
 
 def read_trace(path, num_experts: int | None = None) -> RoutingTrace:
@@ -73,20 +73,21 @@ def from_arrays(arrays, num_experts: int | None = None, prompt_tokens=None, mode
 def warm_up_rows(trace: RoutingTrace) -> np.ndarray:
     """bool [T]: rows of warm-up: runs of at least 16 tokens with the very same choices in all layers.
 
-    Engines run blank tokens before requests; their one choice would count as a hot expert in every figure.
+    Engines run blank tokens before the first request and between requests; their one choice counts as a hot
+    expert in every figure. A run that its choice is frequent enough to explain, elsewhere in the trace, is none.
     """
-    marks = np.zeros(len(trace), dtype=bool)
-    if trace.experts.shape[2] >= trace.num_experts or len(trace) < WARM_UP_RUN:
-        return marks  # every token chooses all experts: rows say nothing
-    as_before = np.zeros(len(trace) + 1, dtype=bool)  # and nobody is as the one before the first, or behind the last
-    for start in range(0, len(trace) - 1, 4096):  # bounded memory
-        block = np.sort(trace.experts[start : start + 4097], axis=2)
-        as_before[start + 1 : start + len(block)] = (block[1:] == block[:-1]).all(axis=(1, 2))
-    starts = np.flatnonzero(~as_before)
-    for start, end in pairwise(starts.tolist()):
-        if end - start >= WARM_UP_RUN:
-            marks[start:end] = True
-    return marks
+    tokens, layers, k = trace.experts.shape
+    if k >= trace.num_experts:
+        return np.zeros(tokens, dtype=bool)  # every token chooses all experts: rows say nothing
+    codes = np.random.default_rng(0).integers(1 << 63, size=(layers, trace.num_experts), dtype=np.uint64)
+    row = np.zeros(tokens, dtype=np.uint64)  # one number for the experts of a token, in any order of the k
+    for l in range(layers):
+        row += codes[l][trace.experts[:, l]].sum(axis=1, dtype=np.uint64)
+    starts = np.flatnonzero(np.append(True, row[1:] != row[:-1])[:tokens])
+    length = np.diff(starts, append=tokens)
+    _, same = np.unique(row[starts], return_inverse=True)
+    elsewhere = (np.bincount(same, length)[same] - length) / np.maximum(tokens - length, 1)
+    return np.repeat((length >= WARM_UP_RUN) & (tokens * elsewhere**length < BY_CHANCE), length)
 
 
 def without_warm_up(trace: RoutingTrace) -> RoutingTrace:

@@ -1,75 +1,20 @@
-"""Router control: capacity by hand, bias by hand, and mlx-lm's blocks untouched when it is off."""
+"""Router control: bias by hand, mlx-lm's blocks of several kinds, untouched when it is off."""
+
+import importlib
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import random_model
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from mlx.utils import tree_map
 
-from expert_parallel import balancedness, place_experts, shard_model
+from expert_parallel import balancedness, place_experts
+from expert_parallel.experts import shard_model
+from expert_parallel.layers import moe_layers
 from expert_parallel.router.bias import fit_bias
-from expert_parallel.router.capacity import adaptive_capacity, limit_slots
-from expert_parallel.router.control import Capacity, control_router
-
-# --- capacity -----------------------------------------------------------------------------------
-
-GATES = np.array([[0.5, 0.3, 0.2], [0.6, 0.3, 0.1], [0.4, 0.35, 0.25]])
-
-
-def test_drop_by_score_and_by_position():
-    """Three tokens want expert 0, which has two places."""
-    experts = [[0], [0], [0]]
-    assert limit_slots(experts, GATES, 2)[1].ravel().tolist() == [True, True, False]  # 0.4 is the lowest gate
-    assert limit_slots(experts, GATES, 1)[1].ravel().tolist() == [False, True, False]
-    assert limit_slots(experts, GATES, 1, drop="position")[1].ravel().tolist() == [True, False, False]
-    assert not limit_slots(experts, GATES, 0)[1].any()
-
-
-def test_reroute_to_the_next_best_with_room():
-    experts, kept = limit_slots([[0], [0], [0]], GATES, 1, reroute=True)
-    # Token 1 keeps expert 0; token 2 wants expert 1 more (0.35) than token 0 (0.3), which goes to 2.
-    assert experts.ravel().tolist() == [2, 0, 1] and kept.all()
-    experts, kept = limit_slots([[0, 1], [0, 1], [0, 1]], GATES, 2, reroute=True)
-    assert kept.sum() == 6 and (np.bincount(experts.ravel()) == 2).all()
-
-
-@st.composite
-def batches(draw):
-    num_tokens, num_experts = draw(st.integers(1, 30)), draw(st.integers(2, 12))
-    k = draw(st.integers(1, num_experts))
-    random = np.random.default_rng(draw(st.integers(0, 9999)))
-    gates = random.dirichlet(np.full(num_experts, 0.3), num_tokens)
-    return np.argsort(-gates, axis=1)[:, :k], gates, draw(st.integers(0, num_tokens))
-
-
-@given(batches(), st.sampled_from(["score", "position"]))
-@settings(max_examples=150, deadline=None)
-def test_limits_hold_and_no_place_is_wasted(batch, drop):
-    experts, gates, capacity = batch
-    num_experts = gates.shape[1]
-    wanted = np.bincount(experts.ravel(), minlength=num_experts)
-    same, kept = limit_slots(experts, gates, capacity, drop)
-    assert np.array_equal(same, experts)
-    assert np.bincount(experts[kept], minlength=num_experts).tolist() == np.minimum(wanted, capacity).tolist()
-    new, still = limit_slots(experts, gates, capacity, drop, reroute=True)
-    counts = np.bincount(new[still], minlength=num_experts)
-    assert (counts <= capacity).all()
-    assert (still >= kept).all() and np.array_equal(new[kept], experts[kept])
-    for row, ok in zip(new, still, strict=True):
-        assert len(set(row[ok])) == ok.sum()  # no expert twice for a token
-        if not ok.all():  # dropped in the end: every expert with room is one the token has or had asked for
-            tried = set(row.tolist()) | set(experts[(new == row).all(axis=1).argmax()].tolist())
-            assert all(counts[e] >= capacity or e in tried for e in range(num_experts))
-
-
-def test_adaptive_capacity_by_hand():
-    assert adaptive_capacity([10, 4, 2, 0]) == 10
-    # 16 slots, an eighth may go: 2 of the 10.
-    assert adaptive_capacity([10, 4, 2, 0], tolerance=0.125) == 8
-    assert adaptive_capacity([10, 4, 2, 0], tolerance=0.5) == 3  # drops 7 and 1
-    assert adaptive_capacity([0, 0]) == 0
-
+from expert_parallel.router.capacity import Capacity
+from expert_parallel.router.control import control_router
+from expert_parallel.trace import record_routing
 
 # --- bias -----------------------------------------------------------------------------------------
 
@@ -96,20 +41,13 @@ def test_off_changes_nothing():
     with control_router(model) as control:
         assert mx.array_equal(model(PROMPT), before)
     assert control.loads.sum() == 3 * 80 * 4
-    with control_router(model, bias=np.zeros((3, 16))), control_router_is_active(model):
+    with control_router(model, bias=np.zeros((3, 16))):
         assert mx.array_equal(model(PROMPT), before)
     with control_router(model, capacity=Capacity(factor=None)) as control:  # adaptive without loss
         assert mx.array_equal(model(PROMPT), before)
     assert control.shares() == {"dropped": 0, "rerouted": 0, "changed": 0}
     assert type(model.model.layers[0].mlp).__name__ == "Qwen3MoeSparseMoeBlock"
     assert mx.array_equal(model(PROMPT), before)
-
-
-def control_router_is_active(model):
-    from contextlib import nullcontext
-
-    assert type(model.model.layers[0].mlp).__name__ == "SteeredBlock"
-    return nullcontext()
 
 
 def test_bias_steers_the_choice_and_leaves_the_weights():
@@ -184,10 +122,8 @@ def test_control_of_sharded_devices():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bias": np.zeros((3, 8))}, r"\[3, 8\] \[layers, experts\], the model \[3, 16\]"),
-        ({"placement": place_experts(np.ones((2, 16)), 2)}, r"\[2, 16\], the model is \[3, 16\]"),
-        ({"update_rate": -1}, "update rate -1"),
-        ({"update_every": 0}, "every 0 tokens"),
+        ({"bias": np.zeros((3, 8))}, r"the model is \(3, 16\) \[layers, experts\], bias \(3, 8\)"),
+        ({"placement": place_experts(np.ones((2, 16)), 2)}, r"placement \(2, 16\)"),
     ],
 )
 def test_mistakes(options, message):
@@ -195,35 +131,96 @@ def test_mistakes(options, message):
         pass
 
 
-def test_capacity_mistakes():
-    for options, message in [
-        ({"factor": 0}, "positive"),
-        ({"rule": "mine"}, "megatron, deepspeed or tutel"),
-        ({"drop": "random"}, "score or position"),
-        ({"tolerance": 1.5}, "tolerance"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            Capacity(**options)
+# --- blocks of other architectures ------------------------------------------------------------------
+
+SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 24, "moe_intermediate_size": 24,
+         "shared_expert_intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
+         "rms_norm_eps": 1e-6, "vocab_size": 97, "num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 3,
+         "rope_theta": 1e4, "sliding_window": 64, "tie_word_embeddings": False, "decoder_sparse_step": 1,
+         "mlp_only_layers": [], "max_position_embeddings": 99, "norm_topk_prob": True, "rotary_dim": 16,
+         "shared_intermediate_size": 24, "linear_num_value_heads": 2, "linear_num_key_heads": 2,
+         "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_conv_kernel_dim": 4,
+         "partial_rotary_factor": 0.5, "logits_scaling": 1.0, "attention_multiplier": 1.0,
+         "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "attention_bias": False}  # fmt: skip
+DEEPSEEK = {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 3, "n_group": 1, "topk_group": 1,
+            "routed_scaling_factor": 1.0, "kv_lora_rank": 16, "q_lora_rank": None, "qk_rope_head_dim": 8,
+            "v_head_dim": 8, "qk_nope_head_dim": 8, "moe_layer_freq": 1, "first_k_dense_replace": 0}  # fmt: skip
 
 
-def test_models_whose_routers_are_others():
-    from mlx_lm.models.olmoe import Model, ModelArgs
+def small_model(kind, **changes):
+    module = importlib.import_module(f"mlx_lm.models.{kind}")
+    mx.random.seed(0)
+    model = module.Model(module.ModelArgs.from_dict({"model_type": kind, **SMALL, **changes}))
+    model.update(tree_map(lambda a: mx.random.normal(a.shape) * 0.3, model.parameters()))
+    mx.eval(model.parameters())
+    return model
 
-    olmoe = Model(
-        ModelArgs(
-            model_type="olmoe",
-            hidden_size=32,
-            num_hidden_layers=1,
-            intermediate_size=32,
-            num_attention_heads=2,
-            rms_norm_eps=1e-6,
-            vocab_size=32,
-            num_experts=4,
-            num_experts_per_tok=2,
-        )
-    )
-    with pytest.raises(ValueError, match="OlmoeSparseMoeBlock is no qwen3_moe block"), control_router(olmoe):
-        pass
+
+def softmax(logits):
+    return np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+
+
+# Whether weights are probabilities over the chosen experts alone.
+KINDS = {"olmoe": False, "qwen2_moe": False, "mixtral": True, "gpt_oss": True, "qwen3_moe": True}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_blocks_weigh_what_they_were_made_to_choose(kind):
+    """mlx-lm's rule for the weights, by hand: probabilities as they are, or over the chosen ones alone."""
+    model = small_model(kind, norm_topk_prob=KINDS[kind])
+    layer = moe_layers(model)[0]
+    block, gate = layer.block, layer.block["router" if "router" in layer.block else "gate"]
+    bias = np.zeros((2, 8))
+    bias[:, 5], bias[:, 2] = 50, -50
+    x = mx.random.normal((1, 6, 32))
+    probabilities = softmax(np.array(gate(x))[0])
+    ids = mx.array(np.tile(np.arange(8), (1, 6, 1)))
+    each = np.array(layer.experts(x, ids))[0]  # [T, E, H]
+    shared = np.array(mx.sigmoid(block.shared_expert_gate(x)) * block.shared_expert(x))[0] if kind == "qwen2_moe" else 0
+    with control_router(model, bias=bias) as control:
+        y = np.array(block(x))[0]
+    assert control.loads[0, 5] == 6 and control.loads[0, 2] == 0
+    for t in range(6):
+        order = np.argsort(-(np.log(probabilities[t]) + bias[0]))[:3]
+        weights = probabilities[t, order] / (probabilities[t, order].sum() if KINDS[kind] else 1)
+        expected = weights @ each[t, order] + (shared[t] if kind == "qwen2_moe" else 0)
+        assert y[t] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "qwen3_next", "minimax", "granitemoe"])
+def test_off_changes_nothing_in_other_blocks(kind):
+    model = small_model(kind, num_hidden_layers=4 if kind == "qwen3_next" else 2)
+    text = mx.array([list(range(30))])
+    before = model(text)
+    layers = moe_layers(model)
+    with control_router(model) as control:
+        assert mx.array_equal(model(text), before)
+    with control_router(model, bias=control.bias, capacity=Capacity(None)) as again:
+        assert mx.allclose(model(text), before, 1e-4, 1e-4)
+    assert (control.loads == again.loads).all() and control.loads.sum() % (len(layers) * 30) == 0
+    assert mx.array_equal(model(text), before)
+
+
+def test_a_compiled_choice_is_refused_and_stays_what_it_was():
+    """deepseek_v3 chooses in a function that mx.compile traces once: an answer of ours would stay in it."""
+    model = small_model("deepseek_v3", **DEEPSEEK)
+    for text in (mx.array([list(range(30))]), mx.array([list(range(16))])):
+        with pytest.raises(ValueError, match="DeepseekV3MoE does not show"), control_router(model):
+            pass
+        before = model(text)
+        for other in (mx.array([[1, 2]]), text):
+            mx.eval(model(other))
+        assert mx.array_equal(model(text), before)
+
+
+def test_recorders_see_the_steered_choice_inside_and_outside():
+    model = random_model()
+    bias = np.zeros((3, 16))
+    bias[:, 5] = 50
+    with record_routing(model) as outside, control_router(model, bias=bias), record_routing(model) as inside:
+        mx.eval(model(PROMPT))
+    assert outside.loads()[:, 5].tolist() == inside.loads()[:, 5].tolist() == [80, 80, 80]
+    assert type(model.model.layers[0].mlp.switch_mlp).__name__ == "SwitchGLU"
 
 
 def test_device_bias_evens_the_shipped_model_and_keeps_its_perplexity(shipped):

@@ -131,3 +131,11 @@ def test_a_long_trace_in_bounded_time_and_memory():
     assert time.process_time() - start < 15
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 500_000 * (1024 if grown > 1e9 else 1)  # kB on Linux, bytes on macOS
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
+def test_a_choice_that_is_frequent_is_no_warm_up(share):
+    """Top-1 of one layer: the hot expert is chosen 16 times and more in a row by chance."""
+    random = np.random.default_rng(0)
+    experts = np.where(random.random(20_000) < share, 3, random.integers(0, 8, 20_000))
+    assert not warm_up_rows(RoutingTrace(experts[:, None, None], 8)).any()
