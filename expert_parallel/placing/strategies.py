@@ -1,6 +1,6 @@
-"""Strategies: from expert loads to a placement. Numpy only.
+"""Strategies: a placement by its name. Numpy only.
 
-Dimensions: L MoE layers, E experts, D devices, k chosen per token.
+Dimensions: L MoE layers, E experts, D devices, T tokens, k chosen.
 """
 
 from __future__ import annotations
@@ -8,10 +8,9 @@ from __future__ import annotations
 import numpy as np
 
 from ..placement import Placement, check_loads, contiguous
-from .affinity import coactivation as count_pairs
-from .affinity import gather_by_affinity
+from . import affinity
 from .copies import device_loads
-from .search import divides_into_nodes, spread, spread_in_nodes
+from .search import spread, spread_in_nodes
 
 STRATEGIES = ("contiguous", "round-robin", "balanced", "replicated", "affinity")
 
@@ -44,63 +43,51 @@ def place_experts(
     Slot counts of devices differ by at most one; no device holds two copies of one expert.
     Raises ValueError with the numbers.
     """
-    loads = np.asarray(loads)
-    redundant, num_devices = _check(loads, num_devices, strategy, redundant, num_nodes, num_groups)
+    loads = check_loads(loads)
     num_layers, num_experts = loads.shape
+    if strategy not in STRATEGIES:
+        raise ValueError(f"unknown placement strategy {strategy!r}: choose {', '.join(STRATEGIES)}")
+    if redundant and strategy != "replicated":
+        raise ValueError(f"{redundant} redundant experts: only the strategy replicated makes copies, not {strategy}")
+    counts = {
+        "devices": (num_devices, 1, num_experts),
+        "redundant experts": (redundant, 0, num_experts * (num_devices - 1)),
+        "nodes": (num_nodes, 1, num_experts),
+        "groups": (num_groups, 1, num_experts),
+    }
+    for name, (count, least, most) in counts.items():
+        if count != int(count) or not least <= count <= most:
+            raise ValueError(f"{count} {name}: needs {least} to {most} ({num_experts} experts, {num_devices} devices)")
+    num_devices, redundant = int(num_devices), int(redundant)
     if strategy == "contiguous":
         return contiguous(num_layers, num_experts, num_devices)
     if strategy == "round-robin":
         held = np.arange(num_experts) % num_devices == np.arange(num_devices)[:, None]
         return Placement(np.repeat(held[None], num_layers, axis=0), strategy)
-    loads = check_loads(loads)
-    nothing = np.flatnonzero(loads.sum(axis=1) == 0)
-    if len(nothing):
-        raise ValueError(f"layer {nothing[0]} has no load at all: {strategy} needs a trace that covers every layer")
-    about = {}
-    in_nodes = divides_into_nodes(num_experts, num_devices, redundant, num_nodes, num_groups)
-    if num_nodes > 1 and strategy != "affinity" and in_nodes:
-        held = spread_in_nodes(loads, num_devices, redundant, num_nodes, num_groups)
-        # Rebalancing keeps experts in their nodes.
-        about = {"num_nodes": num_nodes, "scope": f"hierarchical over {num_nodes} nodes"}
-    else:
-        held = spread(loads, num_devices, redundant)
-        about = {"scope": "global"} if num_nodes > 1 else {}
+    if not loads.any(axis=1).all():
+        nothing = loads.any(axis=1).argmin()
+        raise ValueError(f"layer {nothing} has no load at all: {strategy} needs a trace that covers every layer")
     if strategy == "affinity":
+        held = spread(loads, num_devices)
         limit = device_loads(loads, held).max(axis=1) * (1 + balance_bound)
-        held = gather_by_affinity(loads, _pairs(coactivation, *loads.shape), held, limit)
-        about["balance_bound"] = balance_bound
-    return Placement(held, strategy, about)
+        pairs = chosen_together(coactivation, num_layers, num_experts)
+        held = affinity.gather_by_affinity(loads, pairs, held, limit)
+        return Placement(held, strategy, {"balance_bound": balance_bound})
+    ratios = (num_groups, num_nodes), (num_experts, num_groups), (num_devices, num_nodes), (redundant, num_nodes)
+    if num_nodes == 1 or any(whole % part for whole, part in ratios):
+        return Placement(spread(loads, num_devices, redundant), strategy, {"scope": "global"} if num_nodes > 1 else {})
+    held = spread_in_nodes(loads, num_devices, redundant, num_nodes, num_groups)
+    # Rebalancing keeps experts in their nodes.
+    return Placement(held, strategy, {"scope": f"hierarchical over {num_nodes} nodes", "num_nodes": num_nodes})
 
 
-def _check(loads, num_devices, strategy, redundant, num_nodes, num_groups):
-    """(redundant, num_devices) as ints; ValueError with the numbers for what cannot be placed."""
-    if loads.ndim != 2 or 0 in loads.shape:
-        raise ValueError(f"loads are [layers, experts], got {list(loads.shape)}")
-    num_experts = loads.shape[1]
-    if num_devices != int(num_devices) or not 1 <= num_devices <= num_experts:
-        raise ValueError(f"{num_devices} devices: needs 1 to {num_experts}, the number of experts in a layer")
-    if strategy not in STRATEGIES:
-        raise ValueError(f"unknown placement strategy {strategy!r}: choose {', '.join(STRATEGIES)}")
-    if redundant and strategy != "replicated":
-        raise ValueError(f"{redundant} redundant experts: only the strategy replicated makes copies, not {strategy}")
-    most = num_experts * (int(num_devices) - 1)
-    if redundant != int(redundant) or not 0 <= redundant <= most:
-        raise ValueError(f"{redundant} redundant experts: needs 0 to {most} for {num_experts} on {num_devices} devices")
-    if min(num_nodes, num_groups) < 1:
-        raise ValueError(f"{num_nodes} nodes and {num_groups} groups: both are counts from 1 up")
-    return int(redundant), int(num_devices)
-
-
-def _pairs(coactivation, num_layers, num_experts):
-    """float32 [L, E, E], symmetric, from pairs or from a trace's choices."""
-    if coactivation is None:
-        raise ValueError("affinity needs to know which experts are chosen together: pass coactivation, or a trace")
-    pairs = np.asarray(coactivation)
+def chosen_together(given, num_layers: int, num_experts: int) -> np.ndarray:
+    """Symmetric [L, E, E] with 0 on the diagonal, from such counts or from a trace's experts [T, L, k]."""
+    pairs = np.asarray(given)
     if pairs.ndim == 3 and pairs.dtype.kind in "ui" and pairs.shape[1] == num_layers and pairs.shape[2] != num_experts:
-        return count_pairs(pairs, num_experts)
-    pairs, expected = pairs.astype(np.float32), (num_layers, num_experts, num_experts)
-    if pairs.shape != expected:
-        raise ValueError(f"coactivation is {list(pairs.shape)}, the loads want {list(expected)}")
-    if not np.isfinite(pairs).all() or (pairs < 0).any():
-        raise ValueError("coactivation must be finite and not negative")
-    return (pairs + pairs.transpose(0, 2, 1)) / 2
+        return affinity.coactivation(pairs, num_experts)
+    wanted = (num_layers, num_experts, num_experts)
+    if pairs.shape != wanted or not (np.isfinite(pairs) & (pairs >= 0)).all():
+        either = f"{list(wanted)} finite counts from 0 up, or a trace's experts [T, {num_layers}, k]"
+        raise ValueError(f"affinity needs coactivation: {either}; got {list(pairs.shape) or given}")
+    return (pairs + pairs.transpose(0, 2, 1)) / 2 * (1 - np.eye(num_experts, dtype=np.float32))
