@@ -33,7 +33,6 @@ def start_rebalancing(args, model: nn.Module, placement: Placement, checkpoint, 
     """
     if not checkpoint.reads_rows:
         raise ValueError(f"{checkpoint.folder} stores its experts in a layout that single ones cannot be read from")
-
     rows, every = partial(checkpoint.rows, dtype=dtype), args.rebalance_every
     costs = measured_costs(model, rows, group)
     rebalancer = Rebalancer(placement, costs, every, args.rebalance_threshold, every, args.rebalance_horizon)

@@ -55,8 +55,8 @@ def test_balance_counted_slot_by_slot(strategy, redundant):
     figures, text = sections(tables)["balance"], "\n".join(map(str, tables))
     loads = slots_by_device(trace, placement, range(T))
     np.testing.assert_allclose(figures["device_loads"], loads)
-    fullest = [max(range(D), key=row.__getitem__) for row in loads]
-    assert np.argmax(figures["device_loads"], axis=1).tolist() == fullest
+    fullest = np.argmax(figures["device_loads"], axis=1)  # replicas can make two equally full
+    assert np.array(loads)[range(L), fullest] == pytest.approx(np.max(loads, axis=1))
     for name, tokens in (("prefill", range(T // 3)), ("decode", range(T // 3, T))):
         expected = evenness(slots_by_device(trace, placement, tokens))
         found = figures["phases"][name]
