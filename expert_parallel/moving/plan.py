@@ -74,8 +74,8 @@ def propose(current: Placement, loads, fresh, fresh_tokens: float, costs: Costs,
     A layer's time is that of its slowest device; copies share a load equally. Slots of a layer stay as many, and
     experts stay in their node where `current` keeps groups in nodes.
     """
-    # 1. Other placements: swaps, before and after other copies. A search that did not start from where the experts
-    #    are moved more of them and never paid in addition to these.
+    # 1. Other placements: swaps, before and after other copies. A search that does not start from where the experts
+    #    are moves more of them: under drifting load it did not pay beside these.
     held, nodes = current.held, current.metadata.get("num_nodes", 1)
     starts = [held]
     if (held.sum(axis=1) > 1).any():

@@ -66,6 +66,8 @@ def test_pause_by_hand():
     assert costs.pause(old, new).tolist() == [4 * 2 + 2 * 0.5, 0]
     side_by_side = Costs(100, 50, 1, 0.5, side_by_side=True)
     assert side_by_side.pause(old, new).tolist() == [2 * 2 + 0.5, 0]
+    one_more = placed([0, 1, 2, 3], [2, 3, 0]).held  # device 0 reads two, device 1 one
+    assert side_by_side.pause(old[:1], one_more).tolist() == [2 * 2 + 0.5]
 
 
 def test_one_swap_repays_its_pause_or_nothing_moves():
@@ -155,9 +157,11 @@ def test_rebalancer_looks_when_it_is_time():
     impatient.learn(skewed * 100, 100)
     assert impatient.observe(skewed * 63, 63) is None
     assert impatient.observe(skewed, 1) is not None  # 64 tokens: balancedness 40/70
-    dear = Rebalancer(current, Costs(10**9, 1.0, 1e-9), every_tokens=10, half_life=100)
-    dear.learn(skewed * 100, 100)
-    assert dear.observe(skewed * 10, 10) is None and not len(dear.looks[0].moves) and dear.placement is current
+    patient, dear = (Rebalancer(current, Costs(10, 1.0, 1.0), 100, horizon_tokens=n) for n in (100, 1))
+    for watcher in (patient, dear):
+        watcher.learn(skewed * 100, 100)
+    assert len(patient.observe(skewed * 100, 100).moves)  # 2.7 s a token less noise; two moves take 20 s
+    assert dear.observe(skewed * 100, 100) is None and not len(dear.looks[0].moves) and dear.placement is current
 
 
 def test_noise_moves_nothing():
@@ -183,11 +187,11 @@ def test_a_gain_is_judged_on_fresh_tokens():
 
 
 def test_copies_of_the_hot_by_hand():
-    """Expert 0 was hot and is on both devices, 3 is hot now: one copy of 0 gives way, on the emptier device."""
-    held = placed([0, 1, 2], [0, 3, 4]).held
-    loads = np.array([[4.0, 3, 1, 20, 0]])  # 6 on device 0, 22 on device 1
-    assert copies_of_the_hot(loads, held)[0].tolist() == placed([1, 2, 3], [0, 3, 4]).held[0].tolist()
-    assert (copies_of_the_hot(np.array([[20.0, 3, 1, 4, 0]]), held) == held).all()
+    """Expert 0 was hot and has two copies, 3 is hot now: the copy on the emptier device gives way."""
+    held = placed([0, 1], [0, 2], [3, 4]).held
+    loads = np.array([[2.0, 10, 1, 20, 0]])  # 11, 2 and 20 on the devices
+    assert copies_of_the_hot(loads, held)[0].tolist() == placed([0, 1], [2, 3], [3, 4]).held[0].tolist()
+    assert (copies_of_the_hot(np.array([[20.0, 10, 1, 2, 0]]), held) == held).all()
 
 
 def cost_under_drift(seed, every=256, seconds_per_move=50.0):
