@@ -50,7 +50,7 @@ def test_what_runs_where(run):
     assert files == human(WEIGHTS["files"] if run.ranks == 1 else read_by_rank_0(run))
     assert 0 <= float(seconds.removesuffix(" s")) <= run.wall
     assert where == {
-        "model": str(SHIPPED),
+        "model": run.asked["model"],
         "MoE layers": f"{L} x {E} experts",
         "dtype": "4-bit in groups of 64, the rest float32",
         "devices": f"{run.ranks} ranks" if run.ranks > 1 else f"{len(first[0])} simulated in one process",
