@@ -104,7 +104,7 @@ def test_memory(run):
     held = run.history[-1][1]
     devices = len(held[0])
     experts = [sum(len(layer[d]) for layer in held) * WEIGHTS["one"] for d in range(devices)]
-    rest, whole = WEIGHTS["rest"], WEIGHTS["experts"] + WEIGHTS["rest"]
+    rest, whole = rest_of(run), WEIGHTS["experts"] + WEIGHTS["rest"]
     together = [each + rest for each in experts]
     heads, size = CONFIG["num_key_value_heads"], CONFIG["head_dim"]
     lowest, highest = run.peak
@@ -120,10 +120,20 @@ def test_memory(run):
         "full_model_expert_bytes": WEIGHTS["experts"],
         "reduction": whole / max(together),
         "reduction_of_experts": WEIGHTS["experts"] / max(experts),
-        "kv_cache_bytes": L * 2 * heads * size * 4 * 256 * math.ceil((len(run.chosen) + TIMED) / 256),
+        "kv_cache_bytes": L * 2 * heads * size * 4 * 256 * math.ceil((len(run.chosen) + TIMED) / 256) // parts_of(run),
         "peak_process_bytes": lambda peak: lowest <= peak <= highest,
     }
     assert not witness.differences(run.document["memory"], expected)
+
+
+def parts_of(run):
+    """Over how many ranks attention and head are split."""
+    return run.ranks if run.asked.get("attention") == "sharded" else 1
+
+
+def rest_of(run):
+    """Bytes on each device of all that is no expert."""
+    return WEIGHTS["rest"] - (WEIGHTS["split"] - WEIGHTS["split"] // parts_of(run))
 
 
 def test_communication(run):
@@ -140,18 +150,41 @@ def test_communication(run):
         "ring_bytes_sent_per_token_and_rank": round(ring),
     }
     if run.ranks > 1:
-        # mlx-lm reads a prompt but for its last token, then one at a time; each token is agreed on, in 4 bytes.
-        answers = run.asked["max_tokens"]
-        calls, sent = (2 + answers) * L + answers + 1, tokens * both[used] + 4 * (answers + 1)
+        kinds = collectives(run, both[used])
+        calls, sent = (sum(kind[n] for kind in kinds.values()) for n in (0, 1))
         expected["counted"] = {
             "source": "measured at the calls, head and attention included where sharded",
             "tokens": tokens,
             "calls": calls,
             "payload_bytes": sent,
             "payload_bytes_per_token": sent / tokens,
-            "by_kind": {"all_sum": [calls, sent]},
+            "by_kind": kinds,
         }
     assert not witness.differences(run.document["communication"], expected)
+
+
+def collectives(run, of_experts):
+    """{kind: [calls, bytes that a rank hands in]}; mlx-lm reads a prompt but for its last token, then one at a time."""
+    tokens, answers, steps = len(run.chosen), run.asked["max_tokens"], 2 + run.asked["max_tokens"]
+    agreed = answers + 1  # tokens that rank 0 tells, in 4 bytes each
+    if run.asked.get("attention") != "sharded":
+        return {"all_sum": [steps * L + agreed, tokens * of_experts + 4 * agreed]}
+    attention, head = tokens * L * HIDDEN * 4, tokens * VOCABULARY // 2 * 4
+    sums = [steps * 2 * L + agreed, tokens * of_experts + attention + 4 * agreed]
+    return {"all_sum": sums, "all_gather": [steps, head]}
+
+
+@pytest.mark.xfail(strict=True, reason="calls are counted that MLX never carries out: of a prompt nobody reads logits")
+@pytest.mark.parametrize("name", ["ranks", "ranks_with_sharded_attention"])
+def test_bytes_counted_are_bytes_sent(name):
+    """Of a prompt but for its last token mlx-lm evaluates the cache alone: the last layer's experts and the head wait
+    for ever. Of 460 tokens with sharded attention 15.1 MB were counted and 6.9 MB went over the network interface."""
+    run = run_of(name)
+    unread = run.prefill.count(True) - 1
+    called = sum(sent for _, sent in collectives(run, L * HIDDEN * 4).values())
+    head = VOCABULARY // 2 * 4 if run.asked.get("attention") == "sharded" else 0
+    sent = called - unread * (HIDDEN * 4 + head)
+    assert run.document["communication"]["counted"]["payload_bytes"] == sent
 
 
 def test_speed(run):
@@ -171,6 +204,14 @@ def test_speed(run):
     took += len(generation["tokens"]) / generation["tokens_per_second"]
     took += len(generation["tokens"]) / run.document["parity"]["stock_tokens_per_second"]
     assert took + run.document["time"]["total"] < run.wall
+
+
+@pytest.mark.xfail(strict=True, reason="one token has no time between two: thousands of tokens/s are printed")
+def test_one_token_has_no_speed():
+    run = run_of("one token")
+    took = run.document["generation"]["prompt_tokens"] / run.document["generation"]["prompt_tokens_per_second"]
+    speed = run.document["generation"]["tokens_per_second"]
+    assert speed is None or 1 / speed > took / 100
 
 
 def test_where_the_time_goes(run):
@@ -317,13 +358,13 @@ def test_ranks(name):
         expected = {
             "expert_bytes_per_device": [own if device == rank else 0 for device in range(2)],
             "expert_bytes": own,
-            "rest_bytes": WEIGHTS["rest"],
+            "rest_bytes": rest_of(run),
             "resident": {"now": positive, "peak": positive},
             "slots_computed_per_layer": lambda slots, rank=rank: slots_can_be(run, rank, slots),
             "seconds": seconds_of(run),
         }
         assert not witness.differences(figures, expected, f"rank {rank}")
-        assert own + WEIGHTS["rest"] < figures["resident"]["now"] <= figures["resident"]["peak"]
+        assert own + rest_of(run) < figures["resident"]["now"] <= figures["resident"]["peak"]
         seconds = figures["seconds"]
         assert seconds["experts"] + seconds["waiting"] + seconds["collectives"] < seconds["total"]
     for l in range(L):  # a rank that masks computes the others' slots, too

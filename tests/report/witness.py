@@ -92,8 +92,11 @@ def weights_of(folder):
 
 
 def weigh(folder, float_width=4):
-    """Bytes {"one": of an expert, "experts", "rest", "files"}; floats are float32 in memory, as on a CPU."""
-    one, experts, rest, files = 0, 0, 0, 0
+    """Bytes {"one": of an expert, "experts", "rest", "split": of the rest what --attention sharded splits, "files"}.
+
+    float_width  of floats: 4 in memory, as on a CPU; 2 as in these files
+    """
+    one, experts, rest, split, files = 0, 0, 0, 0, 0
     for name, (dtype, shape) in weights_of(folder).items():
         size = math.prod(shape)
         width = float_width if dtype in ("BF16", "F16", "F32") else WIDTH_OF[dtype]
@@ -103,7 +106,8 @@ def weigh(folder, float_width=4):
             one += size * width // shape[0] if ".layers.0." in name else 0
         else:
             rest += size * width
-    return {"one": one, "experts": experts, "rest": rest, "files": files}
+            split += size * width if "_proj." in name or name.startswith("lm_head.") else 0
+    return {"one": one, "experts": experts, "rest": rest, "split": split, "files": files}
 
 
 # --- routing and balance ------------------------------------------------------------------------------------------

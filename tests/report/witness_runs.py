@@ -31,7 +31,7 @@ TIMED = 4  # extra tokens on which the time of the parts is taken
 WEIGHTS = witness.weigh(SHIPPED)
 HORIZON = 10**8  # so many tokens repay every move
 
-MOVING, OVER_RANKS = ("moved", "moved_twice"), ("ranks", "ranks_with_copies")
+MOVING, OVER_RANKS = ("moved", "moved_twice"), ("ranks", "ranks_with_copies", "ranks_with_sharded_attention")
 RUNS = ("alone", "ended", "copies", *MOVING, *OVER_RANKS)
 FOLDER = tempfile.TemporaryDirectory()  # goes when the tests end
 
@@ -45,6 +45,8 @@ def run_of(name):
         return in_one_process(folder, 24)
     if name == "ended":
         return in_one_process(folder, 24, model=str(ending_at(STOP, folder / "model")))
+    if name == "one token":
+        return in_one_process(folder, 1)
     if name == "copies":
         trace = run_of("alone").asked["trace"]
         return in_one_process(folder, 12, placement="replicated", placement_trace=trace, redundant_experts=16)
@@ -56,6 +58,8 @@ def run_of(name):
         pytest.skip("this MLX has no ring: ranks cannot run")
     if name == "ranks":
         return over_two_ranks(folder, 10)
+    if name == "ranks_with_sharded_attention":
+        return over_two_ranks(folder, 6, attention="sharded")
     (folder / "by_hand.json").write_text('{"strategy": "by hand", "every_layer": ["0-79", "48-127"]}')
     return over_two_ranks(folder, 8, placement=str(folder / "by_hand.json"), combine="gather")
 
