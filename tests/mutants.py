@@ -6,7 +6,7 @@
 
 Each fault is a small change of the syntax tree (see `faults_of`), chosen with a seed and spread evenly over the
 files, in a copy of the tree; against it run the test files of its room, quick ones first, until one fails. Printed is
-what passed unnoticed. Exit status 1 where that is more than one in twenty of a room, accepted ones aside.
+what passed unnoticed. Exit status 1 where that is more than one in twenty, accepted ones aside.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "expert_parallel"
+LIMIT = 900  # seconds for the tests of a room
 WITNESSES = ["tests/report/test_witnesses_of_the_document.py", "tests/report/test_witnesses_of_the_print.py"]
 
 # Room: its test files, quick ones first; a room that is not named here has those of its own folder. "core" is what
@@ -38,9 +39,7 @@ TESTS = {
     "models": ["tests/models/test_[acfm]*.py", "tests/report/test_model*.py"],
     "projection": ["tests/projection/test_*.py", "tests/report/test_model*.py"],
     "moving": ["tests/moving/test_*.py", *WITNESSES],
-    "placing": ["tests/placing/test_*.py", "tests/test_placement.py"],
     "checkpoint": ["tests/checkpoint/test_*.py", "tests/test_public_reports.py", "tests/command/test_scripts.py"],
-    "ranks": ["tests/ranks/test_group.py", "tests/ranks/test_watchdog.py", "tests/ranks/test_rank*.py"],
     "scripts": [*WITNESSES, "tests/command/test_scripts.py", "tests/report/test_*.py", "tests/study/test_*.py"],
 }
 
@@ -58,20 +57,18 @@ TEXTS = (ast.JoinedStr, ast.List, ast.Tuple, ast.ListComp)  # that + puts togeth
 
 @dataclass(frozen=True)
 class Fault:
+    """change: old -> new source; text: of the whole file with the fault."""
+
     room: str
     file: str
-    line: int
-    function: str
-    kind: str
-    change: str  # old -> new source
-    text: str  # of the whole file with the fault
+    line: int = 0
+    function: str = ""
+    kind: str = ""
+    change: str = ""
+    text: str = ""
 
     def __str__(self):
         return f"{self.file}:{self.line} {self.function}: {self.kind}: {self.change}"
-
-    @property
-    def accepted(self):
-        return any((self.file, self.function, self.change) == each[:3] for each in ACCEPTED)
 
 
 # --- faults ---------------------------------------------------------------------------------------------------------
@@ -118,9 +115,9 @@ def faults_of(node):
 
 
 def sites(tree):
-    """(node, parent, field, number in it or None, statement, function) of every node where a fault can be seen.
+    """(node, place, key, statement, function) of every node but texts of errors and of --help, docstrings, annotations.
 
-    Texts of errors and of --help, docstrings and annotations are left alone.
+    place[key] is the node.
     """
 
     def walk(node, statement, function):
@@ -130,13 +127,13 @@ def sites(tree):
             for number, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
                 if not isinstance(child, ast.AST) or isinstance(child, ast.Raise | ast.Assert):
                     continue
-                text = isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)
-                if text or isinstance(child, ast.keyword) and child.arg in ("help", "description"):
+                docstring = isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)
+                if docstring or isinstance(child, ast.keyword) and child.arg in ("help", "description"):
                     continue
                 here = child if isinstance(child, ast.stmt) else statement
                 named = isinstance(child, ast.FunctionDef | ast.ClassDef)
                 inside = f"{function}.{child.name}".lstrip(".") if named else function
-                yield child, node, field, number, here, inside
+                yield child, *((vars(node), field) if number is None else (value, number)), here, inside
                 yield from walk(child, here, inside)
 
     yield from walk(tree, None, "")
@@ -146,22 +143,18 @@ def plant(room, path):
     """Every Fault of a file."""
     source = path.read_text(encoding="utf-8")
     lines, found = source.splitlines(keepends=True), []
-    for node, parent, field, number, statement, function in sites(ast.parse(source)):
+    for node, place, key, statement, function in sites(ast.parse(source)):
         for kind, new in faults_of(node):
-            place = parent if number is None else getattr(parent, field)
-            put = setattr if number is None else type(place).__setitem__
-            key = field if number is None else number
-            put(place, key, new)
-            first = min([statement.lineno, *(each.lineno for each in getattr(statement, "decorator_list", []))])
-            indent = " " * statement.col_offset
+            place[key] = new
+            first = min(each.lineno for each in (statement, *getattr(statement, "decorator_list", [])))
             try:
-                planted = [f"{indent}{line}\n" for line in ast.unparse(statement).splitlines()]
+                planted = [f"{' ' * statement.col_offset}{line}\n" for line in ast.unparse(statement).splitlines()]
                 text = "".join([*lines[: first - 1], *planted, *lines[statement.end_lineno :]])
                 ast.parse(text)
             except (SyntaxError, ValueError):  # several statements on a line; an f-string that cannot be written so
                 continue
             finally:
-                put(place, key, node)
+                place[key] = node
             change = " -> ".join(" ".join(ast.unparse(each).split())[:90] for each in (node, new))
             found.append(Fault(room, str(path.relative_to(ROOT)), node.lineno, function, kind, change, text))
     return found
@@ -193,15 +186,15 @@ def tests_of(room):
     return list(dict.fromkeys(str(p.relative_to(ROOT)) for pattern in patterns for p in sorted(ROOT.glob(pattern))))
 
 
-def passes(tree, tests, limit):
-    """Whether the tests of a copy pass within so many seconds."""
+def passes(tree, tests):
+    """Whether the tests of a copy pass; one that hangs does not."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # a stale one would hide the next fault
     quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, cwd=tree, env=environment, start_new_session=True, **quiet)
     try:
-        return process.wait(limit) == 0
-    except subprocess.TimeoutExpired:  # it hangs: noticed
+        return process.wait(LIMIT) == 0
+    except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         return False
@@ -213,7 +206,6 @@ def main():
     parser.add_argument("--count", type=int, default=200, help="faults to plant (default: 200)")
     parser.add_argument("--jobs", type=int, default=1, help="copies to test side by side (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice (default: 0)")
-    parser.add_argument("--limit", type=int, default=900, help="seconds until a run counts as hung (default: 900)")
     parser.add_argument("--list", action="store_true", help="print the faults and stop")
     args = parser.parse_args()
     faults = choose(args.only, args.count, args.seed)
@@ -223,36 +215,36 @@ def main():
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
         trees = queue.Queue()
-        ignored = shutil.ignore_patterns(".*", "__pycache__", "shared")
         for job in range(args.jobs):
-            trees.put(shutil.copytree(ROOT, Path(folder) / str(job), ignore=ignored))
+            trees.put(
+                shutil.copytree(ROOT, Path(folder) / str(job), ignore=shutil.ignore_patterns(".*", "__pycache__"))
+            )
 
         def noticed(fault):
             tree = trees.get()
             try:
                 if fault.text:
                     (tree / fault.file).write_text(fault.text, encoding="utf-8")
-                return not passes(tree, tests_of(fault.room), args.limit)
+                return not passes(tree, tests_of(fault.room))
             finally:
                 shutil.copy(ROOT / fault.file, tree / fault.file)
                 trees.put(tree)
 
-        sound = [Fault(room, faults[0].file, 0, "", "", "", "") for room in sorted({each.room for each in faults})]
-        for fault, broken in zip(sound, pool.map(noticed, sound), strict=True):
-            if broken:
-                print(f"the tests of {fault.room} fail without a fault: {' '.join(tests_of(fault.room))}")
-                return 2
-        planted, found, accepted = Counter(), Counter(), Counter()
+        rooms = list(dict.fromkeys(each.room for each in faults))
+        broken = list(pool.map(noticed, [Fault(room, faults[0].file) for room in rooms]))
+        if any(broken):
+            print("without a fault tests fail of:", *(room for room, fails in zip(rooms, broken, strict=True) if fails))
+            return 2
+        results = []
         for fault, seen in zip(faults, pool.map(noticed, faults), strict=True):
-            planted[fault.room] += 1
-            found[fault.room] += seen
-            accepted[fault.room] += fault.accepted and not seen
+            accepted = any((fault.file, fault.function, fault.change) == each[:3] for each in ACCEPTED)
+            results.append((fault.room, "noticed" if seen else "accepted" if accepted else "unnoticed"))
             if not seen:
-                print(f"{'accepted' if fault.accepted else 'unnoticed'}  {fault}", flush=True)
-    for room in planted:
-        print(f"{room:12} {found[room]:4d} of {planted[room]:4d} noticed, {accepted[room]} accepted")
-    print(f"{'all':12} {found.total():4d} of {planted.total():4d} noticed, {accepted.total()} accepted")
-    return int(any(found[room] + accepted[room] < 0.95 * planted[room] for room in planted))
+                print(f"{results[-1][1]:10}{fault}", flush=True)
+    for room in [*rooms, "all"]:
+        counts = Counter(result for of_room, result in results if room in (of_room, "all"))
+        print(f"{room:12}{counts['noticed']:5d} of{counts.total():5d} noticed, {counts['accepted']} accepted")
+    return int(counts["unnoticed"] > 0.05 * counts.total())
 
 
 if __name__ == "__main__":
