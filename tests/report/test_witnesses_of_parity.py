@@ -90,7 +90,8 @@ def test_a_little_of_one_expert_gives_other_logits_though_the_tokens_stay(tmp_pa
 
 def test_a_model_that_is_left_alone_is_the_same(tmp_path):
     parity = run(tmp_path)[1]["parity"]
-    assert (parity["tokens_equal"], parity["max_abs_logit_difference"], parity["tokens_compared"]) == (True, 0, 6)
+    assert parity["tokens_equal"] is True and parity["tokens_compared"] == 6
+    assert parity["max_abs_logit_difference"] <= (0 if mx.default_device() == mx.cpu else 1e-3)
 
 
 def test_of_no_tokens_parity_says_nothing(tmp_path):

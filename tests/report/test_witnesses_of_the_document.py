@@ -5,13 +5,12 @@ A figure that is new in the document fails here until it has a witness.
 
 import json
 import math
-from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
 import pytest
 import witness
-from conftest import SHIPPED
+from conftest import ROOT, SHIPPED
 from mlx_lm.models.cache import make_prompt_cache
 from witness import positive
 from witness_runs import CONFIG, HORIZON, MOVING, OVER_RANKS, PROMPT, RUNS, STOP, TIMED, WEIGHTS, E, K, L, run_of
@@ -244,7 +243,7 @@ def test_placement_model_options_and_environment(run):
     assert document["model"]["environment"] == document["environment"]
     assert document["model"]["name"] == run.asked["model"]
     assert (
-        json.loads((Path(run.asked["model"]) / "config.json").read_text()).items()
+        json.loads((ROOT / run.asked["model"] / "config.json").read_text()).items()
         <= document["model"]["config"].items()
     )
     assert run.asked.items() <= document["options"].items()

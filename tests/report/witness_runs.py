@@ -36,11 +36,26 @@ RUNS = ("alone", "ended", "copies", *MOVING, *OVER_RANKS)
 FOLDER = tempfile.TemporaryDirectory()  # goes when the tests end
 
 
-@cache
 def run_of(name):
     """The Run of this name; a skip where it cannot run here."""
+    outcome = outcome_of(name)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+@cache
+def outcome_of(name):
+    """The Run, or how it failed: it would not do better for the next test."""
     folder = Path(FOLDER.name) / name
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
+    try:
+        return started(name, folder)
+    except Exception as error:
+        return error
+
+
+def started(name, folder):
     if name == "alone":
         return in_one_process(folder, 24)
     if name == "ended":
@@ -76,7 +91,7 @@ def options_of(folder, tokens, more):
     files = {"json": folder / "o.json", "trace": folder / "t.npz", "save_placement": folder / "p.json"}
     files = {name: str(path) for name, path in files.items()}
     return {
-        "model": str(SHIPPED),
+        "model": str(SHIPPED.relative_to(ROOT)),
         "prompt": PROMPT,
         "max_tokens": tokens,
         "dtype": "float32",
