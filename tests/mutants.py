@@ -148,7 +148,8 @@ def plant(room, path):
             place[key] = new
             first = min(each.lineno for each in (statement, *getattr(statement, "decorator_list", [])))
             try:
-                planted = [f"{' ' * statement.col_offset}{line}\n" for line in ast.unparse(statement).splitlines()]
+                whole = ast.unparse(new if node is statement else statement)
+                planted = [f"{' ' * statement.col_offset}{line}\n" for line in whole.splitlines()]
                 text = "".join([*lines[: first - 1], *planted, *lines[statement.end_lineno :]])
                 ast.parse(text)
             except (SyntaxError, ValueError):  # several statements on a line; an f-string that cannot be written so
