@@ -1,0 +1,252 @@
+"""Which faults would the tests let through? Plants faults all over the package, one at a time, and runs the tests.
+
+    python tests/mutants.py                            200 faults over all rooms; hours on two cores
+    python tests/mutants.py --only report --count 40   of one room
+    python tests/mutants.py --list                     only say what would be planted
+
+Each fault is a small change of the syntax tree (see `faults_of`), chosen with a seed and spread evenly over the
+files, in a copy of the tree; against it run the test files of its room, quick ones first, until one fails. Printed is
+what passed unnoticed. Exit status 1 where that is more than one in twenty, accepted ones aside.
+"""
+
+import argparse
+import ast
+import copy
+import os
+import queue
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "expert_parallel"
+LIMIT = 900  # seconds for the tests of a room
+WITNESSES = ["tests/report/test_witnesses_of_the_document.py", "tests/report/test_witnesses_of_the_print.py"]
+
+# Room: its test files, quick ones first; a room that is not named here has those of its own folder. "core" is what
+# lies in the package's own folder, "scripts" what lies beside it.
+TESTS = {
+    "core": ["tests/test_*.py", "tests/checkpoint/test_loading.py", *WITNESSES],
+    "report": ["tests/report/test_table.py", "tests/report/test_*report.py", *WITNESSES, "tests/report/test_*.py"],
+    "command": ["tests/command/test_output.py", "tests/command/test_scripts.py", *WITNESSES],
+    "models": ["tests/models/test_[acfm]*.py", "tests/report/test_model*.py"],
+    "projection": ["tests/projection/test_*.py", "tests/report/test_model*.py"],
+    "moving": ["tests/moving/test_*.py", *WITNESSES],
+    "checkpoint": ["tests/checkpoint/test_*.py", "tests/test_public_reports.py", "tests/command/test_scripts.py"],
+    "scripts": [*WITNESSES, "tests/command/test_scripts.py", "tests/report/test_*.py", "tests/study/test_*.py"],
+}
+
+# Faults that no test can notice, or need not: (file, function, fault, reason).
+ACCEPTED = []
+
+COMPARISONS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq}
+COMPARISONS |= {ast.NotEq: ast.Eq, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is}
+ARITHMETIC = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
+NAMES = {"max": "min", "argmax": "argmin", "maximum": "minimum", "any": "all", "ceil": "floor", "sum": "max"}
+NAMES |= {"min": "max", "argmin": "argmax", "minimum": "maximum", "all": "any", "floor": "ceil", "mean": "max"}
+LABELS = {"measured": "modelled", "modelled": "simulated", "simulated": "measured"}
+TEXTS = (ast.JoinedStr, ast.List, ast.Tuple, ast.ListComp)  # that + puts together
+
+
+@dataclass(frozen=True)
+class Fault:
+    """change: old -> new source; text: of the whole file with the fault."""
+
+    room: str
+    file: str
+    line: int = 0
+    function: str = ""
+    kind: str = ""
+    change: str = ""
+    text: str = ""
+
+    def __str__(self):
+        return f"{self.file}:{self.line} {self.function}: {self.kind}: {self.change}"
+
+
+# --- faults ---------------------------------------------------------------------------------------------------------
+
+
+def faults_of(node):
+    """(kind, changed copy) for every small fault that a node of the tree can have."""
+
+    def changed(**fields):
+        new = copy.deepcopy(node)
+        for name, value in fields.items():
+            setattr(new, name, value)
+        return new
+
+    match node:
+        case ast.Compare(ops=[operation]) if type(operation) in COMPARISONS:
+            yield "comparison", changed(ops=[COMPARISONS[type(operation)]()])
+        case ast.BinOp(left, operation, right) if type(operation) in ARITHMETIC:
+            if not any(isinstance(getattr(side, "value", side), (str, *TEXTS)) for side in (left, right)):
+                yield "arithmetic", changed(op=ARITHMETIC[type(operation)]())
+                if isinstance(operation, ast.Sub | ast.Div):
+                    yield "order of operands", changed(left=right, right=left)
+        case ast.AugAssign(op=ast.Add() | ast.Sub() as operation) if not isinstance(node.value, TEXTS):
+            yield "arithmetic", changed(op=ARITHMETIC[type(operation)]())
+        case ast.BoolOp(op=operation):
+            yield "and, or", changed(op=ast.Or() if isinstance(operation, ast.And) else ast.And())
+        case ast.UnaryOp(op=ast.Not() | ast.USub(), operand=operand):
+            yield "not or minus dropped", copy.deepcopy(operand)
+        case ast.IfExp(body=body, orelse=otherwise):
+            yield "branches swapped", changed(body=otherwise, orelse=body)
+        case ast.Name(id=name, ctx=ast.Load()) if name in NAMES:
+            yield "function", changed(id=NAMES[name])
+        case ast.Attribute(attr=name, ctx=ast.Load()) if name in NAMES:
+            yield "function", changed(attr=NAMES[name])
+        case ast.Constant(value=bool(value)):
+            yield "true, false", changed(value=not value)
+        case ast.Constant(value=int(value)):
+            yield "off by one", changed(value=value + 1)
+        case ast.Constant(value=str(value)):
+            for word in filter(value.__contains__, LABELS):
+                yield "label", changed(value=value.replace(word, LABELS[word]))
+        case ast.Call(keywords=[*_, ast.keyword(arg=str()) as last]) if last.arg != "help":
+            yield "argument dropped", changed(keywords=node.keywords[:-1])
+
+
+def sites(tree):
+    """(node, place, key, statement, function) of every node but texts of errors and of --help, docstrings, annotations.
+
+    place[key] is the node.
+    """
+
+    def walk(node, statement, function):
+        for field, value in ast.iter_fields(node):
+            if field in ("annotation", "returns", "type_comment"):
+                continue
+            for number, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
+                if not isinstance(child, ast.AST) or isinstance(child, ast.Raise | ast.Assert):
+                    continue
+                docstring = isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)
+                if docstring or isinstance(child, ast.keyword) and child.arg in ("help", "description"):
+                    continue
+                here = child if isinstance(child, ast.stmt) else statement
+                named = isinstance(child, ast.FunctionDef | ast.ClassDef)
+                inside = f"{function}.{child.name}".lstrip(".") if named else function
+                yield child, *((vars(node), field) if number is None else (value, number)), here, inside
+                yield from walk(child, here, inside)
+
+    yield from walk(tree, None, "")
+
+
+def plant(room, path):
+    """Every Fault of a file."""
+    source = path.read_text(encoding="utf-8")
+    lines, found = source.splitlines(keepends=True), []
+    for node, place, key, statement, function in sites(ast.parse(source)):
+        for kind, new in faults_of(node):
+            place[key] = new
+            first = min(each.lineno for each in (statement, *getattr(statement, "decorator_list", [])))
+            try:
+                whole = ast.unparse(new if node is statement else statement)
+                planted = [f"{' ' * statement.col_offset}{line}\n" for line in whole.splitlines()]
+                text = "".join([*lines[: first - 1], *planted, *lines[statement.end_lineno :]])
+                ast.parse(text)
+            except (SyntaxError, ValueError):  # several statements on a line; an f-string that cannot be written so
+                continue
+            finally:
+                place[key] = node
+            change = " -> ".join(" ".join(ast.unparse(each).split())[:90] for each in (node, new))
+            found.append(Fault(room, str(path.relative_to(ROOT)), node.lineno, function, kind, change, text))
+    return found
+
+
+def choose(only, count, seed):
+    """So many faults: a file after the other gives one, of a kind that it gave least of."""
+    names = {PACKAGE: "core", ROOT.name: "scripts"}
+    files = [*sorted((ROOT / PACKAGE).rglob("*.py")), *sorted(ROOT.glob("*_*.py"))]
+    files = [(names.get(path.parent.name, path.parent.name), path) for path in files if path.name != "__init__.py"]
+    waiting = []
+    for room, path in files:
+        faults, given, nth = plant(room, path) if not only or room in only else [], Counter(), {}
+        random.Random(f"{seed} {path.name}").shuffle(faults)
+        for fault in faults:
+            nth[fault] = given[fault.kind]
+            given[fault.kind] += 1
+        waiting.append(sorted(faults, key=nth.get))  # the first of each kind, then the second of each
+    rounds = range(max(map(len, waiting), default=0))
+    return [faults[n] for n in rounds for faults in waiting if n < len(faults)][:count]
+
+
+# --- runs -----------------------------------------------------------------------------------------------------------
+
+
+def tests_of(room):
+    """The room's test files, each once, in the table's order."""
+    patterns = TESTS.get(room, [f"tests/{room}/test_*.py"])
+    return list(dict.fromkeys(str(p.relative_to(ROOT)) for pattern in patterns for p in sorted(ROOT.glob(pattern))))
+
+
+def passes(tree, tests):
+    """Whether the tests of a copy pass; one that hangs does not."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # a stale one would hide the next fault
+    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=tree, env=environment, start_new_session=True, **quiet)
+    try:
+        return process.wait(LIMIT) == 0
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return False
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", metavar="ROOM", help="core, scripts or a folder of the package")
+    parser.add_argument("--count", type=int, default=200, help="faults to plant (default: 200)")
+    parser.add_argument("--jobs", type=int, default=1, help="copies to test side by side (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice (default: 0)")
+    parser.add_argument("--list", action="store_true", help="print the faults and stop")
+    args = parser.parse_args()
+    faults = choose(args.only, args.count, args.seed)
+    if args.list or not faults:
+        print(*faults, f"{len(faults)} faults", sep="\n")
+        return 0
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
+        trees = queue.Queue()
+        for job in range(args.jobs):
+            trees.put(
+                shutil.copytree(ROOT, Path(folder) / str(job), ignore=shutil.ignore_patterns(".*", "__pycache__"))
+            )
+
+        def noticed(fault):
+            tree = trees.get()
+            try:
+                if fault.text:
+                    (tree / fault.file).write_text(fault.text, encoding="utf-8")
+                return not passes(tree, tests_of(fault.room))
+            finally:
+                shutil.copy(ROOT / fault.file, tree / fault.file)
+                trees.put(tree)
+
+        rooms = list(dict.fromkeys(each.room for each in faults))
+        broken = list(pool.map(noticed, [Fault(room, faults[0].file) for room in rooms]))
+        if any(broken):
+            print("without a fault tests fail of:", *(room for room, fails in zip(rooms, broken, strict=True) if fails))
+            return 2
+        results = []
+        for fault, seen in zip(faults, pool.map(noticed, faults), strict=True):
+            accepted = any((fault.file, fault.function, fault.change) == each[:3] for each in ACCEPTED)
+            results.append((fault.room, "noticed" if seen else "accepted" if accepted else "unnoticed"))
+            if not seen:
+                print(f"{results[-1][1]:10}{fault}", flush=True)
+    for room in [*rooms, "all"]:
+        counts = Counter(result for of_room, result in results if room in (of_room, "all"))
+        print(f"{room:12}{counts['noticed']:5d} of{counts.total():5d} noticed, {counts['accepted']} accepted")
+    return int(counts["unnoticed"] > 0.05 * counts.total())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
