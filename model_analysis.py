@@ -49,6 +49,8 @@ def check_arguments(args):
     for name, low in (("context", 1), ("redundant_experts", 0), ("prompt_tokens", 1), ("group_size", 1)):
         if getattr(args, name) is not None and getattr(args, name) < low:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
+    if args.bits is None and (args.group_size or args.mode != "affine"):
+        raise ValueError("--group-size and --mode say how --bits are stored: give --bits too")
     if args.device_memory is not None and not 0 < args.device_memory < float("inf"):
         raise ValueError(f"--device-memory must be above 0 and finite, got {args.device_memory:g}")
     find("hardware", args.hardware, MACHINES)
@@ -63,7 +65,6 @@ def run(args):
     check_arguments(args)
     from expert_parallel.models.architecture import describe
     from expert_parallel.models.configurations import load_configuration
-    from expert_parallel.models.lazy import quantization_of
     from expert_parallel.report import checks, model, projection, table
 
     console, shown = output.console(args.quiet or output.to_standard_output(args.json)), []
@@ -76,12 +77,7 @@ def run(args):
 
     # 1. What is in it
     configuration = load_configuration(args.model)
-    bits = args.bits
-    if bits is None and configuration.bundled and quantization_of(configuration.config) is None:
-        bits = 4
-    if bits is None and (args.group_size or args.mode != "affine"):
-        raise ValueError("--group-size and --mode say how --bits are stored: give --bits too")
-    quantisation = {"bits": bits, "group_size": args.group_size, "mode": args.mode}
+    quantisation = {"bits": args.bits, "group_size": args.group_size, "mode": args.mode}
     described = describe(configuration, **quantisation)
     usual = [count for count in projection.DEVICES if count <= described.num_experts]
     devices = sorted(set(args.devices or usual))
@@ -111,10 +107,10 @@ def run(args):
 
     # 4. Its files, and real text through its weights
     whole = True
-    if configuration.folder and any(configuration.folder.glob("model*.safetensors")):
+    if configuration.has_weights:
         from expert_parallel.models.checkpoint_check import check_checkpoint
 
-        checked = check_checkpoint(configuration).figures()
+        checked = check_checkpoint(configuration)
         whole = checked["ok"]
         show(*checks.checkpoint(checked))
     if args.forward or args.prompt:
@@ -175,9 +171,10 @@ def forward_tables(name, texts, most):
     numbers = [layer.number for layer in moe_layers(model)]
     tokens = {title: tokenizer.encode(text[: 20 * most])[:most] for title, text in texts.items()}
     passes = {title: forward.run_text(model, ids, title) for title, ids in tokens.items()}
-    figures = {title: forward.pass_figures(one, numbers) for title, one in passes.items()}
+    figures = {title: forward.routing_figures(*one, numbers) for title, one in passes.items()}
+    similarity = forward.load_similarity({title: trace for title, (trace, _) in passes.items()})
     seconds = forward.time_layers(model, next(iter(tokens.values())))
-    return checks.forward(figures, forward.similarity_of_loads(passes), seconds)
+    return checks.forward(figures, similarity, seconds)
 
 
 def main():

@@ -62,8 +62,9 @@ def run(args, watchdog):
     import mlx.core as mx
     from mlx_lm import load
 
-    from expert_parallel.checkpoint import loading, opened
-    from expert_parallel.models.memory import cache_bytes, model_bytes
+    from expert_parallel.checkpoint import finding, loading
+    from expert_parallel.checkpoint.opened import Checkpoint
+    from expert_parallel.models.memory import model_bytes
     from expert_parallel.moving.live import start_rebalancing
     from expert_parallel.ranks.group import all_or_none, checkpoint_mark, gather_objects, start_group
     from expert_parallel.report import cost, run, table
@@ -83,15 +84,15 @@ def run(args, watchdog):
     typed = gather_objects(group, typed)[0]  # a launcher passes its standard input to rank 0 alone
     waiting_for("not all ranks had loaded")
     with all_or_none(group) as same:
-        folder, note = (args.model, "") if args.model is not None else opened.default_model()
-        folder = opened.resolve_model(folder)
+        folder, note = (args.model, "") if args.model is not None else finding.default_model()
+        folder = finding.resolve_model(folder)
         if first:  # which alone writes
             options.check_files(args, folder)
-        checkpoint = opened.Checkpoint(folder, args.adapter_path, args.trust_remote_code)
+        checkpoint = Checkpoint(folder, args.adapter_path, args.trust_remote_code)
         tokenizer, config = checkpoint.tokenizer(), checkpoint.config
         prompt = options.read_prompt(args, tokenizer, config.get("max_position_embeddings"), typed)
         placement = options.make_placement(args, checkpoint.shape, ranks)
-        verify = checkpoint.folder.resolve() == opened.SHIPPED if args.verify is None else args.verify
+        verify = checkpoint.folder.resolve() == finding.SHIPPED if args.verify is None else args.verify
         same |= {"mlx": versions["mlx"], "mlx-lm": versions["mlx_lm"], "config": config, "verify": verify}
         same |= {options.option(name): value for name, value in vars(args).items() if name not in OWN_OPTIONS}
         same |= {"placement": placement.held.tobytes(), "prompt": prompt.ids}
@@ -102,7 +103,9 @@ def run(args, watchdog):
 
     # 2. Every device reads its experts; nothing else of mlx-lm's model changes.
     dtype = loading.activation_dtype(args.dtype)
-    whole = model_bytes(loading.as_loaded(checkpoint, dtype))
+    if dtype is not None:
+        checkpoint.model.set_dtype(dtype)  # lazily, as everything here still is
+    whole = model_bytes(checkpoint.model)
     with all_or_none(group), output.progress_bar("reading", first and not args.quiet) as progress:
         model, tokenizer, reading = loading.load_sharded(
             checkpoint, placement=placement, group=group, dtype=args.dtype, combine=args.combine,
@@ -158,7 +161,7 @@ def run(args, watchdog):
     tables = [parity] if parity else []
     tables += [*run.routing(trace, numbers), *run.balance(trace, changes, numbers)]
     tables += [run.rebalancing(live.figures(), changes, trace)] if live else []
-    tables += cost.memory(whole, changes[-1][1], cache_bytes(cache), per_rank)
+    tables += cost.memory(whole, changes[-1][1], sum(entry.nbytes for entry in cache), per_rank)
     tables += [cost.communication(model, trace, seconds.value_bytes, counted, args.combine, ranks)]
     tables += [cost.ranks_table(per_rank)] if ranks > 1 else []
     tables += cost.speed(text, tokens, len(prompt.ids), last, seconds, stock_speed)

@@ -19,7 +19,7 @@ from mlx_lm import load
 
 from expert_parallel import balancedness, place_experts, record_routing
 from expert_parallel.balance import fan_out
-from expert_parallel.checkpoint.opened import SHIPPED
+from expert_parallel.checkpoint.finding import SHIPPED
 from expert_parallel.command import output
 from expert_parallel.report import table
 

@@ -21,7 +21,7 @@ from mlx_lm import load
 from mlx_lm.models.cache import make_prompt_cache
 
 from expert_parallel import place_experts, record_routing, shard_model
-from expert_parallel.checkpoint.opened import SHIPPED
+from expert_parallel.checkpoint.finding import SHIPPED
 from expert_parallel.command import output
 from expert_parallel.layers import moe_shape
 from expert_parallel.report import table

@@ -26,7 +26,7 @@ from mlx_lm import load
 from tqdm import tqdm
 
 from expert_parallel import balancedness, place_experts
-from expert_parallel.checkpoint.opened import SHIPPED
+from expert_parallel.checkpoint.finding import SHIPPED
 from expert_parallel.command import output
 from expert_parallel.report import table
 from expert_parallel.router.bias import fit_bias

@@ -39,8 +39,9 @@ from mlx_lm.models.cache import make_prompt_cache
 from rich.progress import track
 
 from expert_parallel import load_sharded, place_experts
+from expert_parallel.checkpoint.finding import SHIPPED
 from expert_parallel.checkpoint.loading import load_whole
-from expert_parallel.checkpoint.opened import SHIPPED, Checkpoint
+from expert_parallel.checkpoint.opened import Checkpoint
 from expert_parallel.command import output
 from expert_parallel.projection.constants import head_seconds, random_tokens, seconds_of_prompt, seconds_per_token
 from expert_parallel.ranks.launch import rank_commands

@@ -57,7 +57,7 @@ def test_mixed_bits_with_a_null_group_size(tmp_path):
     expected = load(str(folder))[0](TOKENS)
     assert mx.array_equal(load_sharded(folder, 5)[0](TOKENS), expected)
     configuration = load_configuration(str(folder))
-    assert check_checkpoint(configuration).ok
+    assert check_checkpoint(configuration)["ok"]
     assert describe(configuration).bytes.total == sum(a.nbytes for _, a in tree_flatten(model.parameters()))
 
 
@@ -68,8 +68,8 @@ def test_the_files_dtype_counts(tmp_path):
     quantization = {"group_size": 32, "bits": 4}
     folder = save_model(model, tmp_path / "half", torch_dtype="bfloat16", quantization=quantization)
     report = check_checkpoint(load_configuration(str(folder)))
-    assert report.ok, report.problems[:2]
-    assert report.bytes_predicted == report.bytes_on_disk
+    assert report["ok"], report["problems"][:2]
+    assert report["bytes_predicted"] == report["bytes_on_disk"]
 
 
 @pytest.mark.parametrize(

@@ -41,13 +41,6 @@ def activation_dtype(dtype=None) -> mx.Dtype | None:
     return getattr(mx, name)
 
 
-def as_loaded(opened: Checkpoint, dtype: mx.Dtype | None):
-    """The checkpoint's lazy model with the bytes that it will have in memory."""
-    if dtype is not None:
-        opened.model.set_dtype(dtype)
-    return opened.model
-
-
 @dataclass
 class ReadReport:
     """What one process read of a checkpoint: bytes of tensors, headers not counted; `progress` hears of each.
@@ -70,18 +63,12 @@ class ReadReport:
             self.progress(min(self.bytes_read_experts + self.bytes_read_rest, self.total), self.total)
 
 
-def load_whole(path_or_repo, dtype=None, progress=None, tokenizer_config=None):
+def load_whole(path_or_repo, dtype=None):
     """(model, tokenizer, config) as `mlx_lm.load` gives them, checked first, in `activation_dtype(dtype)`."""
     opened, dtype = Checkpoint(path_or_repo), activation_dtype(dtype)
     check_computable(opened.layers, dtype)
-    tokenizer = opened.tokenizer(tokenizer_config)
-    every = np.arange(opened.shape[1])
-    total = opened.rest_bytes + sum(opened.bytes_to_read(n, every) for n in range(opened.shape[0]))
-    report = ReadReport(progress, total)
-    _read_rest(opened.model, (), dtype, report)
-    if dtype is not None:
-        opened.model.set_dtype(dtype)  # arrays in lists, which few architectures have
-    mx.eval(opened.model.parameters())
+    tokenizer = opened.tokenizer()
+    _read_rest(opened.model, (), dtype, ReadReport())
     return opened.model, tokenizer, opened.config
 
 
@@ -140,7 +127,7 @@ def load_sharded(
         report.add(experts=opened.bytes_to_read(n, ids))
         del rows, like, stores
     if dtype is not None:
-        model.set_dtype(dtype)  # arrays in lists, and what hangs on the experts' module
+        model.set_dtype(dtype)  # what hangs on the experts' module
     mx.eval(model.parameters())
     mx.clear_cache()
     measure_masked(layers, group)
@@ -153,14 +140,13 @@ def _of(rows, ids):
 
 
 def _placement(opened, num_devices, placement, group):
-    shape = opened.shape
     if isinstance(placement, str | Path):
-        placement = Placement.load(placement, *shape)
+        placement = Placement.load(placement, *opened.shape)
     if placement is None:
         wanted = num_devices if num_devices is not None else group.size() if group else None
         if wanted is None:
             raise ValueError("num_devices, a placement or a group is needed to spread the experts")
-        placement = contiguous(*shape, wanted)
+        placement = contiguous(*opened.shape, wanted)
     if num_devices not in (None, placement.num_devices):
         raise ValueError(f"the placement is for {placement.num_devices} devices, {num_devices} devices are asked for")
     return placement
@@ -177,3 +163,6 @@ def _read_rest(model, expert_paths, dtype, report):
                 module[name] = cast(module[name], dtype)
                 mx.eval(module[name])
                 report.add(rest=size)
+    if not expert_paths and dtype is not None:  # arrays in lists, which few architectures have
+        model.set_dtype(dtype)
+        mx.eval(model.parameters())

@@ -1,4 +1,4 @@
-"""Checkpoints: find one, open it once; its model is built without reading a weight.
+"""Checkpoints: a model's folder, opened once; its model is built without reading a weight.
 
 What mlx-lm's expert arrays [E, ...] are made of says how single rows of them can be read:
 
@@ -10,104 +10,39 @@ What mlx-lm's expert arrays [E, ...] are made of says how single rows of them ca
 from __future__ import annotations
 
 import io
-import json
 import math
 import re
 from collections import defaultdict
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
-from huggingface_hub import HfApi
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.utils import _download, _get_classes, hf_repo_to_path, load_adapters, load_model, load_tokenizer
+from mlx_lm.utils import _get_classes, load_adapters, load_model, load_tokenizer
 
 from ..layers import cast, expert_tensors, moe_layers
 from ..stores import rows_of
-from .tensors import StoredTensor, checkpoint_tensors, read_rows, read_whole
-
-CODER = "mlx-community/Qwen3-Coder-30B-A3B-Instruct-4bit"
-SHIPPED = Path(__file__).resolve().parents[2] / "models" / "tiny-qwen3-moe"
-
-# --- finding one ------------------------------------------------------------------------------------------
+from .finding import in_a_line, read_config, resolve_model
+from .tensors import StoredTensor, checkpoint_tensors, index_problem, read_rows
 
 
-def default_model() -> tuple[Path, str]:
-    """Qwen3-Coder-30B if it is whole in the local hub cache, else the shipped model; and a note saying which."""
-    if (cached := find_cached(CODER)) is not None:
-        return cached, f"Taking {CODER},\nfound in the local hub cache. The small one: --model {SHIPPED}"
-    return SHIPPED, f"Taking {SHIPPED.name}, shipped with this project. The real one, 17.2 GB:\n--model {CODER}"
+def build(folder, where, **how) -> tuple[nn.Module, dict]:
+    """(model, config) of mlx-lm's own `load_model`, lazy: no weight is read, shapes, types and bytes are known.
 
-
-def find_cached(repo: str) -> Path | None:
-    """Folder of a hub model that is in the local cache, whole; None otherwise. Never uses the network."""
-    try:
-        folder = hf_repo_to_path(repo)
-        checkpoint_tensors(folder)
-    except (OSError, ValueError):  # not there, only in part, or no hub id
-        return None
-    return folder if (folder / "config.json").exists() else None
-
-
-def resolve_model(path_or_repo) -> Path:
-    """Folder of a model: a local one, one from the hub cache, or downloaded with mlx-lm's progress bar.
-
-    Raises FileNotFoundError, ValueError or OSError with one line that names what is wrong.
+    where  what to name in the one line of the ValueError, which has mlx-lm's reason why it cannot build the model
     """
-    repo, folder = str(path_or_repo), Path(path_or_repo).expanduser()
-    if not repo:
-        raise ValueError("the model's name is empty: give a folder or a hub id such as owner/name")
-    if not folder.exists():
-        # "models/typo" looks like a hub id, but whoever has a folder "models" here meant that one.
-        if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repo) or folder.parent.is_dir():
-            raise FileNotFoundError(f"model {repo} does not exist: no such folder (a hub id looks like owner/name)")
-        folder = find_cached(repo) or from_hub(repo, _download)
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is a file: give the model's folder")
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder} has no config.json: it is no model folder")
-    return folder
-
-
-def from_hub(repo: str, download) -> Path:
-    """What `download(repo)` gives, after a look whether the hub can be reached; OSError or ValueError in one line."""
     try:
-        HfApi().model_info(repo, timeout=10)  # a dead network shows here, in seconds
-        return Path(download(repo))
-    except GatedRepoError:
-        raise ValueError(f"the hub gives {repo} only after its terms were accepted there (hf auth login)") from None
-    except RepositoryNotFoundError:
-        raise ValueError(f"model {repo} does not exist: no such folder, and the hub has no such model") from None
-    except Exception as error:  # the hub's client and its HTTP library raise dozens of kinds
-        raise OSError(
-            f"model {repo} is no folder and not in the hub cache, and the hub cannot be reached: {in_a_line(error)}"
-        ) from None
+        model, config = load_model(folder, lazy=True, **how)
+        model(mx.zeros((1, 1), dtype=mx.int32), cache=make_prompt_cache(model))  # a token, never computed
+    except (Exception, SystemExit) as error:  # whatever an architecture stumbles over; a missing library exits
+        raise ValueError(f"{where}: mlx-lm cannot build this model: {in_a_line(error)}") from error
+    _check_rope(model, config, where)
+    return model, config
 
 
-def in_a_line(error: BaseException, most: int = 200) -> str:
-    """Kind and text of an error on one line, cut where it is long."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= most else f"{text[: most - 3]}..."
-
-
-def read_config(path) -> dict:
-    """A config.json as a dictionary that names its model_type. ValueError naming the file if it is not that."""
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {in_a_line(error)}") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise ValueError(f"{path} is no model's configuration: it names no model_type")
-    return config
-
-
-def check_rope(model: nn.Module, config: dict, where) -> None:
-    """ValueError where the file's rope_parameters, as transformers 5 writes them, are not what the built model uses.
-
-    Some of mlx-lm's architectures read rope_theta at top level alone and go on with a default: another model's answer.
+def _check_rope(model, config, where):
+    """Some of mlx-lm's architectures read rope_theta at top level alone, not in transformers 5's rope_parameters, and
+    go on with a default: another model's answer. So what the file says is compared with what the built model uses.
     """
     turns = [module for module in model.modules() if isinstance(getattr(module, "base", None), int | float)]
     bases = sorted({float(module.base) for module in turns})
@@ -125,9 +60,6 @@ def check_rope(model: nn.Module, config: dict, where) -> None:
             f"{where}: its rope_parameters say {wrong} as mlx-lm builds this architecture, which reads {field}"
             " at top level: write it there, too, or the answer is not this model's"
         )
-
-
-# --- opening it -------------------------------------------------------------------------------------------
 
 
 class Checkpoint:
@@ -149,12 +81,9 @@ class Checkpoint:
         tensors, arrays = checkpoint_tensors(self.folder), {}
         try:
             how = {"get_model_classes": _noting(arrays), "trust_remote_code": trust_remote_code}
-            self.model, self.config = load_model(self.folder, lazy=True, **how)
-            self.model(mx.zeros((1, 1), dtype=mx.int32), cache=make_prompt_cache(self.model))  # never computed
-        except (Exception, SystemExit) as error:  # whatever an architecture stumbles over; a missing library exits
-            where = self.folder / "config.json"
-            raise ValueError(f"{where}: mlx-lm cannot build this model: {in_a_line(error)}") from error
-        check_rope(self.model, self.config, self.folder / "config.json")
+            self.model, self.config = build(self.folder, self.folder / "config.json", **how)
+        except ValueError as error:
+            raise ValueError(index_problem(self.folder, tensors) or str(error)) from error
         if adapter_path is not None:
             try:
                 self.model = load_adapters(self.model, str(adapter_path))
@@ -185,10 +114,9 @@ class Checkpoint:
         stored, like = self._stored[layer], self._like[layer]
 
         def read(ids):
-            if stored:
-                found = {name: _array(_bytes_of(stored[name], ids), *like[name]) for name in like}
-            else:
-                found = rows_of(self.experts[layer])(ids)
+            found = {} if stored else rows_of(self.experts[layer])(ids)
+            for name, (shape, kind) in like.items() if stored else ():
+                found[name] = mx.array(read_rows(stored[name], ids)).view(kind).reshape(len(ids), *shape[1:])
             return {name: cast(array, dtype) for name, array in found.items()}
 
         return read
@@ -253,6 +181,7 @@ def _parts_of_stacks(made: list, arrays: dict) -> list[list[str]]:
     """
     if not made:
         return []
+    # 1. The graph as text: operations have numbers, arrays the names given here.
     graph = io.StringIO()
     parts = {f"part{n}": array for n, array in enumerate(arrays.values())}
     mx.export_to_dot(graph, *made, **parts, **{f"made{n}": array for n, array in enumerate(made)})
@@ -265,6 +194,7 @@ def _parts_of_stacks(made: list, arrays: dict) -> list[list[str]]:
         else:
             maker[target.strip('"')] = source
 
+    # 2. A stack is a concatenation of loaded arrays, each with an axis more.
     def part(name):
         if operation[maker[name]] != "ExpandDims":
             return None
@@ -278,11 +208,3 @@ def _parts_of_stacks(made: list, arrays: dict) -> list[list[str]]:
         fits = all(name and arrays[name].shape == array.shape[1:] for name in found)
         result.append(found if fits else [])
     return result
-
-
-def _bytes_of(stored: list[StoredTensor], ids) -> np.ndarray:
-    return read_rows(stored[0], ids) if len(stored) == 1 else read_whole([stored[expert] for expert in ids])
-
-
-def _array(data: np.ndarray, shape, dtype) -> mx.array:
-    return mx.array(data).view(dtype).reshape(len(data), *shape[1:])

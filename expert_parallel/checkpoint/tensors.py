@@ -1,4 +1,4 @@
-"""Safetensors files: where each tensor lies, whether a checkpoint is whole, single rows of it.
+"""Safetensors files: where each tensor lies, what is wrong with a folder of them, single rows.
 
 The format (github.com/huggingface/safetensors, README "Format"): 8 bytes length of the header, the header in JSON,
 then the tensors' bytes; offsets count from the end of the header. Rows are read, not mapped as by safetensors' own
@@ -57,71 +57,76 @@ def read_header(path) -> dict[str, StoredTensor]:
 
 
 def checkpoint_tensors(folder) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint folder, after all checks that need no weights.
-
-    Raises FileNotFoundError for missing files, ValueError for damaged ones.
-    """
-    folder = Path(folder)
-    files = sorted(folder.glob("model*.safetensors"))
-    index = folder / INDEX
-    named = {}
-    if index.exists():
-        try:
-            named = {name: str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{index} is corrupt: no weight_map can be read from it ({error})") from None
-        missing = sorted({name for name in named.values() if not (folder / name).exists()})
-        if missing:
-            raise FileNotFoundError(
-                f"{folder}: {len(missing)} of the {len(set(named.values()))} weight files that {INDEX} names"
-                f" are missing, the first is {missing[0]}; download the model again"
-            )
+    """Every tensor of a folder's weight files. FileNotFoundError where there are none, ValueError for damaged ones."""
+    tensors, files = {}, sorted(Path(folder).glob("model*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} has no model*.safetensors: there are no weights in it")
-    tensors = {}
     for file in files:
         for name, tensor in read_header(file).items():
             if name in tensors:
                 raise ValueError(f"{folder}: {name} is in {tensors[name].file.name} and in {file.name}; remove one")
             tensors[name] = tensor
-    absent = [name for name in named if name not in tensors]
-    if absent:
-        raise ValueError(f"{folder}: {len(absent)} tensors that {INDEX} names are in no file, the first is {absent[0]}")
     return tensors
 
 
-def read_rows(tensor: StoredTensor, rows) -> np.ndarray:
-    """Rows of the leading axis as bytes, uint8 [n, bytes per row], and nothing else of the file.
+def index_problem(folder, tensors: dict[str, StoredTensor]) -> str | None:
+    """What a folder's index says that its files do not hold; None where they agree or there is no index.
 
-    rows  ascending; runs of neighbours are read in one go
+    mlx-lm loads by the files alone: an index that lies explains why weights are missing, it stops nothing.
     """
-    rows = np.asarray(rows)
-    per_row = tensor.nbytes // tensor.shape[0]
-    data = np.empty((len(rows), per_row), dtype=np.uint8)
-    runs = np.split(np.arange(len(rows)), np.flatnonzero(np.diff(rows) != 1) + 1)
-    with tensor.file.open("rb", buffering=0) as file:
+    index = Path(folder) / INDEX
+    if not index.exists():
+        return None
+    try:
+        document = json.loads(index.read_text())
+        named = {name: str(file) for name, file in document["weight_map"].items()}
+        total = document.get("metadata", {}).get("total_size")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{index} is corrupt: no weight_map can be read from it ({type(error).__name__}: {error})"
+    files = sorted({*named.values()})
+    missing = [name for name in files if not (Path(folder) / name).exists()]
+    if missing:
+        what = f"{len(missing)} of the {len(files)} weight files that {INDEX} names"
+        return f"{folder}: {what} are missing, the first is {missing[0]}; download the model again"
+    lost = [name for name, file in named.items() if name not in tensors or tensors[name].file.name != file]
+    lost += [name for name in tensors if name not in named]
+    if lost:
+        return f"{folder}: {len(lost)} tensors are not where {INDEX} says, the first is {lost[0]}"
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    if isinstance(total, int) and total != size:
+        return f"{folder}: {INDEX} says total_size {total:,} B, the tensors have {size:,} B"
+    return None
+
+
+def read_rows(stored: list[StoredTensor], rows) -> np.ndarray:
+    """Rows as bytes, uint8 [n, bytes per row], and nothing else of the files.
+
+    stored  one tensor whose leading axis is meant, or a tensor for each row
+    rows    ascending; neighbours in a file are read in one go
+    """
+    per_row = stored[0].nbytes // (stored[0].shape[0] if len(stored) == 1 else 1)
+    if len(stored) == 1:
+        places = [(stored[0].file, stored[0].offset + int(row) * per_row) for row in rows]
+    else:
+        places = [(stored[row].file, stored[row].offset) for row in rows]
+    data = np.empty((len(places), per_row), dtype=np.uint8)
+    first = 0
+    for n, (file, offset) in enumerate(places):
+        following = places[n + 1] if n + 1 < len(places) else None
+        if following != (file, offset + per_row):
+            _read(*places[first], data[first : n + 1])
+            first = n + 1
+    return data
+
+
+def _read(path, offset, data: np.ndarray):
+    with path.open("rb", buffering=0) as file:
         if hasattr(os, "posix_fadvise"):  # else the system reads ahead into rows that nobody asked for
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-        for run in runs:
-            if len(run):
-                _fill(file, tensor.offset + int(rows[run[0]]) * per_row, data[run[0] : run[-1] + 1])
-    return data
-
-
-def read_whole(tensors: list[StoredTensor]) -> np.ndarray:
-    """Tensors of one size as rows, uint8 [n, bytes per tensor]."""
-    data = np.empty((len(tensors), tensors[0].nbytes), dtype=np.uint8)
-    for row, tensor in zip(data, tensors, strict=True):
-        with tensor.file.open("rb", buffering=0) as file:
-            _fill(file, tensor.offset, row)
-    return data
-
-
-def _fill(file, offset, data: np.ndarray):
-    view = memoryview(data.reshape(-1))
-    file.seek(offset)
-    while view:
-        count = file.readinto(view)  # a single read stops at 2 GiB
-        if not count:
-            raise OSError(f"{file.name} ended {len(view)} bytes too early; was it changed while it was read?")
-        view = view[count:]
+        file.seek(offset)
+        view = memoryview(data.reshape(-1))
+        while view:
+            count = file.readinto(view)  # a single read stops at 2 GiB
+            if not count:
+                raise OSError(f"{path} ended {len(view)} bytes too early; was it changed while it was read?")
+            view = view[count:]

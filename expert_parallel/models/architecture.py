@@ -1,4 +1,4 @@
-"""Architecture: what is in a Mixture-of-Experts model, layer by layer, from a lazily built one.
+"""Architecture: what is in a Mixture-of-Experts model, layer by layer, from a lazy one.
 
 Dimensions: L MoE layers, E experts, k chosen per token, H hidden.
 """
@@ -6,22 +6,22 @@ Dimensions: L MoE layers, E experts, k chosen per token, H hidden.
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
-from mlx_lm.models.cache import make_prompt_cache
 
+from ..checkpoint.finding import in_a_line
+from ..checkpoint.opened import Checkpoint
 from ..hybrid import shard_rest
 from ..layers import expert_tensors, hidden_size, moe_layers, twin
 from ..projection.step import Demand
-from ..trace import Recorder
 from .configurations import Configuration
-from .lazy import build_model, quantise
+from .lazy import build_model
 from .memory import ModelBytes, array_bytes, model_bytes
-from .parts import CacheEntry, Part, attention_kind, attention_width, cache_entries, parts_of
+from .parts import CacheEntry, Part, attention_of, cache_entries, parts_of, try_a_token
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Architecture:
     layers: list[Layer]
     outside: dict[str, Part]
     expert_shapes: dict[str, tuple[str, str]]
-    cache: list[CacheEntry] = field(default_factory=list)
-    model: nn.Module | None = field(default=None, repr=False)
+    cache: list[CacheEntry]
+    model: nn.Module = field(repr=False)
 
     @property
     def num_experts(self) -> int:
@@ -86,21 +86,17 @@ class Architecture:
     @property
     def active(self) -> Part:
         """All but the experts that are not chosen: what model cards call active."""
-        return self._less_idle(self.whole)
+        whole, experts, idle = self.whole, self.experts, self.num_experts - self.chosen
+        return Part(
+            whole.parameters - experts.parameters // self.num_experts * idle,
+            whole.bytes - experts.bytes // self.num_experts * idle,
+        )
 
     @property
     def read_per_token(self) -> Part:
         """As `active`, without the embedding table, of which one row is read: what decoding must move."""
-        table = self.outside.get("embeddings", Part()) if "head" in self.outside else Part()
-        return self._less_idle(self.whole) + Part(-table.parameters, -table.bytes)
-
-    def _less_idle(self, whole: Part) -> Part:
-        idle = self.num_experts - self.chosen
-        experts = self.experts
-        return whole + Part(
-            -experts.parameters // self.num_experts * idle,
-            -experts.bytes // self.num_experts * idle,
-        )
+        table = self.outside["embeddings"] if "head" in self.outside else Part()
+        return self.active + Part(-table.parameters, -table.bytes)
 
     @property
     def demand(self) -> Demand:
@@ -117,7 +113,7 @@ class Architecture:
             expert_parameters=parameters,
             rest_bytes=read.bytes - int(self.bytes.expert_bytes.sum()) * chosen,
             rest_parameters=read.parameters - int(parameters.sum()) * chosen,
-            head_parameters=self.outside.get("head", self.outside.get("embeddings", Part())).parameters,
+            head_parameters=self.outside.get("head", self.outside["embeddings"]).parameters,
             cache_per_token=self.cache_per_token,
             windows=tuple((entry.per_token, entry.limit) for entry in self.cache if entry.limit),
             attention=tuple((l.width, l.cache[0].limit if l.cache else None) for l in self.layers if l.width),
@@ -133,40 +129,62 @@ class Architecture:
 
 
 def describe(configuration: Configuration, bits=None, group_size=None, mode="affine") -> Architecture:
-    """Build a configuration lazily and look at it. Errors as `build_model` and `quantise`."""
-    model = build_model(configuration)
-    parameters = {path: array.size for path, array in tree_flatten(model.parameters())}
-    quantise(model, configuration, bits, group_size, mode)
-    num_bytes = {path: array.nbytes for path, array in tree_flatten(model.parameters())}
-    parts = parts_of(model, parameters, num_bytes)
-    chosen, cache = _try_a_token(model, configuration.config["model_type"])
-    moe = moe_layers(model)
+    """Look at a configuration's model: the one in its folder, as mlx-lm would load it, or one built without weights.
+
+    bits, group_size, mode  as for `build_model`, whose errors it raises; with bits the folder's weights are not asked
+    """
+    model = None
+    if bits is None and configuration.has_weights:
+        with suppress(ValueError, OSError):  # damaged files: checkpoint_check.py says so; there is the configuration
+            model = Checkpoint(configuration.folder).model
+    return describe_model(model or build_model(configuration, bits, group_size, mode), configuration.name)
+
+
+def describe_model(model: nn.Module, name: str = "") -> Architecture:
+    """Look at a lazy or loaded model of mlx-lm. ValueError where it cannot read a token."""
+    try:
+        token = try_a_token(model)
+    except Exception as error:
+        raise ValueError(f"{name} cannot read a single token in mlx-lm: {in_a_line(error)}") from None
+    parts, moe = parts_of(model, token), moe_layers(model)
     numbers = [found.number for found in moe]
-    aligned = len(cache) == len(model.layers)  # some hybrids keep caches for a part of their layers only
-    layers = [
-        Layer(
-            number,
-            number in numbers,
-            attention_kind(layer, cache[number] if aligned else None),
-            parts[number],
-            attention_width(layer, cache[number] if aligned else None),
-            cache_entries(cache[number]) if aligned else (),
-        )
-        for number, layer in enumerate(model.layers)
-    ]
+    layers = []
+    for number, layer in enumerate(model.layers):
+        attention, width, cache = attention_of(layer, token, number)
+        layers.append(Layer(number, number in numbers, attention, parts[number], width, cache))
     return Architecture(
-        name=configuration.name,
-        model_type=configuration.config["model_type"],
+        name=name,
+        model_type=model.model_type,
         hidden=hidden_size(moe[0].experts),
-        chosen=chosen,
+        chosen=token.chosen,
         quantisation=_quantisation(model),
         bytes=model_bytes(model),
         layers=layers,
         outside=parts[None],
         expert_shapes={n: (str(list(a.shape)), _dtype(a)) for n, a in expert_tensors(moe[0].experts).items()},
-        cache=[entry for one in cache for entry in cache_entries(one)],
+        cache=[entry for one in token.cache for entry in cache_entries(one)],
         model=model,
     )
+
+
+def _quantisation(model) -> str:
+    """In words, from the modules themselves, most common first."""
+    kinds = Counter()
+    for _, module in model.named_modules():
+        if "scales" in module:
+            kinds[f"{module.bits}-bit {module.mode}, groups of {module.group_size}"] += array_bytes(module)
+        else:
+            for array in module.values():
+                if isinstance(array, mx.array):
+                    kinds[_dtype(array)] += array.nbytes
+    return "; ".join(name for name, _ in kinds.most_common(3))
+
+
+def _dtype(array) -> str:
+    return str(array.dtype).rpartition(".")[2]
+
+
+# --- over devices -----------------------------------------------------------------------------------------
 
 
 class PretendGroup:
@@ -189,8 +207,7 @@ def hybrid_rest_bytes(model: nn.Module, num_devices: int) -> int:
     """
     copy = twin(model)
     shard_rest(copy, moe_layers(copy), PretendGroup(num_devices))
-    stand_ins = sum(array_bytes(layer.experts) for layer in moe_layers(copy))
-    return array_bytes(copy) - stand_ins
+    return array_bytes(copy) - sum(array_bytes(layer.experts) for layer in moe_layers(copy))  # without stand-ins
 
 
 def fullest_device_bytes(weighed: ModelBytes, num_devices: int, rest: int | None = None, redundant: int = 0) -> int:
@@ -215,41 +232,3 @@ def fewest_devices(weighed: ModelBytes, device_bytes: float, besides: int = 0) -
     """
     numbers = range(1, weighed.num_experts + 1)
     return next((n for n in numbers if fullest_device_bytes(weighed, n) + besides <= device_bytes), None)
-
-
-# --- looking at a model -----------------------------------------------------------------------
-
-
-def _try_a_token(model, kind: str):
-    """(k, cache) of a forward pass over one token that is built and never computed."""
-    layers, asked = moe_layers(model), []
-    originals = [layer.experts for layer in layers]
-    cache = make_prompt_cache(model)
-    try:
-        for layer in layers:
-            layer.experts = Recorder(layer.experts, lambda indices: asked.append(indices.shape[-1]))
-        model(mx.zeros((1, 1), dtype=mx.int32), cache=cache)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        raise ValueError(f"a {kind} of this configuration cannot read a single token in mlx-lm: {reason}") from None
-    finally:
-        for layer, experts in zip(layers, originals, strict=True):
-            layer.experts = experts
-    return max(asked), cache
-
-
-def _quantisation(model) -> str:
-    """In words, from the modules themselves, most common first."""
-    kinds = Counter()
-    for _, module in model.named_modules():
-        if "scales" in module:
-            kinds[f"{module.bits}-bit {module.mode}, groups of {module.group_size}"] += array_bytes(module)
-        else:
-            for array in module.values():
-                if isinstance(array, mx.array):
-                    kinds[_dtype(array)] += array.nbytes
-    return "; ".join(name for name, _ in kinds.most_common(3))
-
-
-def _dtype(array) -> str:
-    return str(array.dtype).rpartition(".")[2]

@@ -1,131 +1,71 @@
 """Checkpoint check: a folder's safetensors files against its configuration and index, without reading weights.
 
-Only headers are read. What mlx-lm's own `sanitize` makes of the tensors is compared with what its model wants, tensor
-by tensor: names, shapes, bytes. Of what type the weights are the files say, not the configuration.
+What is right is what mlx-lm's own strict load takes; the headers say the rest.
 """
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
-from ..checkpoint.opened import in_a_line
-from ..checkpoint.tensors import INDEX, StoredTensor, read_header
+from ..checkpoint.opened import Checkpoint
+from ..checkpoint.tensors import checkpoint_tensors, index_problem, read_header
 from .configurations import Configuration
-from .lazy import build_model, quantise, tensors_of
+from .lazy import build_model
+from .memory import array_bytes
 
 
-@dataclass
-class CheckpointReport:
-    """Result of `check_checkpoint`; figures count bytes of tensors, without the files' headers.
+def check_checkpoint(configuration: Configuration) -> dict:
+    """{"ok", "problems": [lines], "num_files", "num_tensors", "bytes_on_disk", "bytes_loaded", "bytes_predicted"}.
 
-    problems  {"kind", "name", "words"}: what is wrong about which file or tensor; kinds are file, index, duplicated,
-              missing, extra, shape, type
+    Bytes are those of tensors, without the files' headers; as loaded by mlx-lm, and as the configuration alone would
+    have it, None where that is not known. Raises ValueError where there is nothing to check.
     """
-
-    problems: list[dict] = field(default_factory=list)
-    num_files: int = 0
-    num_tensors: int = 0
-    bytes_on_disk: int = 0
-    bytes_loaded: int | None = None
-    bytes_predicted: int | None = None
-    tensors_equal: int = 0
-
-    @property
-    def ok(self) -> bool:
-        return not self.problems
-
-    def add(self, kind: str, name: str, words: str) -> None:
-        self.problems.append({"kind": kind, "name": name, "words": words})
-
-    def figures(self) -> dict:
-        return {"source": "measured on the files' headers", "ok": self.ok, **asdict(self)}
-
-
-def check_checkpoint(configuration: Configuration) -> CheckpointReport:
-    """Everything that is wrong with the checkpoint in `configuration.folder`, not just the first thing.
-
-    Raises ValueError where there is no checkpoint to check or no model to check it against.
-    """
-    folder = configuration.folder
-    files = sorted(folder.glob("model*.safetensors")) if folder else []
-    if not files:
+    if not configuration.has_weights:
         raise ValueError(f"model {configuration.name}: there are no model*.safetensors to check")
-    model, report = build_model(configuration), CheckpointReport(num_files=len(files))
-    headers: dict[str, StoredTensor] = {}
-    damaged = set()
-    for path in files:
+    folder, problems, tensors = configuration.folder, [], {}
+    # 1. Every file by itself.
+    files = sorted(folder.glob("model*.safetensors"))
+    for file in files:
         try:
-            found = read_header(path)
+            tensors |= read_header(file)
         except (ValueError, OSError) as error:
-            report.add("file", path.name, str(error).removeprefix(f"{path} "))
-            damaged.add(path.name)
-            continue
-        for name in found.keys() & headers.keys():
-            report.add(
-                "duplicated", name, f"is in {headers[name].file.name} and in {path.name}; mlx-lm takes one of them"
-            )
-        headers |= found
-    report.num_tensors, report.bytes_on_disk = len(headers), sum(header.nbytes for header in headers.values())
-    _against_index(report, folder / INDEX, {path.name for path in files}, damaged, headers)
-    if not damaged:  # what a damaged file would have held would all be called missing
-        _against_model(report, configuration, model, files)
-    return report
+            problems.append(str(error))
+    # 2. All of them together, as mlx-lm takes them; what a damaged file would have held is not called missing.
+    predicted, loaded = _built(configuration), None
+    if not problems:
+        try:
+            checkpoint_tensors(folder)
+            loaded = dict(tree_flatten(Checkpoint(folder).model.parameters()))
+            problems += _misread(loaded, dict(tree_flatten(predicted.parameters())) if predicted else {})
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+        index = index_problem(folder, tensors)
+        problems += [index] if index and index not in problems else []
+    return {
+        "source": "measured on the files' headers",
+        "ok": not problems,
+        "problems": problems,
+        "num_files": len(files),
+        "num_tensors": len(tensors),
+        "bytes_on_disk": sum(tensor.nbytes for tensor in tensors.values()),
+        "bytes_loaded": loaded and array_bytes(loaded),
+        "bytes_predicted": predicted and array_bytes(predicted),
+    }
 
 
-def _against_index(report, path: Path, files: set, damaged: set, headers: dict[str, StoredTensor]) -> None:
-    """What index and files say differently; of the tensors in damaged files nothing is said again."""
-    if not path.is_file():
-        return
+def _built(configuration):
     try:
-        index = json.loads(path.read_text())
-        placed = {name: str(file) for name, file in index["weight_map"].items()}
-        total = index.get("metadata", {}).get("total_size")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        report.add("index", path.name, "is not a weight index")
-        return
-    for file, count in Counter(placed.values()).items():
-        if file not in files:
-            report.add("missing", file, f"is named by the index for {count} tensors and is not there")
-    for file in sorted(files - set(placed.values())):
-        report.add("extra", file, "is not named by the index, but mlx-lm loads it")
-    for name, file in placed.items():
-        found = headers[name].file.name if name in headers else "none"
-        if file in files - damaged and file != found:
-            report.add("index", name, f"should be in {file} and is in {found}")
-    for name in headers.keys() - placed.keys():
-        report.add("index", name, "is in no line of the index")
-    if isinstance(total, int) and total != report.bytes_on_disk and report.ok and not damaged:
-        report.add("index", "total_size", f"says {total:,} bytes, the tensors have {report.bytes_on_disk:,}")
+        return build_model(configuration)
+    except ValueError:  # the strict load says why
+        return None
 
 
-def _against_model(report, configuration: Configuration, model, files: list[Path]) -> None:
-    """Compare what mlx-lm makes of the tensors with what its model wants; lazily, nothing is computed."""
-    tensors: dict[str, mx.array] = {}
-    for path in files:
-        tensors |= mx.load(str(path))
-    try:
-        tensors = model.sanitize(tensors) if hasattr(model, "sanitize") else tensors
-        quantise(model, configuration, tensors=tensors)
-    except Exception as error:  # whatever an architecture's sanitize stumbles over
-        report.add("missing", "sanitize", f"mlx-lm cannot take the tensors together: {in_a_line(error)}")
-        return
-    wanted = tensors_of(model)
-    report.bytes_loaded = sum(array.nbytes for array in tensors.values())
-    report.bytes_predicted = sum(array.nbytes for array in wanted.values())
-    for name, array in wanted.items():
-        found = tensors.get(name)
-        if found is None:
-            report.add("missing", name, f"{list(array.shape)} is not in the checkpoint")
-        elif found.shape != array.shape:
-            report.add("shape", name, f"is {list(found.shape)}, the configuration makes it {list(array.shape)}")
-        elif found.dtype != array.dtype:
-            report.add("type", name, f"is {found.dtype}, the other tensors make it {array.dtype}")
-        else:
-            report.tensors_equal += 1
-    for name in tensors.keys() - wanted.keys():
-        report.add("extra", name, f"{list(tensors[name].shape)} is not part of the model")
+def _misread(loaded: dict, predicted: dict) -> list[str]:
+    """Arrays that hold whole numbers where the model wants floating point, or the other way round."""
+    return [
+        f"{name} is {array.dtype}, the configuration makes it {predicted[name].dtype}"
+        for name, array in loaded.items()
+        if name in predicted
+        and mx.issubdtype(array.dtype, mx.floating) != mx.issubdtype(predicted[name].dtype, mx.floating)
+    ]

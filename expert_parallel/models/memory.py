@@ -1,7 +1,7 @@
 """Memory: bytes of a model, of each expert, and of what each device holds.
 
-Dimensions: L MoE layers, E experts, D devices. All figures are bytes of arrays, as `nbytes` says:
-nothing is evaluated, so a lazily built model of any size can be asked.
+Dimensions: L MoE layers, E experts, D devices. All figures are bytes of arrays, as `nbytes` says: nothing is
+evaluated, so a lazily built model of any size can be asked.
 """
 
 from __future__ import annotations
@@ -47,25 +47,17 @@ class ModelBytes:
         return self.experts + self.rest
 
     def per_device(self, placement: Placement) -> np.ndarray:
-        """Bytes of experts that each device holds, int64 [D]; every replica counts. ValueError for another shape."""
-        shapes = (placement.num_layers, placement.num_experts), (len(self.expert_bytes), self.num_experts)
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                "the placement is for {} layers of {} experts, the model has {} of {}".format(*shapes[0], *shapes[1])
-            )
+        """Bytes of experts that each device holds, int64 [D]; every replica counts."""
         return np.einsum("lde,l->d", placement.held.astype(np.int64), self.expert_bytes)
 
 
 def model_bytes(model: nn.Module) -> ModelBytes:
-    """Weigh a model that is lazily built, loaded, or already sharded (then `rest` is what is here).
-
-    Raises ValueError for a dense model and for layers with different numbers of experts.
-    """
+    """Weigh a model that is lazily built, loaded, or already sharded (then `rest` is what is here)."""
     layers = moe_layers(model)
-    modules = [_expert_modules(layer.experts) for layer in layers]
-    one = [_bytes_of(each[0]) // _rows(each[0]) for each in modules]
-    rest = array_bytes(model) - sum(_bytes_of(module) for each in modules for module in each)
-    return ModelBytes(np.array(one, dtype=np.int64), num_experts(layers[0].experts), rest)
+    held = [[expert_tensors(module) for module in _modules_of(layer.experts)] for layer in layers]
+    one = [sum(array.nbytes // len(array) for array in each[0].values()) for each in held]
+    experts = sum(array.nbytes for each in held for tensors in each for array in tensors.values())
+    return ModelBytes(np.array(one, dtype=np.int64), num_experts(layers[0].experts), array_bytes(model) - experts)
 
 
 def live_expert_bytes(model: nn.Module) -> np.ndarray:
@@ -77,31 +69,14 @@ def live_expert_bytes(model: nn.Module) -> np.ndarray:
     total = 0
     for layer in moe_layers(model):
         experts = layer.experts
-        if isinstance(experts, ShardedExperts):
-            row = np.zeros(len(experts.held), dtype=np.int64)
-            row[list(experts.devices)] = [_bytes_of(store.experts) for store in experts.stores]
-        else:
-            row = np.array([_bytes_of(experts)], dtype=np.int64)
+        sharded = isinstance(experts, ShardedExperts)
+        row = np.zeros(len(experts.held) if sharded else 1, dtype=np.int64)
+        here = list(experts.devices) if sharded else [0]
+        row[here] = [sum(a.nbytes for a in expert_tensors(module).values()) for module in _modules_of(experts)]
         total = total + row
     return total
 
 
-def cache_bytes(prompt_cache) -> int:
-    """Bytes that mlx-lm's prompt cache (a list, one entry a layer) has allocated.
-
-    Key-value caches grow in steps of 256 tokens, so this is at least what the tokens need.
-    """
-    return sum(entry.nbytes for entry in prompt_cache)
-
-
-def _expert_modules(experts) -> list[nn.Module]:
+def _modules_of(experts) -> list[nn.Module]:
     """mlx-lm's own modules behind one MoE layer: one where nothing is sharded, else one a store."""
     return [store.experts for store in experts.stores] if isinstance(experts, ShardedExperts) else [experts]
-
-
-def _bytes_of(experts) -> int:
-    return sum(array.nbytes for array in expert_tensors(experts).values())
-
-
-def _rows(experts) -> int:
-    return len(next(iter(expert_tensors(experts).values())))

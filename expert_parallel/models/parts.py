@@ -1,14 +1,23 @@
-"""Parts: which part of a model an array, a layer or a cache belongs to."""
+"""Parts: which part of a model an array belongs to, from where it is and what a single token shows.
+
+No rule over names of modules: what is handed a cache attends, what has a row for each expert beside them is the
+router, what else is beside them is shared.
+"""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from contextlib import ExitStack
 from dataclasses import dataclass
 
+import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, RotatingKVCache
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, RotatingKVCache, make_prompt_cache
 
-from ..layers import moe_layers
+from ..layers import moe_layers, num_experts
+from ..trace import recorders, replaced
 
 CACHE_STEP = 256  # tokens by which mlx-lm's caches grow
 
@@ -44,85 +53,142 @@ def cache_entries(cache) -> tuple[CacheEntry, ...]:
         return tuple(entry for inner in cache.caches for entry in cache_entries(inner))
     if isinstance(cache, ArraysCache) or getattr(cache, "keys", None) is None:
         return (CacheEntry(fixed=cache.nbytes),)
-    per_token = cache.nbytes // cache.keys.shape[2]
     limit = getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None)
-    return (CacheEntry(per_token, limit),)
+    return (CacheEntry(cache.nbytes // cache.keys.shape[2], limit),)
 
 
-def parts_of(model, parameters: dict[str, int], num_bytes: dict[str, int]) -> dict[int | None, dict[str, Part]]:
-    """{number of a layer, or None for what is in none: {name of a part: Part}} from sizes by path."""
-    modules = dict(model.named_modules())
+@dataclass
+class Token:
+    """What one token shows that is built and never computed.
+
+    chosen   k
+    cache    mlx-lm's prompt cache after it
+    attends  {number of a layer: (name of the module in it that was handed a cache, that cache)}
+    """
+
+    chosen: int
+    cache: list
+    attends: dict[int, tuple[str, object]]
+
+
+def try_a_token(model) -> Token:
+    asked, cache, attends = [], make_prompt_cache(model), {}
+    known = {id(entry) for entry in cache} | {id(i) for entry in cache for i in getattr(entry, "caches", ())}
+    children = {id(m): (n, name) for n, layer in enumerate(model.layers) for name, m in layer.children().items()}
+
+    def noting(original):
+        def call(self, *args, **kwargs):
+            handed = [value for value in (*args, *kwargs.values()) if id(value) in known]
+            if handed and id(self) in children:
+                number, name = children[id(self)]
+                attends[number] = name, handed[0]
+            return original(self, *args, **kwargs)
+
+        return call
+
+    layers = moe_layers(model)
+    kinds = {type(m) for layer in model.layers for m in layer.children().values() if isinstance(m, nn.Module)}
+    with recorders(layers, [lambda indices: asked.append(indices.shape[-1])] * len(layers)), ExitStack() as stack:
+        for kind in kinds:
+            stack.enter_context(replaced(kind, {"__call__": noting(kind.__call__)}))
+        model(mx.zeros((1, 1), dtype=mx.int32), cache=cache)
+    return Token(max(asked), cache, attends)
+
+
+def parts_of(model, token: Token) -> dict[int | None, dict[str, Part]]:
+    """{number of a layer, or None for what is in none: {name of a part: Part}}."""
+    moe, modules = moe_layers(model), dict(model.named_modules())
+    count = num_experts(moe[0].experts)
     paths = {id(module): path for path, module in modules.items()}
-    layer_of = {paths[id(layer)]: number for number, layer in enumerate(model.layers)}
-    prefix = next(iter(layer_of)).rpartition(".")[0]
-    experts = [found.path for found in moe_layers(model)]
-    result = {number: {} for number in (None, *layer_of.values())}
-    for sizes, as_part in ((parameters, Part), (num_bytes, lambda size: Part(0, size))):
-        for path, size in sizes.items():
-            depth = prefix.count(".") + 2
-            number = layer_of.get(".".join(path.split(".")[:depth])) if path.startswith(f"{prefix}.") else None
-            if number is None:
-                name = _outside_part(path, modules)
-            else:
-                name = _layer_part(path, ".".join(path.split(".")[depth:]), experts)
-            result[number][name] = result[number].get(name, Part()) + as_part(size)
+    result, inside = {None: {}}, ()
+    for number, layer in enumerate(model.layers):
+        path = f"{paths[id(layer)]}."
+        experts = next((f"{m.path.removeprefix(path)}." for m in moe if m.path.startswith(path)), None)
+        attention, _ = token.attends.get(number, (None, None))
+        names = _names_in(layer, experts, attention, count)
+        result[number], inside = _summed(layer, names), (*inside, path)
+    rows = max(m.weight.shape[0] for m in modules.values() if isinstance(m, nn.Embedding | nn.QuantizedEmbedding))
+
+    def name_outside(path):
+        owner = modules.get(path.rpartition(".")[0])
+        if isinstance(owner, nn.Embedding | nn.QuantizedEmbedding):
+            return "embeddings"
+        return "head" if isinstance(owner, nn.Linear | nn.QuantizedLinear) and len(owner.weight) == rows else "other"
+
+    result[None] = _summed(model, lambda path: None if path.startswith(inside) else name_outside(path))
     return result
 
 
-def _outside_part(path: str, modules: dict) -> str:
-    module = modules.get(path.rpartition(".")[0])
-    if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
-        return "embeddings"
-    return "head" if isinstance(module, nn.Linear | nn.QuantizedLinear) and "head" in path else "other"
+def _names_in(layer, experts: str | None, attention: str | None, count: int):
+    """A function from an array's path in a layer to the name of its part.
+
+    experts    path of the routed experts, ending in a dot; attention  name of the child that attends; count  E
+    """
+    block = f"{experts.rstrip('.').rpartition('.')[0]}." if experts and "." in experts.rstrip(".") else None
+
+    def unit(path):
+        """What an array belongs to as a whole: a child of the layer, or of the block within it."""
+        inside = block if block and path.startswith(block) else ""
+        return inside + path.removeprefix(inside).partition(".")[0]
+
+    units = defaultdict(list)
+    for path, array in tree_flatten(layer.parameters()):
+        units[unit(path)].append(array)
+
+    def name(path):
+        if experts and path.startswith(experts):
+            return "experts"
+        if attention and path.startswith(f"{attention}."):
+            return "attention"
+        in_block = block and path.startswith(block)
+        matrices = [array for array in units[unit(path)] if array.ndim > 1]
+        # A router has a row for each expert, and so has a shared expert of as many channels in some of its matrices.
+        rows = {len(array) for array in matrices or units[unit(path)]}
+        if experts and rows == {count} and (matrices or in_block):
+            return "router"
+        if in_block:
+            return "shared experts"
+        return "dense" if matrices else "other"
+
+    return name
 
 
-def _layer_part(path: str, inner: str, experts: list[str]) -> str:
-    """Which part of a layer an array belongs to, by where it is and what mlx-lm calls it."""
-    if any(path.startswith(f"{name}.") for name in experts):
-        return "experts"
-    block = inner.partition(".")[0]
-    if "norm" in block:
-        return "other"
-    if "attn" in block or "attention" in block or block in ("mixer", "mamba", "conv"):
-        return "attention"
-    if "shared" in inner:
-        return "shared experts"
-    in_moe_block = any(name.startswith(path[: len(path) - len(inner)] + block + ".") for name in experts)
-    return "router" if in_moe_block or "router" in block else "dense"
+def _summed(module, name_of) -> dict[str, Part]:
+    """Parts of a module's arrays by what `name_of` says of their paths; None leaves one out."""
+    result, modules = {}, dict(module.named_modules())
+    for path, array in tree_flatten(module.parameters()):
+        if (part := name_of(path)) is None:
+            continue
+        owner, parameters = modules.get(path.rpartition(".")[0], {}), array.size
+        if "scales" in owner:  # packed: scales and biases are no parameters of the model
+            parameters = {"weight": array.size * 32 // owner.bits, "bias": array.size}.get(path.rpartition(".")[2], 0)
+        result[part] = result.get(part, Part()) + Part(parameters, array.nbytes)
+    return result
 
 
-def attention_kind(layer, cache) -> str:
-    """Kind of attention, from the cache that it asks for and its numbers of heads."""
-    module = _attention_module(layer)
-    if module is None or isinstance(cache, ArraysCache):
-        return "linear or state space" if isinstance(cache, ArraysCache) else "none"
+def attention_of(layer, token: Token, number: int) -> tuple[str, int, tuple[CacheEntry, ...]]:
+    """(kind, width, cache) of a layer's attention; width is query heads times head size, 0 where there are no scores.
+
+    kind  such as "full, 32 heads, 4 of keys and values", from its number of heads and from the cache it is handed
+    """
+    name, cache = token.attends.get(number, (None, None))
+    if name is None:
+        return "none", 0, ()
+    entries = cache_entries(cache)
+    if isinstance(cache, ArraysCache):
+        return "linear or state space", 0, entries
+    module, cache = layer[name], cache.caches[0] if isinstance(cache, CacheList) else cache
     kind = "full"
     if isinstance(cache, RotatingKVCache):
         kind = f"window of {cache.max_size}"
     elif isinstance(cache, ChunkedKVCache):
         kind = f"chunks of {cache.chunk_size}"
-    heads = _first(module, "n_heads", "num_heads", "num_attention_heads")
-    if "kv_a_proj_with_mqa" in module:
-        return f"{kind} on latents, {heads} heads"
-    groups = _first(module, "n_kv_heads", "num_key_value_heads", "num_kv_heads") or heads
-    return f"{kind}, {heads} heads, {groups} of keys and values" if heads else kind
-
-
-def _attention_module(layer):
-    children = layer.children().items()
-    return next((m for name, m in children if ("attn" in name or "attention" in name) and "norm" not in name), None)
-
-
-def attention_width(layer, cache) -> int:
-    """Query heads times head size: what the last projection of the attention takes in."""
-    module = _attention_module(layer)
-    projection = _first(module, "o_proj", "out_proj", "dense", "wo")
-    if projection is None or isinstance(cache, ArraysCache):
-        return 0
-    if "scales" in projection:
-        return projection.scales.shape[-1] * projection.group_size
-    return projection.weight.shape[-1]
-
-
-def _first(module, *names):
-    return next((value for name in names if (value := getattr(module, name, None))), None)
+    names = ("n_heads", "num_heads", "num_attention_heads")
+    heads = next((value for attribute in names if (value := getattr(module, attribute, None))), None)
+    if heads and getattr(cache, "keys", None) is not None:
+        groups, latents = cache.keys.shape[1], cache.keys.shape[-1] != cache.values.shape[-1]
+        kind += f" on latents, {heads} heads" if latents else f", {heads} heads, {groups} of keys and values"
+    # The last projection gives a token's width again; what it takes in is all heads side by side.
+    last = [m for m in module.children().values() if isinstance(m, nn.Linear | nn.QuantizedLinear)][-1:]
+    width = sum(m.scales.shape[-1] * m.group_size if "scales" in m else m.weight.shape[-1] for m in last)
+    return kind, width, entries

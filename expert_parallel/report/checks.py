@@ -16,21 +16,25 @@ from .table import Figure, Table, facts, of_records, size
 
 
 def checkpoint(figures: dict) -> list[Table]:
-    """Of `CheckpointReport.figures`."""
-    problems, predicted = figures["problems"], figures["bytes_predicted"]
+    """Of `check_checkpoint`; problems a line each."""
+    problems = figures["problems"]
     found = f"{len(problems)} problem" + ("s" if len(problems) > 1 else "")
+
+    def of_bytes(name, source=""):
+        return "not known" if figures[name] is None else f"{figures[name]:,} B{source}"
+
     items = {
-        "verdict": "as the configuration says, whole" if figures["ok"] else found,
-        "files": f"{figures['num_files']}, {figures['num_tensors']} tensors, {figures['bytes_on_disk']:,} B",
-        "predicted": None if predicted is None else f"{predicted:,} B; {figures['tensors_equal']} tensors equal",
+        "verdict": "whole, as mlx-lm's strict load wants it" if figures["ok"] else found,
+        "files": f"{figures['num_files']}, {figures['num_tensors']} tensors, {of_bytes('bytes_on_disk')}",
+        "as mlx-lm loads them": of_bytes("bytes_loaded"),
+        "from the configuration": of_bytes("bytes_predicted", " (modelled)"),
     }
     verdict = facts("Checkpoint (measured on the files' headers)", items, section="checkpoint", also=figures)
-    columns = (("kind", "kind"), ("name", "name"), ("words", "what"))
-    return [verdict, of_records("Problems", None, problems, *columns)] if problems else [verdict]
+    return [verdict, *([Table("Problems", [Figure(None, "what", problems)])] if problems else [])]
 
 
 def forward(texts: dict[str, dict], similarity: dict, seconds: dict) -> list[Table]:
-    """Of models/forward.py: `pass_figures` by text, `similarity_of_loads`, and seconds of each decoder layer."""
+    """Of models/forward.py: `routing_figures` by text, `load_similarity`, and seconds of each decoder layer."""
     texts = plain(texts)  # what is no number shows as missing
     tables = [_routing_of(name, text) for name, text in texts.items()]
     if len(texts) > 1:
@@ -58,7 +62,7 @@ def _routing_of(name: str, text: dict) -> Table:
         ("margin_lowest_tenth", "lowest 10%", "{:.3f}"),
         ("overlap_with_token_before", "as before", "{:.2f}"),
         (
-            lambda row: "#{} #{}".format(*row["strongest_pair"]) if row["strongest_pair_lift"] else None,
+            lambda row: "#{} #{}".format(*row["strongest_pair"]) if row["strongest_pair"] else None,
             "strongest pair",
         ),
     )

@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 from .. import balance as metrics
 from ..placement import Placement
 from ..trace import RoutingTrace
-from .table import Figure, HeatMap, Table, of_records, size
+from .table import Figure, Table, of_records, shades, size
 
 PHASES = ("prefill", "decode")
 
@@ -166,11 +166,16 @@ def balance(trace: RoutingTrace, changes: list[tuple[int, Placement]], layer_num
             whole.append(Figure(None, label, both["balancedness_layers"], "{:.3f}"))
     note = "A device's load: how often its experts were chosen."
     least_balanced = {"first": per_layer[1].value, "order": "the least balanced"}
-    key = "layer down, device across; blank: under 1/4 of the mean, █: over 7/4"
     return [
         Table("Balance over devices", per_layer, "balance", "measured", note, **least_balanced),
         Table("Balance over all layers", whole, "balance", "measured", also={"phases": phases}, facts=True),
-        HeatMap("Load per device", [Figure("device_loads", "load", loads)], "balance", note=key),
+        Table(
+            "Load per device",
+            [Figure(None, "layer", layer_numbers), Figure("device_loads", "devices", loads, shades)],
+            "balance",
+            note="blank: under 1/4 of the layer's mean, █: over 7/4",
+            **least_balanced,
+        ),
     ]
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from ..files import plain
 
 MOST_ROWS = 16  # that are printed; JSON has all
-SHADES = " ░▒▓█"
+SHADES = " ░▒▓█"  # of a row's mean under 1/4, 3/4, 5/4, 7/4, and over
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,7 @@ class Table:
         cut = f"{MOST_ROWS} of {count} rows, {self.order}; --json has all." if count > MOST_ROWS else ""
         return " ".join(filter(None, (cut, self.note, *(f"{f.label}: {f.means}." for f in self.figures if f.means))))
 
-    def lines(self, console, options) -> list:
-        """rich's texts, one a line."""
+    def __rich_console__(self, console, options):
         from rich.table import Table as Grid
         from rich.text import Text
 
@@ -117,12 +116,8 @@ class Table:
         for row in self.cells():
             grid.add_row(*map(Text, row))
         lines = console.render_lines(grid, options, pad=False) if grid.row_count else []
-        return [Text.assemble(*((segment.text, segment.style or "") for segment in line)) for line in lines]
-
-    def __rich_console__(self, console, options):
-        from rich.text import Text
-
-        for text in (Text(self.heading(), style="bold"), *self.lines(console, options), Text(self.notes())):
+        rows = (Text.assemble(*((segment.text, segment.style or "") for segment in line)) for line in lines)
+        for text in (Text(self.heading(), style="bold"), *rows, Text(self.notes())):
             for line in text.wrap(console, options.max_width) if text else ():
                 line.rstrip()  # rich fills lines with blanks
                 yield line
@@ -150,25 +145,6 @@ class Table:
         ]
         body = "".join(f"<tr>{row}</tr>" for row in rows)
         return f"<h4>{html.escape(self.heading())}</h4><table>{body}</table><p>{html.escape(self.notes())}</p>"
-
-
-class HeatMap(Table):
-    """Loads [rows, columns] of its one figure as shades, each row against its own mean."""
-
-    def lines(self, console, options) -> list:
-        from rich.text import Text
-
-        loads = np.asarray(self.figures[0].value, dtype=float)
-        level = np.clip(np.round(loads / np.maximum(loads.mean(axis=1, keepdims=True), 1e-12) * 2), 0, 4).astype(int)
-        wide = 3 if loads.shape[1] <= 20 else 1
-        shades = (Text(f"{n:4d} " + "".join(SHADES[shade] * wide for shade in row)) for n, row in enumerate(level))
-        return [Text(self.note), *shades]
-
-    def cells(self) -> list[list[str]]:
-        return [[f"{value:g}" for value in row] for row in self.figures[0].value]
-
-    def notes(self) -> str:
-        return ""
 
 
 def of_rows(title: str, *labels: str, rows) -> Table:
@@ -206,6 +182,13 @@ def sections(tables: list[Table], **others) -> dict:
         if table.section is not None:
             place |= {key: value for key, value in table.to_json().items() if key != "source" or key not in place}
     return document
+
+
+def shades(loads) -> str:
+    """A row of loads as shades against its mean, as a cell: half of the mean is ░, twice the mean █."""
+    loads = np.asarray(loads, dtype=float)
+    levels = np.clip(np.round(loads / max(loads.mean(), 1e-12) * 2), 0, 4).astype(int)
+    return "".join(SHADES[level] * (3 if len(loads) <= 20 else 1) for level in levels)
 
 
 def size(num_bytes: float) -> str:

@@ -7,14 +7,16 @@ from conftest import random_model
 
 from expert_parallel import place_experts, shard_model
 from expert_parallel.layers import moe_layers
-from expert_parallel.models.forward import pass_figures, run_text, similarity_of_loads, time_layers
-from expert_parallel.models.statistics import (
-    coactivation_lift,
-    consecutive_overlap,
+from expert_parallel.models.forward import (
     load_similarity,
     margins,
     next_layer_recall,
+    routing_figures,
+    run_text,
+    strongest_pair,
+    time_layers,
 )
+from expert_parallel.trace import RoutingTrace
 
 
 def test_margins_by_hand():
@@ -23,17 +25,22 @@ def test_margins_by_hand():
 
 
 def test_overlap_by_hand():
-    experts = np.array([[[0, 1]], [[1, 2]], [[1, 2]], [[3, 0]]])  # 1 of 2, 2 of 2, 0 of 2
-    assert consecutive_overlap(experts, 4) == pytest.approx([0.5])
-    assert np.isnan(consecutive_overlap(experts[:1], 4)).all()
+    trace = RoutingTrace(np.array([[[0, 1]], [[1, 2]], [[1, 2]], [[3, 0]]]), 4)  # 1 of 2, 2 of 2, 0 of 2
+
+    def overlap(part):
+        return routing_figures(part, [None], [0])["layers"][0]["overlap_with_token_before"]
+
+    assert overlap(trace) == pytest.approx(0.5)
+    assert overlap(trace[:1]) is None
 
 
 def test_coactivation_by_hand():
     """0 and 1 always together, in 3 of 6 tokens: 3 against the 3 x 3 / 6 of chance."""
-    experts = np.array([[[0, 1]], [[0, 1]], [[0, 1]], [[2, 3]], [[4, 5]], [[2, 5]]])
-    assert coactivation_lift(experts, 6) == [(0, 1, 2.0)]
-    pair = coactivation_lift(experts[3:], 6)[0]
-    assert pair[:2] == (-1, -1)
+    chosen = np.zeros((6, 6), dtype=bool)
+    for token, pair in enumerate([(0, 1), (0, 1), (0, 1), (2, 3), (4, 5), (2, 5)]):
+        chosen[token, pair] = True
+    assert strongest_pair(chosen) == (0, 1, 2.0)
+    assert strongest_pair(chosen[3:]) is None  # nobody met three times
 
 
 def test_the_next_layer_is_foretold_where_it_follows_and_not_where_it_does_not():
@@ -47,7 +54,12 @@ def test_the_next_layer_is_foretold_where_it_follows_and_not_where_it_does_not()
 
 
 def test_similarity_of_loads_by_hand():
-    assert load_similarity([[1, 0], [3, 4]], [[0, 2], [6, 8]]) == pytest.approx([0, 1])
+    """In layer 0 nothing in common, in layer 1 loads (2, 1) and (4, 2): cosines 0 and 1."""
+    one = RoutingTrace(np.array([[[0], [0]], [[0], [0]], [[0], [1]]]), 2)
+    other = RoutingTrace(np.array([[[1], [e]] for e in (0, 0, 0, 0, 1, 1)]), 2)
+    alike = load_similarity({"one": one, "other": other})
+    assert alike["one"] == pytest.approx({"one": 1, "other": 0.5})
+    assert alike["other"] == pytest.approx({"one": 0.5, "other": 1})
 
 
 @pytest.fixture(scope="module")
@@ -58,24 +70,23 @@ def model():
 def test_a_pass_sees_what_the_model_does(model):
     tokens = [5, 6, 7, 8, 9, 10]
     before = model(mx.array([tokens]))
-    one = run_text(model, tokens, "text")
+    trace, answers = run_text(model, tokens, "text")
     assert mx.array_equal(before, model(mx.array([tokens])))
-    assert one.trace.experts.shape == (6, 2, 4)
+    assert trace.experts.shape == (6, 2, 4)
     for l, layer in enumerate(moe_layers(model)):
-        scores = one.scores[l]
+        scores = answers[l]
         assert scores.shape == (6, 16)
         best = np.sort(np.argsort(-scores, axis=1)[:, :4], axis=1)
-        assert np.array_equal(best, np.sort(one.trace.experts[:, l], axis=1))
+        assert np.array_equal(best, np.sort(trace.experts[:, l], axis=1))
         assert type(layer.block.gate).__name__ == "Linear"
-    figures = pass_figures(one, [0, 2])
+    figures = routing_figures(trace, answers, [0, 2])
     assert [row["layer"] for row in figures["layers"]] == [0, 2]
     assert all(row["margin_median"] > 0 for row in figures["layers"])
     assert figures["overlap_by_chance"] == 0.25
 
 
 def test_domains_are_alike_to_themselves(model):
-    passes = {"a": run_text(model, [1, 2, 3, 4]), "b": run_text(model, [50, 60, 70, 80])}
-    alike = similarity_of_loads(passes)
+    alike = load_similarity({"a": run_text(model, [1, 2, 3, 4])[0], "b": run_text(model, [50, 60, 70, 80])[0]})
     assert alike["a"]["a"] == pytest.approx(1)
     assert alike["a"]["b"] == pytest.approx(alike["b"]["a"])
     assert alike["a"]["b"] < 0.999
@@ -92,4 +103,4 @@ def test_every_layer_gets_a_time_and_the_classes_their_calls_back(model):
 
 def test_a_sharded_model_can_be_looked_at_too():
     model = shard_model(random_model(), place_experts(np.ones((3, 16)), 2))
-    assert run_text(model, [1, 2, 3]).trace.experts.shape == (3, 3, 4)
+    assert run_text(model, [1, 2, 3])[0].experts.shape == (3, 3, 4)

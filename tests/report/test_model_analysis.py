@@ -11,7 +11,7 @@ import pytest
 from conftest import CONFIG, ROOT, SHIPPED, random_model, run_script
 
 from expert_parallel.models.configurations import Configuration
-from expert_parallel.models.lazy import build_model, fill_randomly, quantise, shortened
+from expert_parallel.models.lazy import build_model, fill_randomly, shortened
 from expert_parallel.projection.constants import measure_machine, random_tokens, seconds_per_token, without_experts
 from expert_parallel.projection.link_probe import measure_link
 from expert_parallel.projection.links import Link
@@ -144,7 +144,7 @@ def test_what_is_refused(tmp_path):
     refused(run_script(SCRIPT, "--model", SHIPPED, "--prompt", tmp_path / "prompt", "--quiet"), "prompt is not UTF-8")
     dead = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}  # nobody listens there
     refused(run_script(SCRIPT, "--model", "nobody/nothing", **dead), "hub cannot be reached")
-    refused(run_script(SCRIPT, "--model", "models/typo"), "models/typo: no such folder")
+    refused(run_script(SCRIPT, "--model", "models/typo"), "models/typo does not exist: no such folder")
     refused(run_script(SCRIPT, "--model", ""), "name is empty")
     refused(run_script(SCRIPT, "--json", tmp_path / "no" / "o.json"), "does not exist")
     refused(run_script(SCRIPT, "--context", -1), "--context")
@@ -166,7 +166,7 @@ def test_shortened_and_filled_models_run():
     import mlx.core as mx
 
     configuration = Configuration("x", config)
-    model = fill_randomly(quantise(build_model(configuration), configuration, bits=4, group_size=32))
+    model = fill_randomly(build_model(configuration, bits=4, group_size=32))
     model.set_dtype(mx.float32)
     logits = model(mx.array([[1, 2, 3]]))
     assert mx.isfinite(logits).all()

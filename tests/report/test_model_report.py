@@ -8,7 +8,7 @@ from printed import columns_of, facts_of, lines_of
 
 from expert_parallel.models.architecture import describe
 from expert_parallel.models.configurations import load_configuration
-from expert_parallel.models.statistics import next_layer_recall
+from expert_parallel.models.forward import next_layer_recall
 from expert_parallel.projection.hardware import LINKS, MACHINES
 from expert_parallel.report import checks, model, projection
 from expert_parallel.report.table import sections, size
@@ -157,19 +157,26 @@ def test_claims_of_the_original_write_up_are_modelled(described):
 
 
 def test_a_checkpoint_with_many_problems():
-    problems = [{"kind": "shape", "name": f"[b]{n}", "words": "is [1], should be [2]"} for n in range(30)]
+    problems = [f"[b]{n} is [1], should be [2]" for n in range(30)]
     figures = {"source": "measured on the files' headers", "ok": False, "problems": problems, "num_files": 1,
-               "num_tensors": 40, "bytes_on_disk": 1234, "bytes_predicted": None, "tensors_equal": 10}  # fmt: skip
+               "num_tensors": 40, "bytes_on_disk": 1234, "bytes_loaded": None, "bytes_predicted": None}  # fmt: skip
     tables = checks.checkpoint(figures)
     assert sections(tables)["checkpoint"] == figures
     facts = facts_of(printed(tables), "Checkpoint (measured on the files' headers)")
-    assert facts == {"verdict": "30 problems", "files": "1, 40 tensors, 1,234 B"}
+    assert facts == {
+        "verdict": "30 problems",
+        "files": "1, 40 tensors, 1,234 B",
+        "as mlx-lm loads them": "not known",
+        "from the configuration": "not known",
+    }
     assert "[b]15" in printed(tables) and "[b]16" not in printed(tables)
     assert "16 of 30 rows" in printed(tables)
-    whole = {**figures, "ok": True, "problems": [], "bytes_predicted": 1234}
-    facts = facts_of(printed(checks.checkpoint(whole)), "Checkpoint")
-    assert facts["verdict"] == "as the configuration says, whole"
-    assert facts["predicted"] == "1,234 B; 10 tensors equal"
+    whole = {**figures, "ok": True, "problems": [], "bytes_loaded": 2345, "bytes_predicted": 3456}
+    tables = checks.checkpoint(whole)
+    facts = facts_of(printed(tables), "Checkpoint")
+    assert (len(tables), facts["verdict"]) == (1, "whole, as mlx-lm's strict load wants it")
+    assert facts["as mlx-lm loads them"] == "2,345 B"
+    assert facts["from the configuration"] == "3,456 B (modelled)"
 
 
 def test_forward_tables_show_chance_beside_what_was_found():
@@ -177,9 +184,9 @@ def test_forward_tables_show_chance_beside_what_was_found():
     recall, by_use = next_layer_recall(experts, 16)
     rows = [
         {"layer": l, "entropy": 0.9, "margin_median": 0.25, "margin_lowest_tenth": float("inf"),
-         "overlap_with_token_before": float("nan"), "strongest_pair": (1, 2), "strongest_pair_lift": lift,
+         "overlap_with_token_before": float("nan"), "strongest_pair": lift and (1, 2), "strongest_pair_lift": lift,
          "foretold_by_layer_before": [None, *recall][l], "foretold_by_popularity": [None, *by_use][l]}
-        for l, lift in enumerate((2.0, float("nan"), 3.0))
+        for l, lift in enumerate((2.0, None, 3.0))
     ]  # fmt: skip
     texts = {
         name: {"source": "measured", "tokens": 40, "overlap_by_chance": 0.25, "layers": rows} for name in ("code", "x")

@@ -11,7 +11,7 @@ from conftest import ROOT
 from printed import columns_of, facts_of, lines_of
 
 from expert_parallel.command.output import console, write_json
-from expert_parallel.report.table import Figure, HeatMap, Table, facts, of_records, of_rows, sections, size
+from expert_parallel.report.table import Figure, Table, facts, of_records, of_rows, sections, shades, size
 
 LAYERS = [
     Figure(None, "layer", [3, 7, 11]),
@@ -104,7 +104,7 @@ def test_printed_lines_fit_80_columns_and_end_without_blanks():
     tables = [
         facts(f"A title that is long: {long}", {"name": long, "a long name of something rather unimportant": long}),
         of_records("T", None, [{"a": long, "b": 1, "c": long}] * 3, ("a", "a"), ("b", "b"), ("c", "c"), note=long),
-        HeatMap("Loads", [Figure("loads", "load", np.ones((2, 70)))], note=long),
+        Table("Loads", [Figure(None, "layer", (0, 1)), Figure("loads", "load", np.ones((2, 90)), shades)], note=long),
     ]
     for table in tables:
         for line in str(table).splitlines():
@@ -112,13 +112,20 @@ def test_printed_lines_fit_80_columns_and_end_without_blanks():
         assert str(table).replace("\n", " ").count("goes on") >= 8  # wrapped, not cut
 
 
-def test_a_heat_map_holds_each_row_against_its_own_mean():
-    loads = np.array([[0, 1, 2, 3, 4], [400, 0, 0, 0, 0], [7, 7, 7, 7, 7]])
-    table = HeatMap("Load per device", [Figure("device_loads", "load", loads)], "balance", note="layer down")
-    lines = lines_of(str(table), "Load per device")
-    assert lines == ["layer down", "   0    ░░░▒▒▒▓▓▓███", "   1 ███", "   2 ▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒"]
+def test_shades_hold_each_row_against_its_own_mean():
+    """Means 2, 80, 7 and 0; 1/2 of the mean is ░, the mean ▒, 3/2 of it ▓, over 7/4 of it █."""
+    loads = np.array([[0, 1, 2, 3, 4], [400, 0, 0, 0, 0], [7, 7, 7, 7, 7], [0, 0, 0, 0, 0]])
+    figures = [Figure(None, "layer", range(4)), Figure("device_loads", "devices", loads, shades)]
+    table = Table("Load per device", figures, "balance", note="layer down")
+    assert table.cells() == [
+        ["0", "   ░░░▒▒▒▓▓▓███"],
+        ["1", "███            "],
+        ["2", "▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒"],
+        ["3", " " * 15],
+    ]
     assert table.to_json() == {"device_loads": loads.tolist()}
-    assert "<td>400</td><td>0</td>" in table._repr_html_()
+    assert "<td>▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒</td>" in table._repr_html_()
+    assert shades([1] * 20 + [20]) == "░" * 20 + "█"  # one letter each where there are many
 
 
 def test_tables_of_one_section_go_together():

@@ -259,7 +259,7 @@ def shades(loads):
     """Lines of the map of loads: five shades by quarters of the mean, None where a load stands on a border."""
     lines = []
     for layer, row in enumerate(loads):
-        mean, line = sum(row) / len(row), f"{layer:4d} "
+        mean, line = sum(row) / len(row), f"{layer:<5d}  " + " " * max(0, len("devices") - 3 * len(row))
         for load in row:
             over = load / mean * 4
             if min(abs(over - border) for border in (1, 3, 5, 7)) < 1e-9:

@@ -66,8 +66,8 @@ def started(name, folder):
         trace = run_of("alone").asked["trace"]
         return in_one_process(folder, 12, placement="replicated", placement_trace=trace, redundant_experts=16)
     if name in MOVING:
-        # Looks after 33 tokens, which only learns, after 49, and in the longer run, which begins alike, after 65.
-        tokens, before = (40, [(0, witness.contiguous(L, 8, E))]) if name == "moved" else (60, run_of("moved").history)
+        # Looks after 33 tokens, which only learns, after 49, and in the longer run, which begins alike, after 97.
+        tokens, before = (40, [(0, witness.contiguous(L, 8, E))]) if name == "moved" else (92, run_of("moved").history)
         return in_one_process(folder, tokens, before, rebalance_every=16, rebalance_horizon=HORIZON)
     if not mx.distributed.is_available("ring"):
         pytest.skip("this MLX has no ring: ranks cannot run")
