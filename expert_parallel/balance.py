@@ -39,22 +39,24 @@ def balancedness_per_layer(device_loads) -> np.ndarray:
 def imbalance_ratio(device_loads) -> np.ndarray:
     """[L]; max / mean - 1: the extra time the fullest device takes (TensorRT-LLM)."""
     loads = check_loads(device_loads)
-    mean = loads.mean(axis=1)
-    return np.divide(loads.max(axis=1), mean, out=np.ones_like(mean), where=mean > 0) - 1
+    return _over(loads.max(axis=1), loads.mean(axis=1), 1) - 1
 
 
 def coefficient_of_variation(device_loads) -> np.ndarray:
     """[L]; standard deviation over mean, 0 for a layer without load."""
     loads = check_loads(device_loads)
-    mean = loads.mean(axis=1)
-    return np.divide(loads.std(axis=1), mean, out=np.zeros_like(mean), where=mean > 0)
+    return _over(loads.std(axis=1), loads.mean(axis=1), 0)
 
 
 def min_max_ratio(device_loads) -> np.ndarray:
     """[L]; load of the emptiest device over that of the fullest, 1 for a layer without load."""
     loads = check_loads(device_loads)
-    highest = loads.max(axis=1)
-    return np.divide(loads.min(axis=1), highest, out=np.ones_like(highest), where=highest > 0)
+    return _over(loads.min(axis=1), loads.max(axis=1), 1)
+
+
+def _over(a, b, without: float) -> np.ndarray:
+    """a / b, and what to say where b is 0."""
+    return np.divide(a, b, out=np.full_like(b, without), where=b > 0)
 
 
 def routing_entropy(loads) -> np.ndarray:
@@ -63,7 +65,7 @@ def routing_entropy(loads) -> np.ndarray:
     if loads.shape[1] == 1:
         return np.ones(len(loads))
     total = loads.sum(axis=1, keepdims=True)
-    share = np.divide(loads, total, out=np.zeros_like(loads), where=total > 0)
+    share = _over(loads, np.broadcast_to(total, loads.shape), 0)
     logs = np.log(share, out=np.zeros_like(share), where=share > 0)
     return -(share * logs).sum(axis=1) / math.log(loads.shape[1]) + 0.0
 
@@ -75,11 +77,7 @@ def fan_out(experts, held) -> np.ndarray:
     A copy counts where its expert's first holder is: a lower bound would need the choice made at run time.
     """
     experts = np.asarray(experts)
-    num_layers, num_devices, num_experts = held.shape
-    if experts.ndim != 3 or experts.shape[1] != num_layers:
-        raise ValueError(f"chosen experts are [tokens, {num_layers} layers, k], got {list(experts.shape)}")
-    if experts.size and experts.max() >= num_experts:
-        raise ValueError(f"expert {experts.max()} was chosen, the placement is for {num_experts}")
+    num_layers, num_devices, _ = held.shape
     result = np.zeros(num_layers)
     for layer in range(num_layers):
         device = held[layer].argmax(axis=0)[experts[:, layer]]  # [T, k]
@@ -94,7 +92,5 @@ def expected_fan_out(experts_per_device, num_experts: int, top_k: int) -> float:
 
     sum over devices of 1 - C(E - n_d, k) / C(E, k)
     """
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(f"top-{top_k} of {num_experts} experts cannot be chosen")
     none = math.comb(num_experts, top_k)
     return sum(1 - math.comb(num_experts - n, top_k) / none for n in experts_per_device)

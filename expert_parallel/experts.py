@@ -43,7 +43,7 @@ class ShardedExperts(StandIn):
     def __init__(self, stores: dict[int, nn.Module], held: np.ndarray, group=None, streams=None):
         nn.Module.__init__(self)
         self["stores"] = list(stores.values())  # first of all: other attributes are looked for behind them
-        self._devices, self._group, self._streams = tuple(stores), group, streams
+        self._devices, self.group, self._streams = tuple(stores), group, streams
         self.slots_served = np.zeros(len(stores), dtype=np.int64)
         self.masked_up_to = 0  # slots
         self._serve(held)
@@ -68,21 +68,12 @@ class ShardedExperts(StandIn):
         """E, over all devices."""
         return self.held.shape[1]
 
-    @property
-    def gathers(self) -> bool:
-        """Whether slot outputs, not weighted sums, are summed over ranks."""
-        return self._group is not None
-
-    def sum_over(self, group) -> None:
-        """Sum slot outputs over these ranks from now on; None: they stay as they are."""
-        self._group = group
-
     def replaced_module(self) -> nn.Module:
         return self.stores[0].experts
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         y = (self.masked if indices.size <= self.masked_up_to else self.compact)(x, indices)
-        return y if self._group is None else mx.distributed.all_sum(y, group=self._group)
+        return y if self.group is None else mx.distributed.all_sum(y, group=self.group)
 
     def compact(self, x: mx.array, indices: mx.array) -> mx.array:
         """As __call__ without a sum over ranks; reads the indices on the host."""
@@ -154,12 +145,6 @@ class ShardedExperts(StandIn):
         for device, store in zip(self.devices, self.stores, strict=True):
             if (held[device] != self.held[device]).any():
                 store.hold(np.flatnonzero(held[device]), rows)
-        self._serve(held)
-
-    def lose(self, device: int) -> None:
-        """The device answers no more: replicas take over, slots that only it could serve are zeros."""
-        held = self.held.copy()
-        held[device] = False
         self._serve(held)
 
 
@@ -251,4 +236,4 @@ def install(layer: MoELayer, sharded: ShardedExperts, group, combine: str) -> No
         raise ValueError(f'{layer.path} has sharded shared experts, whose sum needs combine "reduce"')
     if hooked:
         block.sharding_group = group if combine == "reduce" else None
-    sharded.sum_over(group if combine == "gather" else None)
+    sharded.group = group if combine == "gather" else None

@@ -8,7 +8,9 @@ Dimensions: L MoE layers, E experts, D devices.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,6 @@ import numpy as np
 from .files import written_whole
 
 FORMAT = "expert-placement/1"
-MOST_EXPERTS = 65536  # what a routing trace can number
 
 
 def check_loads(loads) -> np.ndarray:
@@ -152,47 +153,45 @@ def _experts(entry) -> list[int]:
     """Expert ids of one device: both "0-2,7" and [0, "1-2", 7] are [0, 1, 2, 7]."""
     if isinstance(entry, list):
         return [expert for part in entry for expert in _experts(part)]
-    if isinstance(entry, bool) or not isinstance(entry, int | str):
-        raise ValueError(f'expected experts such as [0, 1] or "0-15", got {entry!r}')
     experts = []
-    for part in filter(None, (part.strip() for part in str(entry).split(","))):
-        first, _, last = part.partition("-")
-        if not (first.isdecimal() and (last or first).isdecimal()):
-            raise ValueError(f'expected experts such as "0-15", numbered from 0, got {part!r}')
-        first, last = int(first), int(last or first)
-        if not first <= last < MOST_EXPERTS:
-            raise ValueError(f"the range {part!r} does not run upwards to less than {MOST_EXPERTS}")
+    for part in str(entry).split(","):
+        found = re.fullmatch(r"\s*(\d{1,5})(?:-(\d{1,5}))?\s*", part, re.ASCII)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if first > last:
+            raise ValueError(f'expected experts such as [0, 1] or "0-15", numbered from 0, got {part!r}')
         experts += range(first, last + 1)
     return experts
 
 
 def _held(document, num_layers: int | None, num_experts: int | None) -> np.ndarray:
     """bool [L, D, E] that a file's JSON describes; ValueError says what is wrong with it."""
+    # 1. Layers of devices of experts.
     if not isinstance(document, dict) or ("every_layer" in document) == ("layers" in document):
         raise ValueError('expected an object with either "every_layer" or "layers"')
     if document.get("format", FORMAT) != FORMAT:
         raise ValueError(f"its format is {document['format']!r}, not {FORMAT!r}")
     layers = document.get("layers")
     if layers is None:
-        own = document.get("num_layers", num_layers)
-        if not isinstance(own, int) or isinstance(own, bool) or own < 1:
+        count = document.get("num_layers", num_layers)
+        if type(count) is not int or count < 1:
             raise ValueError('"every_layer" needs "num_layers", a count from 1 up, beside it')
-        layers = [document["every_layer"]] * own
+        layers = [document["every_layer"]] * count
     if not isinstance(layers, list) or not layers or not all(isinstance(layer, list) and layer for layer in layers):
         raise ValueError('a layer is a list with one entry a device, such as ["0-63", "64-127"]')
-    if len(widths := {len(layer) for layer in layers}) > 1:
+    if len(widths := {len(layer) for layer in layers}) != 1:
         raise ValueError(f"layers name different numbers of devices: {sorted(widths)}")
     layers = [[_experts(entry) for entry in layer] for layer in layers]
-    highest = max((expert for layer in layers for experts in layer for expert in experts), default=-1)
-    count = num_experts or document.get("num_experts") or highest + 1
-    if highest >= count:
-        raise ValueError(f"expert {highest} does not exist: there are {count}")
+    # 2. As one table.
+    named = {expert for layer in layers for experts in layer for expert in experts}
+    count = num_experts or document.get("num_experts") or max(named, default=-1) + 1
+    if named and max(named) >= count:
+        raise ValueError(f"expert {max(named)} does not exist: there are {count}")
     held = np.zeros((len(layers), widths.pop(), count), dtype=bool)
-    for l, layer in enumerate(layers):
-        for d, experts in enumerate(layer):
-            held[l, d, experts] = True
-            if held[l, d].sum() < len(experts):
-                raise ValueError(f"layer {l}: device {d} names expert {max(experts, key=experts.count)} twice")
+    for (l, d), experts in zip(np.ndindex(held.shape[:2]), chain(*layers), strict=True):
+        held[l, d, experts] = True
+        if held[l, d].sum() < len(experts):
+            raise ValueError(f"layer {l}: device {d} names expert {max(experts, key=experts.count)} twice")
+    # 3. What it says of itself, and the model it is for.
     if num_layers and num_layers != len(layers):
         raise ValueError(f"it has {len(layers)} layers, the model has {num_layers} MoE layers")
     for name, size in zip(("num_layers", "num_devices", "num_experts"), held.shape, strict=True):

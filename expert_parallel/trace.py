@@ -67,9 +67,7 @@ class RoutingTrace:
 
     def phase(self, name: str) -> RoutingTrace:
         """The tokens of `prefill` or of `decode`."""
-        if name not in ("prefill", "decode"):
-            raise ValueError(f"a phase is prefill or decode, got {name!r}")
-        return self[self.prefill if name == "prefill" else ~self.prefill]
+        return self[{"prefill": self.prefill, "decode": ~self.prefill}[name]]
 
     def loads(self) -> np.ndarray:
         """Slots sent to each expert, int64 [L, E]."""
@@ -150,7 +148,10 @@ def record_routing(model: nn.Module, name: str = "", prompt_tokens: int | None =
                    positions is prefill and one over a single position is decode
     max_tokens     recording stops there (metadata "dropped_tokens" says how many came after)
 
-    The indices are kept as they are and read by the host now and then: no wait per layer.
+    Of a batch (metadata "sequences": the most in one pass) the padding of shorter prompts is among the tokens, for a
+    router routes it as well; and a prompt's last token, which mlx-lm reads by itself, is one of decoding.
+    ValueError where layers choose different numbers of experts. Indices are kept as they are and read by the host now
+    and then: no wait per layer.
     """
     layers = moe_layers(model)
     trace = RoutingTrace(np.zeros((0, len(layers), 0)), num_experts(layers[0].experts), model=name)
@@ -166,12 +167,12 @@ def record_routing(model: nn.Module, name: str = "", prompt_tokens: int | None =
         if prompt_tokens is not None:
             prefill = np.arange(len(experts)) < prompt_tokens
         trace.experts, trace.prefill = experts, prefill
-        if notes.dropped:
-            trace.metadata["dropped_tokens"] = notes.dropped
+        seen = {"dropped_tokens": notes.dropped, "sequences": notes.sequences if notes.sequences > 1 else 0}
+        trace.metadata |= {name: count for name, count in seen.items() if count}
 
 
 class _Notes:
-    """Indices by layer as they come; every so many forward passes they move to numpy.
+    """Indices as they come, pass by pass; every so many passes they move to numpy.
 
     Whether a pass is prefill the model's input [B, T] says: some blocks hand on their tokens flat, and
     8 sequences of one token then look like one of 8. Where a block is run by itself, its indices say it.
@@ -180,21 +181,24 @@ class _Notes:
     EVERY = 64  # forward passes
 
     def __init__(self, num_layers, max_tokens):
-        self.waiting, self.phases = [[] for _ in range(num_layers)], []  # of passes that are not collected
+        self.num_layers, self.room = num_layers, max_tokens
+        self.passes = []  # that are not collected: (prefill, [indices of layer 0, of layer 1, ...])
         self.experts, self.prefill = [], []  # of each pass: [T, L, k] and [T]
-        self.input_shape = None  # [B, T] of the pass under way
-        self.room, self.dropped = max_tokens, 0
+        self.input_shape, self.sequences, self.dropped = None, 1, 0  # [B, T] of the pass under way, most B
 
     def taker(self, layer):
-        waiting, last = self.waiting[layer], layer == len(self.waiting) - 1
-
         def take(indices):
-            waiting.append(indices)
             if layer == 0:
+                if len(self.passes) >= self.EVERY:
+                    self.collect()
                 shape = self.input_shape or indices.shape[:-1]
-                self.phases.append(bool(shape) and shape[-1] > 1)
-            if last and len(waiting) >= self.EVERY:
-                self.collect(keep=1)  # the pass under way is not evaluated yet
+                self.passes.append((bool(shape) and shape[-1] > 1, []))
+            so_far = self.passes[-1][1] if self.passes else []
+            if so_far and indices.shape[-1] != so_far[0].shape[-1]:
+                counts = f"{so_far[0].shape[-1]} and {indices.shape[-1]}"
+                raise ValueError(f"layers that choose {counts} experts a token cannot be recorded: a trace has one k")
+            if len(so_far) == layer:
+                so_far.append(indices)
 
         return take
 
@@ -203,32 +207,31 @@ class _Notes:
         original = type(model).__call__
 
         def call(this, *args, **kwargs):
-            if this is model:
-                self.input_shape = getattr(args[0] if args else kwargs.get("inputs"), "shape", None)
+            if this is not model:
+                return original(this, *args, **kwargs)
+            self.input_shape = getattr(args[0] if args else kwargs.get("inputs"), "shape", None)
+            self.sequences = max(self.sequences, *(self.input_shape or (1,))[:-1], 1)
             try:
                 return original(this, *args, **kwargs)
             finally:
-                if this is model:
-                    self.input_shape = None
+                self.input_shape = None
 
         return call
 
-    def collect(self, keep=0):
-        count = max(min(map(len, self.waiting)) - keep, 0)
-        mx.eval([waiting[:count] for waiting in self.waiting])
-        for n in range(count):
-            of_pass = [np.array(waiting[n]) for waiting in self.waiting]
-            rows = np.stack([ids.reshape(-1, ids.shape[-1]).astype(np.uint16) for ids in of_pass], axis=1)
+    def collect(self):
+        whole = [(prefill, ids) for prefill, ids in self.passes if len(ids) == self.num_layers]
+        self.passes.clear()
+        mx.eval([ids for _, ids in whole])
+        for prefill, ids in whole:
+            rows = np.stack([np.array(i).reshape(-1, i.shape[-1]).astype(np.uint16) for i in ids], axis=1)
             if room := min(len(rows), self.room):  # an empty slice would keep the whole pass in memory
                 self.experts.append(rows[:room].copy() if room < len(rows) else rows)
-                self.prefill.append(np.full(room, self.phases[n]))
+                self.prefill.append(np.full(room, prefill))
             self.room, self.dropped = self.room - room, self.dropped + len(rows) - room
-        for waiting in (*self.waiting, self.phases):
-            del waiting[:count]
 
     def finish(self):
         """(experts [T, L, k], prefill [T])."""
         self.collect()
         if not self.experts:
-            return np.zeros((0, len(self.waiting), 0), dtype=np.uint16), np.zeros(0, dtype=bool)
+            return np.zeros((0, self.num_layers, 0), dtype=np.uint16), np.zeros(0, dtype=bool)
         return np.concatenate(self.experts), np.concatenate(self.prefill)

@@ -85,10 +85,6 @@ def test_fan_out_by_hand():
     # Layer 0: devices {0} and {0, 2}; layer 1: {0, 1} and {2}.
     assert fan_out(experts, placement.held).tolist() == [1.5, 1.5]
     assert fan_out(np.zeros((0, 2, 2), dtype=int), placement.held).tolist() == [0, 0]
-    with pytest.raises(ValueError, match="2 layers"):
-        fan_out(np.zeros((5, 3, 2), dtype=int), placement.held)
-    with pytest.raises(ValueError, match="expert 6 was chosen"):
-        fan_out(np.full((5, 2, 2), 6), placement.held)
 
 
 def test_expected_fan_out():
@@ -98,8 +94,6 @@ def test_expected_fan_out():
     assert expected_fan_out([2, 2], 4, 2) == pytest.approx(1 + 4 / 6)
     # The field's approximation for independent picks, D (1 - (1 - 1/D)^k), is close: 5.25 for D=8, k=8.
     assert expected_fan_out([16] * 8, 128, 8) == pytest.approx(8 * (1 - (7 / 8) ** 8), rel=0.03)
-    with pytest.raises(ValueError, match="top-9 of 8"):
-        expected_fan_out([4, 4], 8, 9)
 
 
 def test_measured_fan_out_of_uniform_routing_is_the_expected_one():

@@ -88,6 +88,33 @@ def test_a_batch_of_single_tokens_is_decode_where_blocks_flatten_their_tokens_to
     assert Model.__call__ is original
 
 
+def test_a_batch_is_said_where_padding_is_among_its_tokens():
+    """mlx-lm pads shorter prompts of a batch, and the router routes that, too."""
+    model = random_model()
+    with record_routing(model) as trace:
+        mx.eval(model(mx.array([[1, 2, 0], [1, 2, 3]])))
+    assert (len(trace), trace.metadata) == (6, {"sequences": 2})
+    with record_routing(model) as trace:
+        mx.eval(model(mx.array([[1, 2, 3]])))
+    assert trace.metadata == {}
+
+
+def test_layers_that_choose_different_numbers_are_refused_as_they_come():
+    notes = _Notes(2, 100)
+    notes.taker(0)(mx.zeros((1, 1, 8), dtype=mx.uint32))
+    with pytest.raises(ValueError, match="8 and 4 experts a token"):
+        notes.taker(1)(mx.zeros((1, 1, 4), dtype=mx.uint32))
+
+
+def test_passes_that_end_in_the_middle_are_no_tokens():
+    notes = _Notes(2, 100)
+    for layer in (1, 0, 0, 1, 1):  # a block by itself, a pass that failed, a whole one, a block by itself
+        notes.taker(layer)(mx.full((1, 1, 8), layer, dtype=mx.uint32))
+    experts, prefill = notes.finish()
+    assert experts[:, :, 0].tolist() == [[0, 1]]
+    assert prefill.tolist() == [False]
+
+
 def test_memory_is_bounded_and_what_was_left_out_is_said():
     model = random_model()
     with record_routing(model, max_tokens=5) as trace:

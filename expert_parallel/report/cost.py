@@ -73,7 +73,7 @@ def communication(model, trace: RoutingTrace, value_bytes: int, counted: dict, c
     experts = layers[0].experts
     shape = (hidden_size(experts), top_k, len(layers), value_bytes)
     both = {how: bytes_per_token(*shape, how) for how in ("reduce", "gather")}
-    used = "gather" if experts.gathers or combine == "gather" else "reduce"
+    used = "gather" if experts.group is not None or combine == "gather" else "reduce"
     sent = round(ring_traffic(both[used], len(experts.held)))
     figures = [
         Figure(None, "reduce: weighted sums, all-summed", both["reduce"], per_token),
