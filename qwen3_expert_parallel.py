@@ -64,6 +64,7 @@ def run(args, watchdog):
 
     from expert_parallel.checkpoint import finding, loading
     from expert_parallel.checkpoint.opened import Checkpoint
+    from expert_parallel.models.forward import first_not_a_number
     from expert_parallel.models.memory import model_bytes
     from expert_parallel.moving.live import start_rebalancing
     from expert_parallel.ranks.group import all_or_none, checkpoint_mark, gather_objects, start_group
@@ -140,6 +141,9 @@ def run(args, watchdog):
         for _ in range(TIMED_TOKENS):
             mx.eval(model(mx.array([tokens[-1:] or prompt.ids[-1:]]), cache=cache))
     per_rank, parity = gather_objects(group, cost.rank_figures(model, seconds)), None
+    broken = None
+    if any(gather_objects(group, mx.isnan(last.logprobs).any().item())):
+        broken = run.not_a_number(first_not_a_number(model, prompt.ids))
     watchdog.limit(None)
     if verify:
         sequence = mx.array([prompt.ids + tokens])
@@ -150,7 +154,7 @@ def run(args, watchdog):
             stock, _ = load(str(checkpoint.folder), adapter_path=adapter, lazy=True)
             stock.set_dtype(dtype) if dtype is not None else None
             expected, _, answer, _ = generate(stock, tokenizer, prompt, args, None, lambda: None)
-            parity = run.parity(logits, tokens, stock(sequence), expected, answer.generation_tps)
+            parity = run.parity(logits, tokens, stock(sequence), expected, cost.decoding_speed(answer))
         gather_objects(group, 0)  # nobody leaves while rank 0 still compares
 
     # 5. One report: for programs, and for people.
@@ -158,7 +162,7 @@ def run(args, watchdog):
         return
     numbers = [layer.number for layer in checkpoint.layers]
     stock_speed = parity.to_json()["stock_tokens_per_second"] if parity else None
-    tables = [parity] if parity else []
+    tables = [table for table in (broken, parity) if table]
     tables += [*run.routing(trace, numbers), *run.balance(trace, changes, numbers)]
     tables += [run.rebalancing(live.figures(), changes, trace)] if live else []
     tables += cost.memory(whole, changes[-1][1], sum(entry.nbytes for entry in cache), per_rank)
@@ -167,7 +171,7 @@ def run(args, watchdog):
     tables += cost.speed(text, tokens, len(prompt.ids), last, seconds, stock_speed)
     try:
         about = {"name": name, "config": config, "environment": versions}
-        missing = dict.fromkeys(("parity", "rebalancing", "ranks"))
+        missing = dict.fromkeys(("parity", "not_a_number", "rebalancing", "ranks"))
         document = {"model": about, "environment": versions, "options": vars(args), **missing}
         write_files(args, table.sections([where, *tables], **document), trace, changes[-1][1])
     finally:  # a disk that is full takes no file; the report is still there to read

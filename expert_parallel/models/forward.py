@@ -149,28 +149,35 @@ def time_layers(model: nn.Module, tokens: list[int], repeats: int = 3) -> dict[s
     prompts, singles = [], []
     for _ in range(repeats):
         cache = make_prompt_cache(model)
-        prompts.append(_timed_pass(model, tokens, cache))
-        singles.append(_timed_pass(model, tokens[-1:], cache))
+        prompts.append([seconds for seconds, _ in _pass(model, tokens, cache)])
+        singles.append([seconds for seconds, _ in _pass(model, tokens[-1:], cache)])
     return {"prompt": np.median(prompts, axis=0).tolist(), "token": np.median(singles, axis=0).tolist()}
 
 
-def _timed_pass(model, tokens, cache) -> list[float]:
-    number = {id(layer): n for n, layer in enumerate(model.layers)}
-    seconds = [0.0] * len(number)
+def first_not_a_number(model: nn.Module, tokens: list[int]) -> int | None:
+    """The first decoder layer whose answer to these tokens has a NaN in it; None where no layer's has."""
+    answers = [answer for _, answer in _pass(model, tokens, make_prompt_cache(model))]
+    return next((n for n, answer in enumerate(answers) if mx.isnan(answer).any().item()), None)
 
-    def timed(original):
+
+def _pass(model, tokens, cache) -> list[tuple[float, mx.array]]:
+    """(seconds, answer) of every decoder layer, with a stop before and after each."""
+    number = {id(layer): n for n, layer in enumerate(model.layers)}
+    seen = [(0.0, mx.zeros(1))] * len(number)
+
+    def stopping(original):
         def call(self, x, *args, **kwargs):
             mx.eval(x)
             begin = time.perf_counter()
             y = original(self, x, *args, **kwargs)
             mx.eval(y)
-            seconds[number[id(self)]] += time.perf_counter() - begin
+            seen[number[id(self)]] = time.perf_counter() - begin, y[0] if isinstance(y, tuple) else y
             return y
 
         return call
 
     with ExitStack() as stack:
         for kind in {type(layer) for layer in model.layers}:
-            stack.enter_context(replaced(kind, {"__call__": timed(kind.__call__)}))
+            stack.enter_context(replaced(kind, {"__call__": stopping(kind.__call__)}))
         mx.eval(model(mx.array([tokens]), cache=cache))
-    return seconds
+    return seen

@@ -85,7 +85,7 @@ def move_experts(model: nn.Module, placement: Placement, rows=None) -> dict:
         one = expert_tensors(experts.stores[0].experts).values()
         count, size = count + arrivals, size + arrivals * sum(array.nbytes // len(array) for array in one)
         seconds.append(time.perf_counter() - began)
-    read = {"experts_read_here": count, "bytes_read_here": size}
+    read = {"experts_read_here": count, "bytes_here": size}
     return {**read, "pause_seconds": sum(seconds, 0.0), "longest_layer_seconds": max(seconds, default=0.0)}
 
 

@@ -82,10 +82,11 @@ def communication(model, trace: RoutingTrace, value_bytes: int, counted: dict, c
     ]
     if ranks > 1:
         calls, payload = (sum(counts[n] for counts in counted.values()) for n in (0, 1))
-        about = {"source": "measured at the calls, head and attention included where sharded", "tokens": len(trace),
+        source = "measured at the calls, sharded head and attention included; an upper bound, for of a prompt MLX"
+        about = {"source": f"{source} carries out only what its caches need", "tokens": len(trace),
                  "calls": calls, "payload_bytes": payload, "by_kind": counted,
                  "payload_bytes_per_token": payload / max(1, len(trace))}  # fmt: skip
-        text = f"{per_token(about['payload_bytes_per_token'])}, {calls} calls in all"
+        text = f"{per_token(about['payload_bytes_per_token'])} at most, {calls} calls"
         figures.append(Figure("counted", "counted at the calls", about, lambda _: text, "measured"))
     one = "" if ranks > 1 else "; in one process nothing is sent"
     title = f"Communication (modelled, {value_bytes}-byte values{one})"
@@ -99,11 +100,14 @@ def communication(model, trace: RoutingTrace, value_bytes: int, counted: dict, c
 
 
 def speed(text: str, tokens: list[int], prompt_tokens: int, last, seconds: Seconds, stock_speed=None) -> list[Table]:
-    """Speed of the run, and where the time of one token goes; `last` is mlx-lm's last response."""
+    """Speed of the run, and where the time of one token goes; `last` is mlx-lm's last response.
+
+    An answer of one token has no speed: there is no time between two.
+    """
     share = seconds.experts / max(seconds.total, 1e-12)
     figures = [
         Figure("prompt_tokens_per_second", "prompt", last.prompt_tps, f"{{:.1f}} tokens/s ({prompt_tokens} tokens)"),
-        Figure("tokens_per_second", "generation", last.generation_tps, f"{{:.1f}} tokens/s ({len(tokens)} tokens)"),
+        Figure("tokens_per_second", "generation", decoding_speed(last), f"{{:.1f}} tokens/s ({len(tokens)} tokens)"),
         Figure(None, "generation by stock mlx-lm", stock_speed, "{:.1f} tokens/s"),
         Figure(None, "share of time in experts", share, f"{{:.0%}} (measured on {seconds.tokens} tokens with stops)"),
     ]
@@ -112,6 +116,11 @@ def speed(text: str, tokens: list[int], prompt_tokens: int, last, seconds: Secon
         Table("Speed", figures, "generation", "measured", also=also, facts=True),
         Table("", [], "time", "measured with a stop after each part", also=vars(seconds), facts=True),
     ]
+
+
+def decoding_speed(last) -> float | None:
+    """Tokens a second by mlx-lm's last response; None where it had but one."""
+    return last.generation_tps if last.generation_tokens > 1 else None
 
 
 def ranks_table(per_rank: list[dict]) -> Table:

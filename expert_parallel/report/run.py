@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 from .. import balance as metrics
 from ..placement import Placement
 from ..trace import RoutingTrace
-from .table import Figure, Table, of_records, shades, size
+from .table import Figure, Table, facts, of_records, shades, size
 
 PHASES = ("prefill", "decode")
 
@@ -60,17 +60,27 @@ def parity(logits: mx.array, tokens: list[int], stock_logits: mx.array, stock_to
     count = len(stock_tokens)
     difference = mx.abs(stock_logits.astype(mx.float32) - logits.astype(mx.float32)).max().item()
 
-    def same(equal):
-        return f"{'the same' if equal else 'NOT the same'} ({count} compared)" if count else "none to compare"
-
+    equal = f"{'the same' if tokens == stock_tokens else 'NOT the same'} ({count} compared)"
     figures = [
-        Figure("tokens_equal", "tokens", tokens == stock_tokens, same),
+        Figure(None, "tokens", equal if count else "none to compare"),
         Figure(
             "max_abs_logit_difference", "largest logit difference", difference, f"{{:.3g}} ({logits.size} compared)"
         ),
     ]
-    also = {"tokens_compared": count, "logits_compared": logits.size, "stock_tokens_per_second": stock_speed}
+    also = {
+        "tokens_equal": tokens == stock_tokens if count else None,
+        "tokens_compared": count,
+        "logits_compared": logits.size,
+        "stock_tokens_per_second": stock_speed,
+    }
     return Table("Parity with stock mlx-lm", figures, "parity", "measured", also=also, facts=True)
+
+
+def not_a_number(layer: int | None) -> Table:
+    """What is said of a model whose answer is no number, from this layer on; None: its layers are sound."""
+    where = "its output" if layer is None else f"layer {layer}"
+    items = {"weights": f"the model answers not-a-number from {where} on: they are damaged, or overflow in this dtype"}
+    return facts("Not a number", items, section="not_a_number", source="measured", also={"from_layer": layer})
 
 
 # --- routing and balance --------------------------------------------------------------------------------------
@@ -204,14 +214,14 @@ def rebalancing(figures: dict, changes: list[tuple[int, Placement]], trace: Rout
         figures["looks"],
         ("after_tokens", "after"),
         (lambda look: look["moves_of_all"] if look["moved"] else "stay", "moved"),
-        (of_move("bytes_of_all"), "read", size),
+        (of_move("bytes_of_all"), "bytes", size),
         (of_move("pause_seconds"), "pause", "{:.2f} s"),
         (of_move("pause_seconds_modelled"), "predicted", "{:.2f} s"),
         (of_move("gain_seconds_modelled"), "gain", "{:.2f} s"),
         (of_move("since", "balancedness_unmoved"), "unmoved", "{:.3f}"),
         (of_move("since", "balancedness"), "as moved", "{:.3f}"),
         section="rebalancing",
-        note="after so many tokens; experts moved, bytes read and pause are measured, predicted pause and gain"
-        f" modelled{side}; last, balancedness of the tokens since (measured)",
+        note="after so many tokens; experts moved, their bytes in memory and the pause are measured, predicted pause"
+        f" and gain modelled{side}; last, balancedness of the tokens since (measured)",
         also={"source": "measured; names with modelled in them are not", **rest},
     )

@@ -56,7 +56,7 @@ def test_experts_move_during_a_generation(quantize):
     assert len(reports) == 3
     for report, expected in reports:
         assert report["experts_read_here"] == expected
-        assert report["bytes_read_here"] == expected * expert_bytes
+        assert report["bytes_here"] == expected * expert_bytes
         assert 0 < report["longest_layer_seconds"] < report["pause_seconds"]
     # Nothing is held twice: memory is what the last placement says.
     assert sum(a.nbytes for _, a in _expert_arrays(model)) == 3 * 16 * expert_bytes
@@ -192,7 +192,7 @@ def test_a_run_that_rebalances_says_the_same(tmp_path):
     figures = json.loads(out.read_text())
     assert figures["parity"]["tokens_equal"] and figures["parity"]["max_abs_logit_difference"] == 0
     moved = [look for look in figures["rebalancing"]["looks"] if look["moved"]]
-    assert moved and all(look["bytes_read_here"] == look["bytes_of_all"] > 0 for look in moved)
+    assert moved and all(look["bytes_here"] == look["bytes_of_all"] > 0 for look in moved)
     assert all(look["pause_seconds"] > 0 for look in moved)
 
 
@@ -214,7 +214,7 @@ def test_ranks_read_only_what_moves_to_them_and_say_the_same(tmp_path):
     figures = json.loads(out.read_text())
     assert figures["parity"]["tokens_equal"] and figures["parity"]["max_abs_logit_difference"] < 1e-4
     moved = [look for look in figures["rebalancing"]["looks"] if look["moved"]]
-    assert moved and all(0 < look["bytes_read_here"] < look["bytes_of_all"] for look in moved)
+    assert moved and all(0 < look["bytes_here"] < look["bytes_of_all"] for look in moved)
 
 
 @pytest.mark.parametrize(

@@ -317,12 +317,15 @@ def test_communication_by_formula_and_as_counted():
     assert figures["counted"]["source"].startswith("measured") and figures["counted"]["by_kind"] == counted
     assert (figures["counted"]["calls"], figures["counted"]["payload_bytes"]) == (200, 24_000)
     assert (
-        facts_of(str(asked), "Communication")["counted at the calls (measured)"] == "400 B per token, 200 calls in all"
+        facts_of(str(asked), "Communication")["counted at the calls (measured)"] == "400 B per token at most, 200 calls"
     )
 
 
 def test_speed_and_where_the_time_goes():
-    last, seconds = SimpleNamespace(prompt_tps=282.04, generation_tps=109.36), Seconds(4, 4, total=0.5, experts=0.2)
+    last, seconds = (
+        SimpleNamespace(prompt_tps=282.04, generation_tps=109.36, generation_tokens=3),
+        Seconds(4, 4, total=0.5, experts=0.2),
+    )
     tables = cost.speed("text", [1, 2, 3], 17, last, seconds, 157.7)
     assert facts_of(str(tables[0]), "Speed (measured)") == {
         "prompt": "282.0 tokens/s (17 tokens)", "generation": "109.4 tokens/s (3 tokens)",
@@ -336,6 +339,8 @@ def test_speed_and_where_the_time_goes():
     }  # fmt: skip
     assert document["time"] == {"source": "measured with a stop after each part", **vars(seconds)}
     assert "stock" not in str(cost.speed("", [], 1, last, seconds)[0])
+    last.generation_tokens = 1  # no time between two
+    assert "generation" not in facts_of(str(cost.speed("", [1], 17, last, seconds)[0]), "Speed")
 
 
 def test_what_runs_where_shows_a_strategy_as_it_is():

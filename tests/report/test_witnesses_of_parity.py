@@ -100,23 +100,20 @@ def test_of_no_tokens_parity_says_nothing(tmp_path):
     assert document["generation"]["tokens"] == [] and document["parity"]["tokens_compared"] == 0
     assert parity_of(text)["tokens"] == "none to compare"
     speed = witness.facts(witness.blocks_of(text)["Speed (measured)"])
-    assert "(0 tokens)" in speed["generation"] and f"on {TIMED} tokens" in speed["share of time in experts"]
+    assert "generation" not in speed and f"on {TIMED} tokens" in speed["share of time in experts"]
 
 
-@pytest.mark.xfail(strict=True, reason="of no tokens the JSON says tokens_equal true, the print says none to compare")
 def test_of_no_tokens_the_document_does_not_say_that_they_are_equal(tmp_path):
     document = run(tmp_path, ending_at(FIRST, tmp_path / "model"))[1]
     assert document["parity"]["tokens_equal"] is None
 
 
-@pytest.mark.xfail(strict=True, reason="thousands of tokens/s are printed as the speed of an answer of no tokens")
 def test_no_tokens_have_no_speed(tmp_path):
     text, document = run(tmp_path, ending_at(FIRST, tmp_path / "model"))
     assert document["generation"]["tokens_per_second"] is None
     assert "tokens/s" not in witness.facts(witness.blocks_of(text)["Speed (measured)"]).get("generation", "")
 
 
-@pytest.mark.xfail(strict=True, reason="nothing says that a model answers not-a-number, and from which layer on")
 @pytest.mark.parametrize("layer", [0, 2])
 def test_weights_that_are_no_numbers_are_said(tmp_path, layer):
     folder = shutil.copytree(SHIPPED, tmp_path / "model")

@@ -182,7 +182,7 @@ def test_communication(run):
     }
     if run.ranks > 1:
         counted = figures["counted"]
-        text = f"{human(counted['payload_bytes_per_token'])} per token, {counted['calls']} calls in all"
+        text = f"{human(counted['payload_bytes_per_token'])} per token at most, {counted['calls']} calls"
         expected[f"counted at the calls ({counted['source'].partition(' ')[0]})"] = text
     assert facts(lines) == expected
 
@@ -208,7 +208,7 @@ def test_rebalancing(name):
     lines, label = block(run, "Rebalancing")
     looks = run.document["rebalancing"]["looks"]
     head, rows, note = columns(lines, len(looks))
-    assert head == ["after", "moved", "read", "pause", "predicted", "gain", "unmoved", "as moved"] and not label
+    assert head == ["after", "moved", "bytes", "pause", "predicted", "gain", "unmoved", "as moved"] and not label
     for look, row in zip(looks, rows, strict=True):
         cells = ["-"] * 6
         if look["moved"]:
@@ -216,7 +216,7 @@ def test_rebalancing(name):
             evenness = (look["since"][name] for name in ("balancedness_unmoved", "balancedness"))
             cells = [human(look["bytes_of_all"]), *(f"{s:.2f} s" for s in pauses), *(f"{b:.3f}" for b in evenness)]
         assert row == [f"{look['after_tokens']}", f"{look['moves_of_all']}" if look["moved"] else "stay", *cells]
-    assert "pause are measured, predicted pause and gain modelled" in note
+    assert "the pause are measured, predicted pause and gain modelled" in note
     assert "balancedness of the tokens since (measured)" in note
 
 
