@@ -54,7 +54,7 @@ def load_configuration(name: str) -> Configuration:
         published = {"repository": document["repository"], **document["published"]}
         return Configuration(name.lower(), document["config"], published)
     try:
-        folder = resolve_model(path if path.exists() else name, lambda repo: _fetched(repo).parent)
+        folder = resolve_model(path if name and path.exists() else name, lambda repo: _fetched(repo).parent)
     except FileNotFoundError as error:
         raise ValueError(f"{error}; bundled configurations: {', '.join(bundled_names())}") from None
     config = read_config(folder / "config.json")

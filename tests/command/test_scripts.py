@@ -171,7 +171,7 @@ def test_a_truncated_weight_file_leaves_no_output(here, broken, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"1234", b"\xff" * 64], ids=["empty", "short", "garbage"])
 def test_a_damaged_weight_file(here, broken, content):
     (broken / "model.safetensors").write_bytes(content)
-    refused(here("--model", broken), "has no model*.safetensors")
+    refused(here("--model", broken), "model.safetensors is truncated or corrupt")
 
 
 def test_a_missing_weight_file(here, broken):
