@@ -14,15 +14,15 @@ by token, because tokens differ in how many experts the fullest device has.
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from ..layers import moe_layers
-from ..trace import record_routing
+from ..layers import activation_type, expert_tensors, moe_layers
+from ..trace import record_routing, replaced
 from ..trials import Silent
 from .step import Demand, Machine, fit_arithmetic, fullest_device
 
@@ -30,15 +30,20 @@ from .step import Demand, Machine, fit_arithmetic, fullest_device
 @contextmanager
 def without_experts(model):
     """The model with experts that answer zeros while the block runs."""
-    layers = moe_layers(model)
-    originals = [layer.experts for layer in layers]
-    try:
-        for layer in layers:
-            layer.experts = Silent(layer.experts)
+    with ExitStack() as stack:
+        for layer in moe_layers(model):
+            stack.enter_context(replaced(layer, {"experts": Silent(layer.experts)}))
         yield
-    finally:
-        for layer, experts in zip(layers, originals, strict=True):
-            layer.experts = experts
+
+
+def shortest(run, rounds: int) -> float:
+    """Seconds of the quickest of so many calls; what is built at the first is not counted where there are more."""
+    seconds = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        mx.eval(run())
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
 
 
 def random_tokens(model, count: int, seed: int = 0) -> list[int]:
@@ -63,14 +68,13 @@ def seconds_per_token(model, tokens: list[int], context: int = 8, rounds: int = 
 
 def seconds_of_prompt(model, tokens: list[int], rounds: int = 3) -> float:
     """Shortest time to fill a cache with a prompt, without the output head's logits, as generation does."""
-    shortest = float("inf")
-    for _ in range(rounds):
+
+    def fill():
         cache = make_prompt_cache(model)
-        begin = time.perf_counter()
         model(mx.array([tokens]), cache=cache)
-        mx.eval([entry.state for entry in cache])
-        shortest = min(shortest, time.perf_counter() - begin)
-    return shortest
+        return [entry.state for entry in cache]
+
+    return shortest(fill, rounds)
 
 
 def cache_speed(model, demand: Demand, tokens: int = 16384, rounds: int = 3) -> float:
@@ -78,29 +82,20 @@ def cache_speed(model, demand: Demand, tokens: int = 16384, rounds: int = 3) -> 
 
     The cache is filled with zeros: attention costs the same, and no prompt needs to be read.
     """
-
-    def shortest(context):
-        best = float("inf")
-        for _ in range(rounds):
-            cache = make_prompt_cache(model)
-            mx.eval(model(mx.array([[1]]), cache=cache))
-            for entry in cache:
-                heads, keys, values = entry.keys.shape[1], entry.keys.shape[3], entry.values.shape[3]
-                kind = entry.keys.dtype
-                entry.update_and_fetch(
-                    mx.zeros((1, heads, context, keys), kind), mx.zeros((1, heads, context, values), kind)
-                )
-            mx.eval([entry.state for entry in cache])
-            mx.eval(model(mx.array([[1]]), cache=cache))
-            begin = time.perf_counter()
-            mx.eval(model(mx.array([[2]]), cache=cache))
-            best = min(best, time.perf_counter() - begin)
-        return best
-
     if not all(type(entry) is KVCache for entry in make_prompt_cache(model)):
         return 0.0
+
+    def seconds(context):
+        cache = make_prompt_cache(model)
+        mx.eval(model(mx.array([[1]]), cache=cache))
+        for entry in cache:
+            more = [mx.zeros((1, a.shape[1], context, a.shape[3]), a.dtype) for a in (entry.keys, entry.values)]
+            entry.update_and_fetch(*more)
+        mx.eval([entry.state for entry in cache])
+        return shortest(lambda: model(mx.array([[1]]), cache=cache), rounds + 1)
+
     with without_experts(model):
-        longer = shortest(tokens) - shortest(1)
+        longer = seconds(tokens) - seconds(1)
     return demand.cache_per_token * tokens / longer if longer > 0 else 0.0
 
 
@@ -108,15 +103,9 @@ def head_seconds(model, hidden: int, rounds: int = 6) -> float:
     """Shortest time of the output head for one token."""
     head = getattr(model, "language_model", model).get("lm_head")
     if head is None:
-        table = next(m for m in model.modules() if isinstance(m, nn.Embedding | nn.QuantizedEmbedding))
-        head = table.as_linear
+        head = next(m for m in model.modules() if isinstance(m, nn.Embedding | nn.QuantizedEmbedding)).as_linear
     x = mx.random.normal((1, 1, hidden))
-    shortest = float("inf")
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        mx.eval(head(x))
-        shortest = min(shortest, time.perf_counter() - begin)
-    return shortest
+    return shortest(lambda: head(x), rounds)
 
 
 def measure_machine(
@@ -126,7 +115,6 @@ def measure_machine(
     num_tokens: int = 8,
     prompt_tokens: int = 32,
     rounds: int = 3,
-    name="this machine",
 ) -> Machine:
     """Constants of this machine for models like this one; a model of a few layers will do.
 
@@ -149,13 +137,14 @@ def measure_machine(
     # Where the rest moves faster than the head alone did, it is the rest that decoding consists of.
     bandwidth = max(bandwidth, demand.rest_bytes / rest)
     machine = Machine(
-        name,
+        "this machine",
         bandwidth,
         expert_bytes / (whole - rest),
         1e30,
         per_layer,
         source=f"measured here with {demand.num_layers} layers, {demand.num_moe_layers} of them MoE",
         cache_bytes_per_second=cache_speed(model, demand, rounds=rounds),
+        value_bytes=activation_type(expert_tensors(moe_layers(model)[0].experts)).size,
     )
     prompt = random_tokens(model, prompt_tokens, seed=1)
     seconds = seconds_of_prompt(model, prompt, rounds)

@@ -19,13 +19,23 @@ EFFICIENCY = M4_MAX_BYTES / 546e9  # of the vendor's bandwidth: 87%
 ARITHMETIC_EFFICIENCY = 0.4  # assumed, of NVIDIA's dense bf16 peak
 
 
-def _machine(name, bandwidth, operations, memory, source):
-    moved = bandwidth * EFFICIENCY
-    return Machine(name, moved, moved, operations, M4_MAX_LAYER_SECONDS, memory, source)
+# What the system leaves to weights and caches: of Apple's unified memory 3/4 (Metal's recommendedMaxWorkingSetSize
+# was 74% of 16 GB in AlexsJones/llmfit 754, 84% of 128 GiB in antirez/ds4 890), of a GPU of its own 9/10 (vLLM's
+# default gpu_memory_utilization).
+APPLE, NVIDIA = 0.75, 0.9
 
 
-_ASSUMED = "; efficiency and cost per layer assumed as on the M4 Max"
-_CORES = ", arithmetic by GPU cores"
+def _apple(name, bandwidth, cores, memory, source):
+    moved, operations = bandwidth * EFFICIENCY, M4_MAX_OPERATIONS * cores / 40
+    words = f"{source}; efficiency and cost per layer assumed as on the M4 Max, arithmetic by GPU cores"
+    return Machine(name, moved, moved, operations, M4_MAX_LAYER_SECONDS, memory, words, usable=APPLE)
+
+
+def _nvidia(name, bandwidth, peak, source):
+    moved, operations = bandwidth * EFFICIENCY, peak * ARITHMETIC_EFFICIENCY
+    words = f"{source}; efficiency and cost per layer assumed as on the M4 Max, 40% of peak arithmetic assumed"
+    return Machine(name, moved, moved, operations, M4_MAX_LAYER_SECONDS, 80e9, words, usable=NVIDIA)
+
 
 MACHINES = {
     "m4-max": Machine(
@@ -36,35 +46,12 @@ MACHINES = {
         M4_MAX_LAYER_SECONDS,
         128e9,
         "546 GB/s, 128 GB (Apple newsroom, 2024-10-30); fitted on mlx-lm's BENCHMARKS.md",
+        usable=APPLE,
     ),
-    "m2-ultra": _machine(
-        "Apple M2 Ultra",
-        800e9,
-        M4_MAX_OPERATIONS * 76 / 40,
-        192e9,
-        f"800 GB/s, 192 GB, 76 cores (Apple newsroom, 2023-06-05){_ASSUMED}{_CORES}",
-    ),
-    "m3-ultra": _machine(
-        "Apple M3 Ultra",
-        819e9,
-        M4_MAX_OPERATIONS * 80 / 40,
-        512e9,
-        f"819 GB/s, 512 GB, 80 cores (Apple newsroom, 2025-03-05){_ASSUMED}{_CORES}",
-    ),
-    "a100": _machine(
-        "NVIDIA A100 SXM 80 GB",
-        2039e9,
-        312e12 * ARITHMETIC_EFFICIENCY,
-        80e9,
-        f"2039 GB/s, 312 TFLOP/s (NVIDIA A100 datasheet){_ASSUMED}, 40% of peak arithmetic assumed",
-    ),
-    "h100": _machine(
-        "NVIDIA H100 SXM 80 GB",
-        3350e9,
-        989e12 * ARITHMETIC_EFFICIENCY,
-        80e9,
-        f"3350 GB/s, 989 TFLOP/s dense (NVIDIA H100 datasheet){_ASSUMED}, 40% of peak arithmetic assumed",
-    ),
+    "m2-ultra": _apple("Apple M2 Ultra", 800e9, 76, 192e9, "800 GB/s, 192 GB, 76 cores (Apple newsroom, 2023-06-05)"),
+    "m3-ultra": _apple("Apple M3 Ultra", 819e9, 80, 512e9, "819 GB/s, 512 GB, 80 cores (Apple newsroom, 2025-03-05)"),
+    "a100": _nvidia("NVIDIA A100 SXM 80 GB", 2039e9, 312e12, "2039 GB/s, 312 TFLOP/s (NVIDIA A100 datasheet)"),
+    "h100": _nvidia("NVIDIA H100 SXM 80 GB", 3350e9, 989e12, "3350 GB/s, 989 TFLOP/s dense (NVIDIA H100 datasheet)"),
 }
 
 LINKS = {

@@ -15,22 +15,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-
-def combine_bytes(hidden: int, top_k: int, value_bytes: int = 2, combine: str = "gather") -> int:
-    """Payload of one token in one MoE layer: what one all-sum adds up.
-
-    value_bytes  2 for bfloat16, 4 for float32 (the CPU)
-    """
-    if combine == "gather":
-        return top_k * hidden * value_bytes
-    if combine == "reduce":
-        return hidden * value_bytes
-    raise ValueError(f'combine is "gather" or "reduce", got {combine!r}')
+from ..serving import Serving
 
 
 def bytes_per_token(hidden: int, top_k: int, num_layers: int, value_bytes: int = 2, combine: str = "gather") -> int:
-    """Payload of one token over all L MoE layers."""
-    return num_layers * combine_bytes(hidden, top_k, value_bytes, combine)
+    """Payload of one token over all L MoE layers: what their all-sums add up.
+
+    value_bytes  2 for bfloat16, 4 for float32 (the CPU)
+    """
+    return num_layers * hidden * value_bytes * (top_k if combine == "gather" else 1)
 
 
 def ring_traffic(payload: float, num_devices: int) -> float:
@@ -42,50 +35,24 @@ def ring_traffic(payload: float, num_devices: int) -> float:
     return 2 * (num_devices - 1) / num_devices * payload
 
 
-def dispatch_bytes(foreign_devices: float, hidden: int, value_bytes: int = 2) -> float:
-    """Bytes of one token in one MoE layer by dispatch and return, `foreign_devices` visited (mean allowed)."""
-    return 2 * foreign_devices * hidden * value_bytes
-
-
-def serving_devices(experts, held, home) -> np.ndarray:
-    """Device that serves each slot of one layer, [T, k], when tokens live on devices.
-
-    experts [T, k];  held bool [D, E];  home [T], the device a token lives on
-    A copy at home serves; else the copies of an expert take turns over the tokens.
-    """
-    experts, home = np.asarray(experts, dtype=np.int64), np.asarray(home)
-    holders = [np.flatnonzero(column) for column in held.T]
-    turns = np.stack([np.resize(h, held.sum(axis=0).max()) for h in holders])  # [E, most copies]
-    away = turns[experts, np.arange(len(experts))[:, None] % turns.shape[1]]
-    return np.where(held[home[:, None], experts], home[:, None], away)
-
-
-def traffic_matrix(experts, held, hidden: int, value_bytes: int = 2, home=None, send: str = "tokens") -> np.ndarray:
+def traffic_matrix(experts, held, hidden: int, value_bytes: int = 2, home=None) -> np.ndarray:
     """Bytes sent from device i to device j to dispatch a trace's tokens, float [L, D, D]; modelled.
 
-    experts  [T, L, k] expert ids;  held  bool [L, D, E]
-    home     [T], device a token lives on; token t on device t mod D where None
-    send     tokens  a token goes once to a device, however many of its experts are there
-             slots   once for every expert
-    The way back is the transpose. The diagonal (what stays) is zero.
+    experts  [T, L, k] expert ids;  held  bool [L, D, E];  home  [T], device a token lives on; t mod D where None
+    A token goes once to a device, however many of its experts are there, and not away where its home has the expert;
+    copies elsewhere take turns over the tokens. The way back is the transpose. The diagonal (what stays) is zero.
     """
-    experts, held = np.asarray(experts), np.asarray(held, dtype=bool)
-    if send not in ("tokens", "slots"):
-        raise ValueError(f'send is "tokens" or "slots", got {send!r}')
-    if experts.ndim != 3 or held.ndim != 3 or experts.shape[1] != held.shape[0]:
-        raise ValueError(f"trace [tokens, layers, chosen] {experts.shape} does not fit holders {held.shape}")
-    if experts.size and experts.max() >= held.shape[2]:
-        raise ValueError(f"expert {experts.max()} does not exist: holders are given for {held.shape[2]}")
-    num_layers, num_devices, _ = held.shape
-    home = np.arange(len(experts)) % num_devices if home is None else np.asarray(home)
+    experts, held = np.asarray(experts, dtype=np.int64), np.asarray(held, dtype=bool)
+    num_tokens, (num_layers, num_devices, _) = np.arange(len(experts)), held.shape
+    home = num_tokens % num_devices if home is None else np.asarray(home)
     result = np.zeros((num_layers, num_devices, num_devices))
-    for layer in range(num_layers):
-        device = serving_devices(experts[:, layer], held[layer], home)  # [T, k]
-        visits = np.zeros((len(experts), num_devices))  # how often a token goes to a device
-        np.add.at(visits, (np.arange(len(experts))[:, None], device), 1)
-        if send == "tokens":
-            visits = np.minimum(visits, 1)
-        np.add.at(result[layer], home, visits * hidden * value_bytes)
+    for layer, chosen in enumerate(experts.transpose(1, 0, 2)):
+        turns = Serving(held[layer]).turns
+        away = turns[num_tokens[:, None] % len(turns), chosen]
+        device = np.where(held[layer, home[:, None], chosen], home[:, None], away)
+        visits = np.zeros((len(experts), num_devices), dtype=bool)
+        np.put_along_axis(visits, device, True, axis=1)
+        np.add.at(result[layer], home, visits * float(hidden * value_bytes))
         np.fill_diagonal(result[layer], 0)
     return result
 
@@ -106,16 +73,6 @@ class Link:
     latency_seconds: float
     bytes_per_second: float
     algorithm: str = "ring"
-
-    def __post_init__(self):
-        if self.latency_seconds < 0 or not self.bytes_per_second > 0:
-            raise ValueError(f"a link has latency >= 0 and bandwidth > 0, got {self}")
-        if self.algorithm not in ("ring", "tree", "mesh", "switch", "auto"):
-            raise ValueError(f"a link's algorithm is ring, tree, mesh, switch or auto, got {self.algorithm!r}")
-
-    def send_time(self, num_bytes: float) -> float:
-        """Seconds to send one message to a neighbour."""
-        return self.latency_seconds + num_bytes / self.bytes_per_second
 
     def all_sum_parts(self, payload: float, num_devices: int) -> tuple[float, float]:
         """(seconds of latency, seconds of bandwidth) of an all-sum of `payload` bytes; 0 for one device."""
@@ -145,22 +102,19 @@ class Link:
 
 
 def fit_link(payloads, seconds, num_devices: int, algorithm: str = "ring") -> Link:
-    """The link whose all-sum times fit measured ones best (least squares of relative errors).
+    """The link whose all-sum times fit measured ones best: least squares of relative errors, no part below 0.
 
     payloads, seconds  [n] each, n at least 2 with different payloads
     """
     payloads, seconds = np.asarray(payloads, dtype=np.float64), np.asarray(seconds, dtype=np.float64)
-    if len(np.unique(payloads)) < 2 or num_devices < 2 or (seconds <= 0).any():
-        raise ValueError("to fit a link needs two payloads of different size, positive times and 2 devices or more")
     steps, _ = Link(1.0, 1.0, algorithm).all_sum_parts(0, num_devices)
     _, sent = Link(1.0, 1.0, algorithm).all_sum_parts(1, num_devices)
     columns = np.stack([np.full(len(payloads), steps), sent * payloads], axis=1) / seconds[:, None]
     scale = columns.max(axis=0)  # seconds and seconds a byte differ by ten orders
-    latency, per_byte = np.linalg.lstsq(columns / scale, np.ones(len(seconds)), rcond=None)[0] / scale
-    if latency < 0 or per_byte <= 0:
-        # One term drowns in the other's noise: keep the line through the two ends.
-        order = np.argsort(payloads)
-        (small, large), (early, late) = payloads[order[[0, -1]]], seconds[order[[0, -1]]]
-        per_byte = max(late - early, 1e-3 * late) / (large - small) / sent
-        latency = max(early / steps - small * per_byte * sent / steps, 0.0)
-    return Link(float(latency), float(1 / per_byte), algorithm)
+    columns, ones = columns / scale, np.ones(len(seconds))
+    found = np.linalg.lstsq(columns, ones, rcond=None)[0]
+    if (found < 0).any():  # one term drowns in the other's noise: the better of them alone
+        alone = [np.eye(2)[n] * column.sum() / (column**2).sum() for n, column in enumerate(columns.T)]
+        found = min(alone, key=lambda parts: ((columns @ parts - ones) ** 2).sum())
+    latency, per_byte = found / scale
+    return Link(float(latency), float(1 / max(per_byte, 1e-15)), algorithm)

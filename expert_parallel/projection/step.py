@@ -72,7 +72,9 @@ class Machine:
     operations_per_second    of large matrix products, two per multiplication and addition
     layer_seconds            what a layer costs whatever its size: launches, synchronisation
     cache_bytes_per_second   of keys and values; 0: as weights (on a CPU they need no unpacking)
-    memory_bytes             for weights and caches
+    memory_bytes             that are built in
+    usable                   share of them that weights and caches may take; the rest is the system's
+    value_bytes              of one value that is summed over devices: 2 for bfloat16, 4 for float32 (a CPU)
     """
 
     name: str
@@ -83,45 +85,8 @@ class Machine:
     memory_bytes: float = float("inf")
     source: str = ""
     cache_bytes_per_second: float = 0.0
-
-    def __post_init__(self):
-        for field in ("bytes_per_second", "expert_bytes_per_second", "operations_per_second"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"machine {self.name}: {field} must be above 0, got {getattr(self, field)}")
-        if self.layer_seconds < 0:
-            raise ValueError(f"machine {self.name}: layer_seconds must be at least 0, got {self.layer_seconds}")
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """D equal devices; over `num_nodes` machines if more than one.
-
-    link, node_link  `communication.Link` inside a machine and between machines
-    """
-
-    machine: Machine
-    num_devices: int = 1
-    link: object = None
-    num_nodes: int = 1
-    node_link: object = None
-
-    def __post_init__(self):
-        if self.num_devices < 1 or self.num_nodes < 1 or self.num_devices % self.num_nodes:
-            raise ValueError(f"{self.num_devices} devices do not spread evenly over {self.num_nodes} nodes")
-        if self.num_devices > self.num_nodes and self.link is None:
-            raise ValueError(f"{self.num_devices} devices need a link")
-        if self.num_nodes > 1 and self.node_link is None:
-            raise ValueError(f"{self.num_nodes} nodes need a node_link")
-
-    def all_sum_parts(self, payload: float) -> tuple[float, float]:
-        """(latency, transfer) seconds: inside every node, then of each device's share between nodes."""
-        per_node = self.num_devices // self.num_nodes
-        parts = [(0.0, 0.0)]
-        if per_node > 1:
-            parts.append(self.link.all_sum_parts(payload, per_node))
-        if self.num_nodes > 1:
-            parts.append(self.node_link.all_sum_parts(payload / per_node, self.num_nodes))
-        return tuple(np.sum(parts, axis=0))
+    usable: float = 1.0
+    value_bytes: int = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,12 +104,9 @@ class Fullest:
 def fullest_device(experts, held, batch: int = 1) -> Fullest:
     """Measure it on a trace, `batch` tokens to a step: the mean over steps of the maximum over devices.
 
-    experts  [T, L, k] expert ids;  held  bool [L, D, E]
+    experts  [T, L, k] expert ids, T at least `batch`;  held  bool [L, D, E]
     """
-    experts, held = np.asarray(experts, dtype=np.int64), np.asarray(held, dtype=bool)
-    steps = len(experts) // batch
-    if steps == 0:
-        raise ValueError(f"a trace of {len(experts)} tokens has no step of {batch}")
+    experts, steps = np.asarray(experts, dtype=np.int64), len(experts) // batch
     num_layers, num_devices, num_experts = held.shape
     read, computed = np.zeros(num_layers), np.zeros(num_layers)
     step = np.arange(steps)[:, None]
@@ -164,11 +126,10 @@ def uniform_experts(num_tokens: int, num_layers: int, num_experts: int, top_k: i
     return np.argpartition(rank, top_k - 1, axis=-1)[..., :top_k].astype(np.uint16)
 
 
-def even_load(demand: Demand, num_devices: int, batch: int = 1) -> Fullest:
+def even_load(demand: Demand, num_devices: int, tokens: int = 1) -> Fullest:
     """Perfect balance: every device has a D-th of the slots (the mean that no device stays above)."""
-    slots = np.full(demand.num_moe_layers, batch * demand.chosen / num_devices)
-    most = demand.num_experts / num_devices
-    return Fullest(np.minimum(slots, most), slots)
+    slots = np.full(demand.num_moe_layers, tokens * demand.chosen / num_devices)
+    return Fullest(np.minimum(slots, demand.num_experts / num_devices), slots)
 
 
 @dataclass(frozen=True)
@@ -193,93 +154,82 @@ class Estimate:
     @property
     def bottleneck(self) -> str:
         """The largest part."""
-        names = {
-            "fixed": "fixed cost per layer",
-            "rest": "all but the experts",
-            "experts": "experts",
-            "latency": "latency of collectives",
-            "transfer": "bandwidth of collectives",
-        }
-        return names[max(names, key=lambda name: getattr(self, name))]
+        return NAMES[max(NAMES, key=lambda part: getattr(self, part))]
+
+
+NAMES = {
+    "fixed": "fixed cost per layer",
+    "rest": "all but the experts",
+    "experts": "experts",
+    "latency": "latency of collectives",
+    "transfer": "bandwidth of collectives",
+}
 
 
 def decode_step(
     demand: Demand,
-    cluster: Cluster,
+    machine: Machine,
+    num_devices: int = 1,
+    link=None,
     load: Fullest | None = None,
     context: int = 0,
     batch: int = 1,
-    combine: str = "reduce",
     rest_share: float = 1.0,
-    value_bytes: int = 2,
 ) -> Estimate:
-    """One token for each of B sequences.
+    """One token for each of B sequences, over D equal devices.
 
+    link        anything with `all_sum_parts(payload, num_devices)`, see links.py
     load        None: perfect balance
     context     tokens in each sequence's cache
     rest_share  part of all but the experts that one device does: 1 where replicated, about 1 / D where
                 mlx-lm shards it too (hybrid), which costs one more all-sum a layer
     """
-    return _step(demand, cluster, load, [(context, context + 1)], batch, combine, rest_share, value_bytes, head=batch)
+    return _step(demand, machine, num_devices, link, load, [(context, context + 1)], batch, rest_share, head=batch)
 
 
 def prefill(
-    demand: Demand,
-    cluster: Cluster,
-    num_tokens: int,
-    load: Fullest | None = None,
-    combine: str = "reduce",
-    rest_share: float = 1.0,
-    value_bytes: int = 2,
+    demand: Demand, machine: Machine, num_tokens: int, num_devices: int = 1, link=None, load: Fullest | None = None
 ) -> Estimate:
-    """A prompt of T tokens, read in chunks of 2048. `load` is of one such chunk (batch = its tokens)."""
+    """A prompt of T tokens, read in chunks of 2048. `load` is of one such chunk."""
     starts = range(0, num_tokens, PREFILL_CHUNK)
     chunks = [(start, min(start + PREFILL_CHUNK, num_tokens)) for start in starts]
-    return _step(demand, cluster, load, chunks, 1, combine, rest_share, value_bytes, head=1)
+    return _step(demand, machine, num_devices, link, load, chunks, 1, 1.0, head=1)
 
 
-def _step(demand, cluster, load, chunks, batch, combine, rest_share, value_bytes, head):
-    if combine not in ("gather", "reduce"):
-        raise ValueError(f'combine is "gather" or "reduce", got {combine!r}')
-    machine, devices = cluster.machine, cluster.num_devices
+def _step(demand, machine, num_devices, link, load, chunks, batch, rest_share, head):
     parts = np.zeros(5)
     for first, last in chunks:
         tokens = (last - first) * batch
-        there = load or even_load(demand, devices, tokens)
-        cached = demand.cache_bytes(first) * batch * rest_share
-        read = demand.rest_bytes * rest_share / machine.bytes_per_second
-        read += cached / (machine.cache_bytes_per_second or machine.bytes_per_second)
-        products = (
-            2.0 * (demand.rest_parameters - demand.head_parameters) * tokens + 2.0 * demand.head_parameters * head
-        )
-        operations = (products + demand.attention_operations(first, last) * batch) * rest_share
-        rest = max(read, operations / machine.operations_per_second)
+        there = load or even_load(demand, num_devices, tokens)
+        # 1. All but the experts: what is read, or computed if that takes longer.
+        read = demand.rest_bytes / machine.bytes_per_second
+        read += demand.cache_bytes(first) * batch / (machine.cache_bytes_per_second or machine.bytes_per_second)
+        products = (demand.rest_parameters - demand.head_parameters) * tokens + demand.head_parameters * head
+        operations = 2.0 * products + demand.attention_operations(first, last) * batch
+        rest = max(read, operations / machine.operations_per_second) * rest_share
+        # 2. The experts of the fullest device, the same way, layer by layer.
         experts = np.maximum(
             demand.expert_bytes * there.experts / machine.expert_bytes_per_second,
             2.0 * demand.expert_parameters * there.slots / machine.operations_per_second,
         ).sum()
-        payload = tokens * demand.hidden * value_bytes
-        latency, transfer = cluster.all_sum_parts(payload * (demand.chosen if combine == "gather" else 1))
-        collectives = np.array([latency, transfer]) * demand.num_moe_layers
-        if rest_share < 1:
-            collectives += np.array(cluster.all_sum_parts(payload)) * demand.num_layers
+        # 3. All-sums of the weighted sums.
+        collectives = np.zeros(2)
+        if num_devices > 1:
+            once = np.array(link.all_sum_parts(tokens * demand.hidden * machine.value_bytes, num_devices))
+            collectives = once * (demand.num_moe_layers + (demand.num_layers if rest_share < 1 else 0))
         parts += [machine.layer_seconds * demand.num_layers, rest, experts, *collectives]
     return Estimate(*parts.tolist(), tokens=sum(last - first for first, last in chunks) * batch)
-
-
-def best_number(estimates: dict[int, Estimate]) -> int:
-    """The number of devices with most tokens a second; from there on more devices do not pay."""
-    return max(sorted(estimates), key=lambda n: estimates[n].tokens_per_second)
 
 
 def fit_arithmetic(machine: Machine, demand: Demand, tokens: int, speed: float, load: Fullest | None = None) -> Machine:
     """The machine with operations_per_second that a prompt's speed asks for, by bisection: more never take longer.
 
     load  what one device did for this prompt, where it is known
+    ValueError where at this speed no time is left for arithmetic.
     """
 
     def seconds(operations):
-        return prefill(demand, Cluster(replace(machine, operations_per_second=operations)), tokens, load).seconds
+        return prefill(demand, replace(machine, operations_per_second=operations), tokens, load=load).seconds
 
     low, high = 1e6, 1e18
     if seconds(high) >= tokens / speed:
@@ -288,9 +238,3 @@ def fit_arithmetic(machine: Machine, demand: Demand, tokens: int, speed: float, 
         middle = (low * high) ** 0.5
         low, high = (middle, high) if seconds(middle) > tokens / speed else (low, middle)
     return replace(machine, operations_per_second=high)
-
-
-def one_token_bytes(demand: Demand, context: int = 0) -> float:
-    """Bytes that one device alone reads for one token."""
-    experts = float(demand.expert_bytes.sum()) * demand.chosen
-    return demand.rest_bytes + experts + demand.cache_bytes(context)

@@ -12,14 +12,11 @@ import numpy as np
 from ..models.architecture import Architecture, fullest_device_bytes
 from ..placing.strategies import place_experts
 from ..projection import step
-from ..projection.hardware import LINKS, MACHINES
 from ..projection.links import Link
 from ..trace import RoutingTrace
-from .table import Table, facts, of_records
+from .table import Table, facts, of_records, size
 
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
-PARTS = ("fixed", "rest", "experts", "latency", "transfer")
-DECODING, PROMPT = (1, 64), 8192  # sequences in a step, and tokens, of the original write-up's cases
 
 
 @dataclass(frozen=True)
@@ -62,46 +59,43 @@ def speed(tokens_per_second: float) -> str:
 
 
 def projection(described: Architecture, setting: Setting, hybrid=None, section: str = "projection") -> list[Table]:
-    """Speed for each number of devices, where it is lost, and from which number on more do not pay.
+    """Speed for each number of devices, where it is lost, and which number is the best of those that hold the model.
 
     hybrid  {devices: bytes of the fullest one, all but the experts sharded too}, where that can be
     """
     demand, machine, context = described.demand, setting.machine, setting.context
-    alone = step.decode_step(demand, step.Cluster(machine), setting.load(demand, 1, 1), context=context)
-    estimates, rows = {}, []
+    room, cache = machine.memory_bytes * machine.usable, described.cache_bytes_at(context)
+    alone = step.decode_step(demand, machine, load=setting.load(demand, 1, 1), context=context)
+    rows = []
     for count in setting.devices:
-        cluster = step.Cluster(machine, count, setting.link if count > 1 else None)
-        load = setting.load(demand, count, 1)
-        estimates[count] = decoded = step.decode_step(demand, cluster, load, context=context)
-        chunk = step.PREFILL_CHUNK
-        read = step.prefill(demand, cluster, chunk, setting.load(demand, count, chunk))
+        over, load = (count, setting.link), setting.load(demand, count, 1)
+        decoded = step.decode_step(demand, machine, *over, load, context)
+        even = step.decode_step(demand, machine, *over, context=context)
+        chunk = setting.load(demand, count, step.PREFILL_CHUNK)
         copies = setting.redundant if count > 1 else 0
-        needed = fullest_device_bytes(described.bytes, count, redundant=copies) + described.cache_bytes_at(context)
         row = {
             "devices": count,
-            "fits": needed <= machine.memory_bytes,
+            "fits": fullest_device_bytes(described.bytes, count, redundant=copies) + cache <= room,
             "tokens_per_second": decoded.tokens_per_second,
             "speed_up": alone.seconds / decoded.seconds,
-            "tokens_per_second_if_even": step.decode_step(demand, cluster, context=context).tokens_per_second,
-            "prompt_tokens_per_second": read.tokens_per_second,
+            "tokens_per_second_if_even": even.tokens_per_second,
+            "prompt_tokens_per_second": step.prefill(
+                demand, machine, step.PREFILL_CHUNK, *over, chunk
+            ).tokens_per_second,
             "bottleneck": decoded.bottleneck,
-            "milliseconds": {part: 1e3 * getattr(decoded, part) for part in PARTS},
+            "milliseconds": {part: 1e3 * getattr(decoded, part) for part in step.NAMES},
         }
         if count > 1 and (bytes_there := (hybrid or {}).get(count)):
             share = (bytes_there - fullest_device_bytes(described.bytes, count, rest=0)) / described.bytes.rest
-            sharded = step.decode_step(demand, cluster, load, context=context, rest_share=share)
+            sharded = step.decode_step(demand, machine, *over, load, context, rest_share=share)
             row["hybrid_tokens_per_second"] = sharded.tokens_per_second
         rows.append(row)
-    return _tables(setting, rows, step.best_number(estimates), section)
-
-
-def _tables(setting, rows, best, section) -> list[Table]:
+    best, why = best_number(rows)
     routing = "uniform" if setting.trace is None else setting.trace.model or "trace"
-    also = {"hardware": setting.machine.name, "hardware_source": setting.machine.source, "context": setting.context,
-            "best_devices": best, "routing": routing, "link": setting.link_name,
-            "link_source": setting.link_source}  # fmt: skip
+    about = {"hardware": machine.name, "hardware_source": machine.source, "memory_bytes": room, "context": context}
+    about |= {"best_devices": best, "routing": routing, "link": setting.link_name, "link_source": setting.link_source}
     table = of_records(
-        f"Projection (modelled): {setting.machine.name}, {setting.link_name}, {routing} routing",
+        f"Projection (modelled): {machine.name}, {setting.link_name}, {routing} routing",
         "devices",
         rows,
         (lambda row: f"{row['devices']}{'' if row['fits'] else ' *'}", "devices"),
@@ -113,59 +107,30 @@ def _tables(setting, rows, best, section) -> list[Table]:
         ("bottleneck", "most time goes to"),
         section=section,
         source="modelled",
-        also=also,
+        also=about,
     )
-    rises = best == rows[-1]["devices"] > 1
-    more = "of those considered, and speed still rises there" if rises else "more devices do not speed decoding up"
     items = {
-        "context": f"{setting.context:,} tokens before the one that is decoded (--context)",
-        "best number": f"{best}; {more}",
-        "device": setting.machine.source,
+        "best number": why,
+        "context": f"{context:,} tokens before the one that is decoded (--context)",
+        "device": machine.source,
         "link": setting.link_source,
-        "*": None if all(row["fits"] for row in rows) else "does not fit into memory",
-    }
+        "*": None if all(row["fits"] for row in rows) else f"does not fit into {size(room)} ({machine.usable:.0%} of"
+        f" {size(machine.memory_bytes)}; the rest is the system's) with all but the experts on each device",
+    }  # fmt: skip
     return [table, facts("What it rests on", items)]
 
 
-def original_claims(described: Architecture) -> list[Table]:
-    """The two projections of the original write-up, on H100s: its claims beside what this model says.
-
-    [] where one such GPU cannot hold the model: a speed-up over it is none.
-    """
-    demand, machine = described.demand, MACHINES["h100"]
-    if fullest_device_bytes(described.bytes, 1) > machine.memory_bytes or demand.num_experts < 64:
-        return []
-    nvlink, infiniband = LINKS["nvlink-h100"][0], LINKS["infiniband-ndr"][0]
-    setting, one = Setting(machine, nvlink, "", ""), step.Cluster(machine)
-    node = step.Cluster(machine, 8, nvlink)
-    nodes = step.Cluster(machine, 64, nvlink, num_nodes=8, node_link=infiniband)
-    cases = []
-    for name, claim, *clusters in (
-        ("8 GPUs in one machine", "2-4x over one GPU", one, node),
-        ("8 nodes of 8 GPUs", "10-20x over one node", node, nodes),
-    ):
-        seconds = {
-            f"decoding, batch {batch}": [
-                step.decode_step(demand, c, setting.load(demand, c.num_devices, batch), batch=batch).seconds
-                for c in clusters
-            ]
-            for batch in DECODING
-        }
-        chunk = step.PREFILL_CHUNK
-        seconds[f"prompt of {PROMPT} tokens"] = [
-            step.prefill(demand, c, PROMPT, setting.load(demand, c.num_devices, chunk)).seconds for c in clusters
-        ]
-        speed_up = {what: before / after for what, (before, after) in seconds.items()}
-        cases.append({"case": name, "claim": claim, "speed_up": speed_up})
-    table = of_records(
-        f"The original write-up's projections, on {machine.name} (modelled)",
-        "cases",
-        cases,
-        ("case", ""),
-        ("claim", "claim"),
-        *((lambda case, what=what: case["speed_up"][what], what, "{:.2f}x") for what in cases[0]["speed_up"]),
-        section="original_claims",
-        source="modelled",
-        also={"hardware": machine.name},
-    )
-    return [table]
+def best_number(rows: list[dict]) -> tuple[int | None, str]:
+    """(number of devices that decodes fastest of those that hold the model, or None; what is to be said of it)."""
+    fitting = [row for row in rows if row["fits"]]
+    if not fitting:
+        return None, f"none: {rows[-1]['devices']} devices do not hold the model, nor do fewer"
+    best = max(fitting, key=lambda row: row["tokens_per_second"])  # the first of equals
+    count, more = best["devices"], [row for row in fitting if row["devices"] > best["devices"]]
+    at = f"{count} at {speed(best['tokens_per_second'])} tokens/s, {best['speed_up']:.2f}x one device"
+    if more:
+        slower = ", ".join(f"{row['devices']} at {speed(row['tokens_per_second'])}" for row in more[:2])
+        return count, f"{at}; more decode no faster ({slower})"
+    if len(fitting) > 1:
+        return count, f"{at}; the most considered, and speed still rises there"
+    return count, f"{at}; the only number considered that holds the model"

@@ -4,8 +4,6 @@ import pytest
 from expert_parallel.projection.links import (
     Link,
     bytes_per_token,
-    combine_bytes,
-    dispatch_bytes,
     fit_link,
     ring_traffic,
     traffic_matrix,
@@ -13,13 +11,11 @@ from expert_parallel.projection.links import (
 
 
 def test_the_original_writeups_16_kb_are_32_kib_gathered_and_4_kib_reduced():
-    assert combine_bytes(2048, 8, combine="gather") == 32 * 1024
-    assert combine_bytes(2048, 8, combine="reduce") == 4 * 1024
+    assert bytes_per_token(2048, 8, 1, combine="gather") == 32 * 1024
+    assert bytes_per_token(2048, 8, 1, combine="reduce") == 4 * 1024
     assert bytes_per_token(2048, 8, 48, combine="gather") == 1_572_864
     assert bytes_per_token(2048, 8, 48, combine="reduce") == 196_608
-    assert combine_bytes(2048, 8, value_bytes=4, combine="reduce") == 8 * 1024  # float32, the CPU
-    with pytest.raises(ValueError, match="scatter"):
-        combine_bytes(2048, 8, combine="scatter")
+    assert bytes_per_token(2048, 8, 1, value_bytes=4, combine="reduce") == 8 * 1024  # float32, the CPU
 
 
 def test_ring_traffic_by_hand():
@@ -27,7 +23,6 @@ def test_ring_traffic_by_hand():
     assert ring_traffic(1000, 2) == 1000
     assert ring_traffic(1000, 4) == 1500
     assert ring_traffic(1000, 8) == 1750
-    assert dispatch_bytes(1.5, 2048) == 2 * 1.5 * 4096
 
 
 def test_traffic_matrix_by_hand():
@@ -36,7 +31,6 @@ def test_traffic_matrix_by_hand():
     experts = np.array([[[2, 3]], [[1, 2]]])
     once = traffic_matrix(experts, held, hidden=10)
     assert once.tolist() == [[[0, 20], [20, 0]]]
-    assert traffic_matrix(experts, held, hidden=10, send="slots").tolist() == [[[0, 40], [20, 0]]]
     # Both tokens on device 0: nothing leaves device 1.
     assert traffic_matrix(experts, held, hidden=10, home=[0, 0]).tolist() == [[[0, 40], [0, 0]]]
 
@@ -54,14 +48,6 @@ def test_copies_take_turns():
     assert matrix[0].tolist() == [0, 2, 2]
 
 
-def test_traffic_matrix_refuses_what_does_not_fit():
-    held = np.ones((2, 2, 4), dtype=bool)
-    with pytest.raises(ValueError, match="does not fit"):
-        traffic_matrix(np.zeros((3, 1, 2), dtype=int), held, 10)
-    with pytest.raises(ValueError, match="expert 4 does not exist"):
-        traffic_matrix(np.full((3, 2, 2), 4), held, 10)
-
-
 def test_times_of_a_collective_by_hand():
     ring = Link(1e-3, 1e6)
     assert ring.all_sum_time(4000, 1) == 0
@@ -73,7 +59,6 @@ def test_times_of_a_collective_by_hand():
     auto = Link(1e-3, 1e6, "auto")
     assert auto.all_sum_time(100, 4) == pytest.approx(1e-3 + 0.3e-3)  # as the mesh
     assert auto.all_sum_time(40_000, 4) == pytest.approx(6e-3 + 60e-3)  # as the ring
-    assert ring.send_time(1000) == pytest.approx(2e-3)
     assert ring.all_to_all_time([[0, 3000], [1000, 0]]) == pytest.approx(1e-3 + 3e-3)
 
 
@@ -90,12 +75,3 @@ def test_fitting_a_link_finds_it_again(algorithm, num_devices):
 def test_a_noisy_fit_stays_a_link():
     found = fit_link([4096, 8192, 1 << 20], [9e-4, 2e-4, 5e-4], 2)
     assert found.latency_seconds >= 0 and found.bytes_per_second > 0
-
-
-def test_links_refuse_nonsense():
-    with pytest.raises(ValueError, match="bandwidth"):
-        Link(0, 0)
-    with pytest.raises(ValueError, match="torus"):
-        Link(0, 1, "torus")
-    with pytest.raises(ValueError, match="two payloads"):
-        fit_link([10, 10], [1, 1], 2)
