@@ -14,7 +14,7 @@ from .placement import check_loads
 
 
 def balancedness(device_loads, average: str = "layers") -> float:
-    """Mean load over the fullest device's load, 1 when even and 1/D when one device does it all.
+    """Mean load over the fullest device's load, 1 when even and 1/D when one device does it all; NaN without load.
 
     average  layers     (mean + 1e-5) / (max + 1e-5) in each layer, then the mean over layers
                         (SGLang, expert_distribution.py)
@@ -22,11 +22,12 @@ def balancedness(device_loads, average: str = "layers") -> float:
                         time that devices are busy if layers wait for each other (vLLM, eplb_state.py)
     """
     loads = check_loads(device_loads)
+    if not loads.any():
+        return math.nan
     if average == "layers":
         return float(balancedness_per_layer(loads).mean())
     if average == "aggregate":
-        highest = loads.max(axis=1).sum()
-        return float(loads.mean(axis=1).sum() / highest) if highest > 0 else 1.0
+        return float(loads.mean(axis=1).sum() / loads.max(axis=1).sum())
     raise ValueError(f'average is "layers" or "aggregate", got {average!r}')
 
 
@@ -85,12 +86,3 @@ def fan_out(experts, held) -> np.ndarray:
         np.put_along_axis(touched, device, True, axis=1)
         result[layer] = touched.sum(axis=1).mean() if len(device) else 0.0
     return result
-
-
-def expected_fan_out(experts_per_device, num_experts: int, top_k: int) -> float:
-    """Devices touched per token under uniform routing without replacement.
-
-    sum over devices of 1 - C(E - n_d, k) / C(E, k)
-    """
-    none = math.comb(num_experts, top_k)
-    return sum(1 - math.comb(num_experts - n, top_k) / none for n in experts_per_device)

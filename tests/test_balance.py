@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -12,7 +12,6 @@ from expert_parallel import Placement, balancedness, place_experts
 from expert_parallel.balance import (
     balancedness_per_layer,
     coefficient_of_variation,
-    expected_fan_out,
     fan_out,
     imbalance_ratio,
     min_max_ratio,
@@ -53,9 +52,10 @@ def test_the_other_metrics_of_uneven_loads():
     assert min_max_ratio(UNEVEN) == pytest.approx([0.25, 1])
 
 
-def test_a_layer_without_load_is_even():
+def test_a_layer_without_load_is_even_and_no_load_at_all_has_no_balance():
     nothing = [[0, 0, 0]]
-    assert balancedness(nothing) == 1 == balancedness(nothing, average="aggregate")
+    assert math.isnan(balancedness(nothing)) and math.isnan(balancedness(nothing, average="aggregate"))
+    assert balancedness([[0, 0, 0], [1, 1, 1]]) == 1
     assert imbalance_ratio(nothing).tolist() == coefficient_of_variation(nothing).tolist() == [0]
     assert min_max_ratio(nothing).tolist() == [1]
     assert routing_entropy(nothing).tolist() == [0]
@@ -87,22 +87,6 @@ def test_fan_out_by_hand():
     assert fan_out(np.zeros((0, 2, 2), dtype=int), placement.held).tolist() == [0, 0]
 
 
-def test_expected_fan_out():
-    # k=1 touches one device; k=E all; two of four experts, two a device: same device 2 of 6 pairs.
-    assert expected_fan_out([3, 3, 2], 8, 1) == pytest.approx(1)
-    assert expected_fan_out([3, 3, 2], 8, 8) == pytest.approx(3)
-    assert expected_fan_out([2, 2], 4, 2) == pytest.approx(1 + 4 / 6)
-    # The field's approximation for independent picks, D (1 - (1 - 1/D)^k), is close: 5.25 for D=8, k=8.
-    assert expected_fan_out([16] * 8, 128, 8) == pytest.approx(8 * (1 - (7 / 8) ** 8), rel=0.03)
-
-
-def test_measured_fan_out_of_uniform_routing_is_the_expected_one():
-    random = np.random.default_rng(0)
-    experts = random.random((20_000, 1, 128)).argsort(axis=-1)[..., :8]
-    placement = place_experts(np.ones((1, 128)), 8)
-    assert fan_out(experts, placement.held)[0] == pytest.approx(expected_fan_out([16] * 8, 128, 8), rel=0.005)
-
-
 def test_lower_bound_by_hand():
     loads = [[60, 20, 10, 10], [25, 25, 25, 25]]
     assert lower_bound(loads, 2).tolist() == [60, 50]  # the hot expert; the mean
@@ -132,6 +116,7 @@ def test_tokens_until_an_expert_is_seen_to_be_hot():
 @given(arrays(np.int64, (2, 12), elements=st.integers(0, 1000)), st.integers(1, 12))
 @settings(max_examples=100, deadline=None)
 def test_metrics_keep_their_bounds(loads, num_devices):
+    assume(loads.any())
     placement = place_experts(loads, num_devices)
     device_loads = placement.device_loads(loads)
     assert device_loads.sum(axis=1) == pytest.approx(loads.sum(axis=1))

@@ -120,12 +120,6 @@ def fullest_device(experts, held, batch: int = 1) -> Fullest:
     return Fullest(read, computed)
 
 
-def uniform_experts(num_tokens: int, num_layers: int, num_experts: int, top_k: int, seed: int = 0) -> np.ndarray:
-    """A trace [T, L, k] in which every expert is as likely as any other: what a perfect router would do."""
-    rank = np.random.default_rng(seed).random((num_tokens, num_layers, num_experts), dtype=np.float32)
-    return np.argpartition(rank, top_k - 1, axis=-1)[..., :top_k].astype(np.uint16)
-
-
 def even_load(demand: Demand, num_devices: int, tokens: int = 1) -> Fullest:
     """Perfect balance: every device has a D-th of the slots (the mean that no device stays above)."""
     slots = np.full(demand.num_moe_layers, tokens * demand.chosen / num_devices)

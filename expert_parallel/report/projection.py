@@ -13,6 +13,7 @@ from ..models.architecture import Architecture, fullest_device_bytes
 from ..placing.strategies import place_experts
 from ..projection import step
 from ..projection.links import Link
+from ..study.chance import uniform_experts
 from ..trace import RoutingTrace
 from .table import Table, facts, of_records, size
 
@@ -42,7 +43,7 @@ class Setting:
         copies = self.redundant if num_devices > 1 else 0
         strategy = "replicated" if copies else "contiguous"
         if self.trace is None:
-            experts = step.uniform_experts(max(2 * tokens, 512), 1, demand.num_experts, demand.chosen)
+            experts = uniform_experts(max(2 * tokens, 512), 1, demand.num_experts, demand.chosen)
             placement = place_experts(np.ones((1, demand.num_experts)), num_devices, strategy, redundant=copies)
             found = step.fullest_device(experts, placement.held, tokens)
             return step.Fullest(*(np.repeat(each, demand.num_moe_layers) for each in (found.experts, found.slots)))

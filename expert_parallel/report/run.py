@@ -7,6 +7,7 @@ Dimensions: T tokens, L MoE layers, E experts, k chosen per token, D devices, V 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import reduce
 from itertools import pairwise
 from operator import getitem
@@ -17,10 +18,12 @@ from mlx.utils import tree_flatten
 
 from .. import balance as metrics
 from ..placement import Placement
+from ..study.chance import expected_fan_out, uniform_routing
 from ..trace import RoutingTrace
 from .table import Figure, Table, facts, of_records, shades, size
 
 PHASES = ("prefill", "decode")
+CHANCE = ("entropy", "hottest_over_mean", "never_used")
 
 
 def what_runs_where(name: str, config: dict, model, placement: Placement, ranks: int, reading, versions) -> Table:
@@ -87,17 +90,16 @@ def not_a_number(layer: int | None) -> Table:
 
 
 def routing(trace: RoutingTrace, layer_numbers: list[int]) -> list[Table]:
-    """Per layer hottest expert, entropy, unused experts; the same by phase as means over layers."""
+    """Per layer hottest expert, entropy, unused experts; the same by phase as means over layers, beside chance."""
     per_layer, top_k = _routing_of(trace), trace.experts.shape[2]
-    phases = dict.fromkeys(PHASES)
+    phases, rows, uniform = dict.fromkeys(PHASES), [], _by_chance(trace)
     for name in PHASES:
-        if len(part := trace.phase(name)):
-            phases[name] = {"tokens": len(part), **{figure.key: figure.value for figure in _routing_of(part)}}
-    means = [
-        {"phase": name, **{key: np.mean(value) for key, value in figures.items()}}
-        for name, figures in phases.items()
-        if figures
-    ]
+        if not len(part := trace.phase(name)):
+            continue
+        figures, chance = {figure.key: figure.value for figure in _routing_of(part)}, _by_chance(part)
+        phases[name] = {"tokens": len(part), **figures, "uniform_simulated": chance}
+        means = [np.mean(figures[f"{key}_per_layer"]) for key in ("entropy", "hottest_over_mean", "unused_experts")]
+        rows += [(name, len(part), *means), ("if uniform", None, *(chance[key] for key in CHANCE))]
     counts = {"num_experts": trace.num_experts, "top_k": top_k}
     counts["dropped_tokens"] = trace.metadata.get("dropped_tokens", 0)
     return [
@@ -106,23 +108,37 @@ def routing(trace: RoutingTrace, layer_numbers: list[int]) -> list[Table]:
             [Figure(None, "layer", layer_numbers), *per_layer],
             "routing.all",
             "measured",
-            also={"tokens": len(trace)},
+            "Uniform routing of as many tokens (simulated): {hottest_over_mean:.2f}x, {entropy:.3f}, {never_used:.0f}"
+            " never used.".format(**uniform),
+            also={"tokens": len(trace), "uniform_simulated": uniform},
             first=per_layer[2].value,
             order="the most skewed",
         ),
-        of_records(
-            "Routing by phase (measured, means over layers)",
-            None,
-            means,
-            ("phase", "phase"),
-            ("tokens", "tokens", "{:.0f}"),
-            ("entropy_per_layer", "entropy", "{:.3f}"),
-            ("hottest_over_mean_per_layer", "hottest / mean", "{:.2f}x"),
-            ("unused_experts_per_layer", "never used", "{:.1f}"),
-            section="routing",
+        Table(
+            "Routing by phase (measured, means over layers; if uniform: simulated)",
+            [
+                Figure(None, label, column, show)
+                for (label, show), column in zip(
+                    (
+                        ("phase", "{}"),
+                        ("tokens", "{}"),
+                        ("entropy", "{:.3f}"),
+                        ("hottest / mean", "{:.2f}x"),
+                        ("never used", "{:.1f}"),
+                    ),
+                    zip(*rows, strict=True),
+                    strict=True,
+                )
+            ],
+            "routing",
             also={"source": "measured", **counts, **phases},
         ),
     ]
+
+
+def _by_chance(part: RoutingTrace, held=None) -> dict:
+    held = np.ones((1, part.num_experts), dtype=bool) if held is None else held
+    return uniform_routing(len(part), part.experts.shape[2], held)
 
 
 def _routing_of(part: RoutingTrace) -> list[Figure]:
@@ -157,10 +173,11 @@ def balance(trace: RoutingTrace, changes: list[tuple[int, Placement]], layer_num
     uniform = None
     if int(first.copies.max()) == 1:
         counts = first.held.sum(axis=2).mean(axis=0).round().astype(int)
-        uniform = metrics.expected_fan_out(counts, trace.num_experts, trace.experts.shape[2])
+        uniform = expected_fan_out(counts, trace.num_experts, trace.experts.shape[2])
         uniform = Figure("fan_out_if_uniform_modelled", "uniform", uniform, "{:.2f}", "modelled")
     whole = [
-        Figure("balancedness_layers", "balancedness, mean over layers (SGLang)", metrics.balancedness(loads), "{:.3f}"),
+        Figure("balancedness_layers", "balancedness, mean over layers (SGLang)", metrics.balancedness(loads), "{:.3f}",
+               beside=_uniform_balance(trace, first)),
         Figure("balancedness_aggregate", "balancedness, aggregate (vLLM)", metrics.balancedness(loads, "aggregate"),
                "{:.3f}"),
         Figure("fan_out", "devices touched per token (fan-out)", np.mean(touched), "{:.2f}", beside=uniform),
@@ -171,9 +188,10 @@ def balance(trace: RoutingTrace, changes: list[tuple[int, Placement]], layer_num
         if count := sum(len(part) for _, part in of_phase):
             there = _device_loads(of_phase)
             both = {f"balancedness_{way}": metrics.balancedness(there, way) for way in ("layers", "aggregate")}
-            phases[name] = {"tokens": count, **both}
+            chance = _uniform_balance(trace.phase(name), first)
+            phases[name] = {"tokens": count, **both, chance.key: chance.value}
             label = f"balancedness in {name} ({count} tokens)"
-            whole.append(Figure(None, label, both["balancedness_layers"], "{:.3f}"))
+            whole.append(Figure(None, label, both["balancedness_layers"], "{:.3f}", beside=replace(chance, key=None)))
     note = "A device's load: how often its experts were chosen."
     least_balanced = {"first": per_layer[1].value, "order": "the least balanced"}
     return [
@@ -187,6 +205,12 @@ def balance(trace: RoutingTrace, changes: list[tuple[int, Placement]], layer_num
             **least_balanced,
         ),
     ]
+
+
+def _uniform_balance(part: RoutingTrace, placement: Placement) -> Figure:
+    """What so many tokens would give if every expert were as likely, on the first layer's devices."""
+    value = _by_chance(part, placement.held[0])["balancedness"]
+    return Figure("balancedness_if_uniform_simulated", "uniform", value, "{:.3f}", "simulated")
 
 
 def _device_loads(parts: list[tuple[Placement, RoutingTrace]]) -> np.ndarray:

@@ -26,8 +26,8 @@ from expert_parallel.projection.step import (
     fit_arithmetic,
     fullest_device,
     prefill,
-    uniform_experts,
 )
+from expert_parallel.study.chance import uniform_experts
 
 
 def fit_machine(
@@ -198,13 +198,6 @@ def test_a_copy_relieves_the_fullest_device():
     assert fullest_device(experts, held).experts.tolist() == [2.0]
     held[0, 1, 1] = True
     assert fullest_device(experts, held).experts.tolist() == [1.0]
-
-
-def test_uniform_experts_are_different_ones_of_all():
-    found = uniform_experts(500, 2, 16, 4)
-    assert found.shape == (500, 2, 4)
-    assert (np.diff(np.sort(found, axis=-1)) > 0).all()
-    assert set(found.ravel()) == set(range(16))
 
 
 # --- fitting, and predictions stated beforehand -----------------------------------------------------

@@ -88,7 +88,12 @@ def test_routing(run):
     assert label == f"{figures['source']}, {figures['tokens']} tokens, top-{K} of {E})"
     assert label.startswith("measured")
     head, rows, note = columns(lines, L)
-    assert head == ["layer", "hottest expert", "load / mean", "entropy (1 = even)", "never used"] and not note
+    assert head == ["layer", "hottest expert", "load / mean", "entropy (1 = even)", "never used"]
+    chance = figures["uniform_simulated"]
+    assert note == (
+        f"Uniform routing of as many tokens (simulated): {chance['hottest_over_mean']:.2f}x, {chance['entropy']:.3f},"
+        f" {chance['never_used']:.0f} never used."
+    )
     for l, row in enumerate(rows):
         hottest, over = figures["hottest_expert_per_layer"][l], figures["hottest_over_mean_per_layer"][l]
         entropy, unused = figures["entropy_per_layer"][l], figures["unused_experts_per_layer"][l]
@@ -97,11 +102,15 @@ def test_routing(run):
 
 def test_routing_by_phase(run):
     lines, label = block(run, "Routing by phase")
-    assert label == f" ({run.document['routing']['source']}, means over layers)" == " (measured, means over layers)"
-    head, rows, note = columns(lines, 2)
+    assert label == f" ({run.document['routing']['source']}, means over layers; if uniform: simulated)"
+    assert run.document["routing"]["source"] == "measured"
+    head, rows, note = columns(lines, 4)
     assert head == ["phase", "tokens", "entropy", "hottest / mean", "never used"] and not note
-    for name, row in zip(("prefill", "decode"), rows, strict=True):
+    for name, row, even in zip(("prefill", "decode"), rows[::2], rows[1::2], strict=True):
         figures = run.document["routing"][name]
+        chance = figures["uniform_simulated"]
+        cells = [f"{chance['entropy']:.3f}", f"{chance['hottest_over_mean']:.2f}x", f"{chance['never_used']:.1f}"]
+        assert even == ["if uniform", "-", *cells]
         entropy, over = mean(figures["entropy_per_layer"]), mean(figures["hottest_over_mean_per_layer"])
         unused = mean(figures["unused_experts_per_layer"])
         assert row == [name, f"{figures['tokens']}", f"{entropy:.3f}", f"{over:.2f}x", f"{unused:.1f}"]
@@ -128,15 +137,20 @@ def test_balance_over_all_layers(run):
     uniform = figures.get("fan_out_if_uniform_modelled")
     beside = "" if uniform is None else f" (uniform: {uniform:.2f}, modelled)"
     expected = {
-        "balancedness, mean over layers (SGLang)": f"{figures['balancedness_layers']:.3f}",
+        "balancedness, mean over layers (SGLang)": beside_chance(figures),
         "balancedness, aggregate (vLLM)": f"{figures['balancedness_aggregate']:.3f}",
         "devices touched per token (fan-out)": f"{figures['fan_out']:.2f}{beside}",
     }
     for name in ("prefill", "decode"):
         phase = figures["phases"][name]
         line = f"balancedness in {name} ({phase['tokens']} tokens)"
-        expected[line] = f"{phase['balancedness_layers']:.3f}"
+        expected[line] = beside_chance(phase)
     assert facts(lines) == expected
+
+
+def beside_chance(figures):
+    even = figures["balancedness_if_uniform_simulated"]
+    return f"{figures['balancedness_layers']:.3f} (uniform: {even:.3f}, simulated)"
 
 
 def test_the_map_of_loads(run):

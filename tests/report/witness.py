@@ -4,11 +4,13 @@ Nothing is imported from the package. Experts of a placement are `held[layer][de
 `chosen[token][layer]`, lists of numbers.
 """
 
+import functools
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import random
 import re
 import struct
 from dataclasses import dataclass, field
@@ -122,10 +124,36 @@ def counts_of(chosen, layer, experts):
     return counts
 
 
+@functools.cache
+def by_chance(tokens, top_k, devices, experts, rounds=100):
+    """Means over draws in which every expert is as likely; devices: a tuple of tuples of the experts they hold.
+
+    {"hottest_over_mean", "entropy", "never_used", "balancedness"}: a function each, whether a value can be that
+    """
+    draw, sums = random.Random(7), [0.0] * 4
+    holders = [[d for d, mine in enumerate(devices) if expert in mine] for expert in range(experts)]
+    for _ in range(rounds):
+        chosen = [[draw.sample(range(experts), top_k)] for _ in range(tokens)]
+        counts, loads = counts_of(chosen, 0, experts), [0.0] * len(devices)
+        for count, those in zip(counts, holders, strict=True):
+            for d in those:
+                loads[d] += count / len(those)
+        total = sum(counts)
+        entropy = sum(n / total * math.log(total / n) for n in counts if n) / math.log(experts)
+        found = (max(counts) * experts / total, entropy, counts.count(0), total / len(loads) / max(loads))
+        sums = [a + b for a, b in zip(sums, found, strict=True)]
+    names = ("hottest_over_mean", "entropy", "never_used", "balancedness")
+    return {name: near(value / rounds) for name, value in zip(names, sums, strict=True)}
+
+
+def near(wanted):
+    return lambda found: math.isclose(found, wanted, rel_tol=0.06, abs_tol=0.3 if wanted < 3 else 0)
+
+
 def routing(chosen, layers, experts):
     """Figures of each layer over some tokens."""
     counts = [counts_of(chosen, l, experts) for l in range(layers)]
-    entropy = []
+    entropy, everywhere = [], (tuple(range(experts)),)
     for row in counts:
         total = sum(row)
         entropy.append(sum(n / total * math.log(total / n) for n in row if n) / math.log(experts))
@@ -135,6 +163,7 @@ def routing(chosen, layers, experts):
         "hottest_over_mean_per_layer": [max(row) / (sum(row) / experts) for row in counts],
         "entropy_per_layer": entropy,
         "unused_experts_per_layer": [sum(1 for n in row if n == 0) for row in counts],
+        "uniform_simulated": by_chance(len(chosen), len(chosen[0][0]), everywhere, experts),
     }
 
 
@@ -191,10 +220,18 @@ def balance(chosen, prefill, history, experts):
     squares = [
         sum((x - mean) ** 2 for x in row) / len(row) for row, mean in zip(loads, means, strict=True)
     ]  # variance, of all devices
+    devices = tuple(tuple(sorted(mine)) for mine in first[0])
+
+    def even(count):
+        return by_chance(count, len(chosen[0][0]), devices, experts)["balancedness"]
+
     phases = {}
     for name, wanted in (("prefill", True), ("decode", False)):
         part = loads_of(chosen, history, lambda token, wanted=wanted: prefill[token] == wanted)
-        phases[name] = {"tokens": prefill.count(wanted)}
+        phases[name] = {
+            "tokens": prefill.count(wanted),
+            "balancedness_if_uniform_simulated": even(prefill.count(wanted)),
+        }
         phases[name] |= dict(zip(("balancedness_layers", "balancedness_aggregate"), evenness(part)[1:], strict=True))
     section = {
         "source": "measured",
@@ -206,6 +243,7 @@ def balance(chosen, prefill, history, experts):
         "min_max_ratio_per_layer": [min(row) / max(row) for row in loads],
         "fan_out_per_layer": touched,
         "balancedness_layers": layers,
+        "balancedness_if_uniform_simulated": even(len(chosen)),
         "balancedness_aggregate": aggregate,
         "fan_out": sum(touched) / len(touched),
         "phases": phases,
