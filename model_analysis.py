@@ -63,8 +63,6 @@ def check_arguments(args):
     find("link", args.link or USUAL_LINK[args.hardware.lower()], LINKS)
     if (args.forward or args.prompt) and (BUNDLED / f"{args.model.lower()}.json").exists():
         raise ValueError(f"--forward needs weights: {args.model} is a configuration alone, give a folder or a hub id")
-    read = {"the model": args.model, "the trace": args.trace}
-    output.check_outputs({"--json": args.json}, {what: path for what, path in read.items() if path})
 
 
 def run(args):
@@ -83,6 +81,9 @@ def run(args):
 
     # 1. What is in it
     configuration = load_configuration(args.model)
+    read = {"the model": configuration.folder or configuration.file, "the trace": args.trace}
+    read |= {f"--prompt {path}": path for path in map(file_of, args.prompt or ()) if path}
+    output.check_outputs({"--json": args.json}, {what: path for what, path in read.items() if path})
     quantisation = {"bits": args.bits, "group_size": args.group_size, "mode": args.mode}
     described = describe(configuration, **quantisation)
     usual = [count for count in projection.DEVICES if count <= described.num_experts]
@@ -146,6 +147,14 @@ def read_trace(path, described):
     return trace
 
 
+def file_of(prompt):
+    """The file that a prompt names, with a title before it or without; None where it is the text itself."""
+    for value in (prompt, prompt.partition("=")[2]):
+        if 0 < len(value) < 1000 and Path(value).is_file():
+            return Path(value)
+    return None
+
+
 def texts_of(prompts):
     """{name: text}; without prompts code, prose and data that come with the project."""
     if not prompts:
@@ -156,9 +165,9 @@ def texts_of(prompts):
         name, separator, value = prompt.partition("=")
         if not separator or not name.isidentifier() or len(name) > 12:
             name, value = f"text {number}", prompt
-        if len(value) < 1000 and Path(value).is_file():
+        if path := file_of(value):
             try:
-                value = Path(value).read_text(encoding="utf-8")
+                value = path.read_text(encoding="utf-8")
             except UnicodeDecodeError:
                 raise ValueError(f"--prompt {value} is not UTF-8 text") from None
         if not value.strip():

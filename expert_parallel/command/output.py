@@ -58,7 +58,8 @@ def check_outputs(outputs: dict, inputs: dict) -> None:
             raise ValueError(f"{other} and {option} both name {path}: give each a file of its own")
         for what, source in inputs.items():
             source = Path(source).expanduser()
-            if source.exists() and (real == source.resolve() or source.resolve() in real.parents):
+            # samefile: names may differ in case, or be links.
+            if source.exists() and any(p.exists() and p.samefile(source) for p in (real, *real.parents)):
                 raise ValueError(f"{option} {path} would be written over {what}: give a file elsewhere")
 
 

@@ -50,9 +50,10 @@ def load_configuration(name: str) -> Configuration:
     if name and path.is_file():
         return Configuration(path.resolve().parent.name or path.stem, read_config(path), file=path)
     if name.lower() in bundled_names() and not path.exists():
-        document = json.loads((BUNDLED / f"{name.lower()}.json").read_text())
+        file = BUNDLED / f"{name.lower()}.json"
+        document = json.loads(file.read_text())
         published = {"repository": document["repository"], **document["published"]}
-        return Configuration(name.lower(), document["config"], published)
+        return Configuration(name.lower(), document["config"], published, file)
     try:
         folder = resolve_model(path if name and path.exists() else name, lambda repo: _fetched(repo).parent)
     except FileNotFoundError as error:

@@ -108,6 +108,9 @@ OVER = [
     [*MAIN, "--plots", "{0}/model"],
     ["model_analysis.py", "--model", "{0}/model/config.json", "--json", "{0}/model/config.json"],
     ["model_analysis.py", "--model", "{0}/model", "--trace", "{0}/trace.npz", "--json", "{0}/trace.npz"],
+    ["model_analysis.py", "--model", "{0}/model", "--prompt", "{0}/prompt.py", "--json", "{0}/prompt.py"],
+    ["model_analysis.py", "--model", "{0}/model", "--prompt", "a={0}/prompt.py", "--json", "{0}/prompt.py"],
+    ["model_analysis.py", "--model", "mixtral-8x7b", "--json", "expert_parallel/models/configs/mixtral-8x7b.json"],
     ["expert_parallel_poc.py", "--trace", "{0}/trace.npz", "--json", "{0}/trace.npz"],
 ]
 
@@ -115,6 +118,8 @@ OVER = [
 @pytest.mark.parametrize("arguments", OVER, ids=lambda arguments: " ".join(arguments[-2:]))
 def test_output_over_input_is_refused_and_nothing_changes(arguments, readable, monkeypatch, capsys):
     before = fingerprint(readable)
+    bundled = fingerprint(ROOT / "expert_parallel" / "models" / "configs")
+    monkeypatch.chdir(ROOT)
     script = importlib.import_module(arguments[0].removesuffix(".py"))
     monkeypatch.setattr(sys, "argv", [argument.format(readable) for argument in arguments])
     with pytest.raises(SystemExit) as end:
@@ -122,6 +127,7 @@ def test_output_over_input_is_refused_and_nothing_changes(arguments, readable, m
     err = capsys.readouterr().err
     assert end.value.code == 2 and "would be written over" in err and len(err.splitlines()) == 1
     assert fingerprint(readable) == before
+    assert fingerprint(ROOT / "expert_parallel" / "models" / "configs") == bundled
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
