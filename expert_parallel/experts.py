@@ -21,13 +21,13 @@ from .layers import MoELayer, StandIn, expert_tensors, moe_layers, num_experts
 from .placement import Placement
 from .serving import Serving
 from .stores import InMemory, picked, rows_of
-from .trials import block_adds, check_computable, measure_masked, prove
+from .trials import block_adds, measure_masked, prove
 
 
 class ShardedExperts(StandIn):
     """The experts of one MoE layer over D devices.
 
-    stores   {device: store} of the devices that are here: all D in one process, one on a rank
+    stores   {device: store} of the `devices` that are here: all D in one process, one on a rank
     held     bool [D, E]
     group    ranks over which slot outputs are summed ("gather"); None where the block sums, or nothing is to sum
     streams  one mx.Stream per device that is here: they run side by side
@@ -43,30 +43,15 @@ class ShardedExperts(StandIn):
     def __init__(self, stores: dict[int, nn.Module], held: np.ndarray, group=None, streams=None):
         nn.Module.__init__(self)
         self["stores"] = list(stores.values())  # first of all: other attributes are looked for behind them
-        self._devices, self.group, self._streams = tuple(stores), group, streams
+        self.devices, self.num_experts = np.array(list(stores)), held.shape[1]
+        self.group, self._streams = group, streams
         self.slots_served = np.zeros(len(stores), dtype=np.int64)
         self.masked_up_to = 0  # slots
         self._serve(held)
 
     def _serve(self, held):
-        self.serving = Serving(held)
-        self._tables = None
-        self._alone = len(self._devices) == len(held) == 1
-
-    @property
-    def held(self) -> np.ndarray:
-        """bool [D, E]."""
-        return self.serving.held
-
-    @property
-    def devices(self) -> tuple[int, ...]:
-        """Numbers of the devices that are here."""
-        return self._devices
-
-    @property
-    def num_experts(self) -> int:
-        """E, over all devices."""
-        return self.held.shape[1]
+        self.held, self.serving, self._tables = held, Serving(held), None
+        self._alone = len(self.devices) == len(held) == 1
 
     def replaced_module(self) -> nn.Module:
         return self.stores[0].experts
@@ -138,7 +123,7 @@ class ShardedExperts(StandIn):
 
         rows  source of what a device here lacks; None: another device here
         """
-        if rows is None and len(new := np.flatnonzero((held & ~self.held)[list(self.devices)].any(axis=0))):
+        if rows is None and len(new := np.flatnonzero((held & ~self.held)[self.devices].any(axis=0))):
             come = self.rows(new)  # all of it before any device lets go of an expert
             mx.eval(come)
             rows = lambda ids: picked(come, np.searchsorted(new, ids))  # noqa: E731
@@ -172,7 +157,6 @@ def shard_model(
     Raises ValueError for what does not fit, and where the answers differ.
     """
     layers, devices = check_request(model, placement, group, combine, attention)
-    check_computable(layers)
     whole = [layer.experts for layer in layers]
     if attention == "sharded" and is_rank(group):
         shard_rest(model, layers, group)

@@ -80,7 +80,7 @@ class InMemory(nn.Module):
 
     def hold(self, ids, rows) -> None:
         """Other experts from now on: those that stay keep their rows, the others come from the source `rows`."""
-        ids, had_spare = np.asarray(ids), self._has_spare
+        ids = np.asarray(ids)
         old = expert_tensors(self.experts)
         new = ids[self._row[ids] < 0]
         come = rows(new) if len(new) else {}
@@ -88,5 +88,3 @@ class InMemory(nn.Module):
         at[at < 0] = len(next(iter(old.values()))) + np.arange(len(new))
         both = {name: mx.concatenate([a, come[name]]) if len(new) else a for name, a in old.items()}
         self._take(self.experts, len(self._row), ids, picked(both, at))
-        if had_spare:
-            self.rows_with_spare()

@@ -17,10 +17,10 @@ import numpy as np
 
 from ..experts import ShardedExperts, check_request, install, is_rank
 from ..hybrid import shard_rest
-from ..layers import cast
+from ..layers import MoELayer, activation_type, cast, expert_tensors, hidden_size, with_tensors
 from ..placement import Placement, contiguous
 from ..stores import InMemory, picked
-from ..trials import check_computable, measure_masked
+from ..trials import measure_masked
 from .opened import Checkpoint
 
 
@@ -132,6 +132,23 @@ def load_sharded(
     mx.clear_cache()
     measure_masked(layers, group)
     return (model, tokenizer, report) if return_report else (model, tokenizer)
+
+
+def check_computable(layers: list[MoELayer], dtype: mx.Dtype | None = None) -> None:
+    """ValueError where mlx cannot compute these experts here, found by a trial with one expert of zeros a layer.
+
+    dtype  what everything that is not packed is going to be; None: as it is
+    """
+    for layer in layers:
+        stacked = expert_tensors(layer.experts)
+        rows = {name: cast(mx.zeros((1, *array.shape[1:]), array.dtype), dtype) for name, array in stacked.items()}
+        x = mx.zeros((1, hidden_size(layer.experts)), activation_type(rows))
+        try:
+            mx.eval(with_tensors(layer.experts, rows)(x, mx.zeros((1, 1), mx.uint32)))
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{layer.path}: experts of {x.dtype} cannot be computed here ({error}): load with dtype float32"
+            ) from None
 
 
 def _of(rows, ids):
