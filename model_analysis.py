@@ -136,9 +136,9 @@ def read_trace(path, described):
     """The trace to project with; ValueError if it is of another shape of model."""
     if path is None:
         return None
-    from expert_parallel import RoutingTrace
+    from expert_parallel.formats import traces
 
-    trace = RoutingTrace.load(path)
+    trace = traces.read_trace(path, described.num_experts)
     found = (trace.experts.shape[1], trace.experts.shape[2], trace.num_experts)
     wanted = (described.num_moe_layers, described.chosen, described.num_experts)
     if found != wanted:

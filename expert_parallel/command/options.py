@@ -216,27 +216,28 @@ def make_placement(args, shape: tuple[int, int], ranks: int = 1):
     """
     import numpy as np
 
-    from ..placement import Placement
+    from ..formats.placements import read_placement
+    from ..formats.traces import read_recording, read_trace
     from ..placing.strategies import place_experts
-    from ..trace import RoutingTrace
 
     if ranks > 1 and args.devices not in (None, ranks):
         raise ValueError(f"--devices {args.devices}, but there are {ranks} ranks: each rank is a device")
     num_devices = ranks if ranks > 1 else args.devices
     check_placement(args)
     if args.placement not in STRATEGIES:
-        placement = Placement.load(args.placement, *shape)
+        placement = read_placement(args.placement, *shape, num_devices)
         if num_devices not in (None, placement.num_devices):
             raise ValueError(f"{args.placement} places {placement.num_devices} devices, this run has {num_devices}")
         return placement
     loads, coactivation = np.ones(shape), None
     if args.placement in BY_TRACE:
-        trace = RoutingTrace.load(args.placement_trace)
-        loads = trace.loads()
+        read = read_trace if args.placement == "affinity" else read_recording
+        recorded = read(args.placement_trace, shape[1])
+        loads = recorded if isinstance(recorded, np.ndarray) else recorded.loads()
         if loads.shape != shape:
             raise ValueError(
                 f"{args.placement_trace} is of {list(loads.shape)} [layers, experts], the model {list(shape)}"
             )
-        coactivation = trace.experts if args.placement == "affinity" else None
+        coactivation = recorded.experts if args.placement == "affinity" else None
     num_devices = num_devices or min(8, shape[1])
     return place_experts(loads, num_devices, args.placement, args.redundant_experts, coactivation=coactivation)

@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from ..balance import balancedness, fan_out
+from ..formats.traces import read_trace
 from ..moving.plan import Costs, Rebalancer
 from ..placement import Placement
 from ..placing.affinity import coactivation
 from ..placing.strategies import place_experts
 from ..router.bias import fit_bias
 from ..router.capacity import expert_capacity, limit_slots
-from .traces import fit_and_test, read_trace, without_warm_up
+from .traces import fit_and_test, without_warm_up
 
 BATCH = 256  # tokens that pass a layer together
 CAPACITY = 1.25  # factor of the limit per expert and batch

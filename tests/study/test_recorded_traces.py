@@ -1,4 +1,4 @@
-"""Traces of other programs: read, cut, and refused with the line that is wrong."""
+"""Recorded traces: warm-up is cut, and what is fitted on is not what is judged on."""
 
 import resource
 import time
@@ -8,67 +8,13 @@ import pytest
 
 from expert_parallel import RoutingTrace, balancedness, place_experts
 from expert_parallel.balance import fan_out
-from expert_parallel.study.traces import (
-    fit_and_test,
-    from_arrays,
-    read_trace,
-    warm_up_rows,
-    without_warm_up,
-)
+from expert_parallel.formats.traces import from_arrays
+from expert_parallel.study.traces import fit_and_test, warm_up_rows, without_warm_up
 
 
 def choices(num_tokens, num_layers, top_k, num_experts=16, seed=0):
     scores = np.random.default_rng(seed).random((num_tokens, num_layers, num_experts))
     return scores.argsort(axis=2)[..., :top_k].astype(np.uint16)
-
-
-def test_vllm_arrays_of_two_requests():
-    one, two = choices(5, 2, 3, seed=1), choices(4, 2, 3, seed=2)
-    trace = from_arrays([one, two], num_experts=16, prompt_tokens=[3, 1])
-    assert np.array_equal(trace.experts, np.concatenate([one, two]))
-    assert trace.prefill.tolist() == [True] * 3 + [False] * 2 + [True] + [False] * 3
-
-
-def test_layers_that_were_left_blank():
-    experts = choices(6, 3, 2)
-    experts[:, 0] = 0  # a dense layer in a buffer for all layers
-    trace = from_arrays([experts], num_experts=16)
-    assert np.array_equal(trace.experts, experts[:, 1:])
-    assert trace.metadata["blank_layers"] == [0]
-    with pytest.raises(ValueError, match="nothing was recorded"):
-        from_arrays([np.zeros((4, 2, 2), dtype=int)])
-
-
-def test_arrays_in_files(tmp_path):
-    experts = choices(9, 2, 3)
-    np.save(tmp_path / "one.npy", experts)
-    np.savez(tmp_path / "several.npz", a=experts[:4], b=experts[4:])
-    RoutingTrace(experts, 16, model="m").save(tmp_path / "own.npz")
-    for name in ("one.npy", "several.npz", "own.npz"):
-        assert np.array_equal(read_trace(tmp_path / name, 16).experts, experts)
-
-
-def test_files_that_are_no_trace(tmp_path):
-    np.save(tmp_path / "flat.npy", np.arange(4))
-    np.save(tmp_path / "real.npy", np.zeros((2, 2, 2)))
-    (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 not really")
-    RoutingTrace(choices(3, 1, 2), 16).save(tmp_path / "own.npz")
-    for name, message in [
-        ("flat.npy", r"\[tokens, layers, k\], got int64 \[4\]"),
-        ("real.npy", "expected integers"),
-        ("broken.npz", "cannot read"),
-        ("absent.npz", "cannot read"),
-        ("trace.txt", "cannot read"),
-    ]:
-        with pytest.raises(ValueError, match=message) as error:
-            read_trace(tmp_path / name)
-        assert name in str(error.value)
-    with pytest.raises(ValueError, match="of 16 experts, not 128"):
-        read_trace(tmp_path / "own.npz", 128)
-    with pytest.raises(ValueError, match="arrays of different models"):
-        from_arrays([choices(3, 1, 2), choices(3, 2, 2)])
-    with pytest.raises(ValueError, match="expert 15 does not exist|does not exist"):
-        from_arrays([choices(50, 1, 2)], num_experts=8)
 
 
 # --- warm-up ----------------------------------------------------------------------------------------

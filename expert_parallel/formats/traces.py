@@ -1,0 +1,173 @@
+"""Recordings: routing decisions of this project and of other programs, as a trace, or as loads where they are counts.
+
+Dimensions: T tokens, L MoE layers, E experts, k chosen per token.
+
+    .npz of `RoutingTrace.save`; .npy, .npz of arrays [T, L, k], one per request (vLLM pull request 28284)
+    JSON with "routed_experts" in base64 (vLLM's HTTP answers, pull request 39568)
+    JSON lines {"type": "route", req_id, token_idx, layer, topk_ids} (vLLM logs); {layer, batch_id, topk_experts}
+    CSV `# route_trace v1` (BigMoeOnEdge)
+    SGLang's expert distribution recordings: .pt of per-token records, or of `logical_count`, also as JSON; CSV
+    layer_id, expert_id, count; llama.cpp's CSV layer, expert; a table [L, E]: counts
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from ..placement import check_loads
+from ..trace import RoutingTrace
+from .content import content_of
+
+
+def read_recording(path, num_experts: int | None = None) -> RoutingTrace | np.ndarray:
+    """A trace, or loads int [L, E] where the file has only counts.
+
+    num_experts  E, where the file does not say; None: the highest expert that occurs, plus one, and the metadata's
+                 "num_experts_guessed" says so
+    Raises ValueError naming the file.
+    """
+    path = Path(path)
+    try:
+        own = zipfile.is_zipfile(path) and "about.npy" in zipfile.ZipFile(path).namelist()
+        found = RoutingTrace.load(path) if own else _recording(content_of(path), num_experts, path.stem)
+    except Exception as error:  # zipfile, numpy, json, csv, os, ... each have their own
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(text if text.startswith("cannot") else f"cannot read routing trace {path}: {text}") from None
+    count = found.num_experts if isinstance(found, RoutingTrace) else found.shape[1]
+    if num_experts not in (None, count):
+        raise ValueError(f"routing trace {path} is of {count} experts, not {num_experts}")
+    return found
+
+
+def read_trace(path, num_experts: int | None = None) -> RoutingTrace:
+    """As `read_recording`, where tokens are needed: ValueError for counts."""
+    found = read_recording(path, num_experts)
+    if not isinstance(found, RoutingTrace):
+        raise ValueError(
+            f"{path} has counts and no tokens: enough for --placement balanced or replicated, not for this"
+        )
+    return found
+
+
+def _recording(content, num_experts, name):
+    if isinstance(content, np.ndarray):
+        return from_arrays([content], num_experts, name) if content.ndim == 3 else _counts(content)
+    if isinstance(content, dict):
+        if "logical_count" in content:
+            return _counts(content["logical_count"])
+        if answers := [one for one in (content, *content.get("choices", ())) if "routed_experts" in one]:
+            coded = [base64.b64decode(answer["routed_experts"]) for answer in answers]
+            return from_arrays([np.load(io.BytesIO(one), allow_pickle=False) for one in coded], num_experts, name)
+        if content and all(isinstance(value, np.ndarray) for value in content.values()):
+            return from_arrays(list(content.values()), num_experts, name)
+    elif isinstance(content, list) and content:
+        first = content[0]
+        if isinstance(first, list):
+            return _counts(content)
+        if "topk_ids_of_layer" in first:  # [L, T, k] of each forward pass
+            arrays = [np.moveaxis(np.asarray(one["topk_ids_of_layer"]), 0, 1) for one in content]
+            return from_arrays(arrays, num_experts, name)
+        if "slot" in first:
+            said = re.search(r"n_expert=(\d+)", first["#"])
+            return _of_slots(_by_slot(content), num_experts or (said and int(said[1])), name)
+        if {"layer", "expert"} <= first.keys() or {"layer_id", "expert_id"} <= first.keys():
+            return _of_pairs(content, num_experts)
+        if "#" not in first:
+            return _of_slots(_by_record(content), num_experts, name)
+    raise ValueError("it is no routing trace that this project knows (see expert_parallel/formats/traces.py)")
+
+
+def _counts(table) -> np.ndarray:
+    """int [L, E] of counts [..., L, E]: what stands before is steps or ranks, and is summed."""
+    table = np.asarray(table)
+    if table.ndim < 2 or table.dtype.kind not in "iuf":
+        raise ValueError(f"expected [tokens, layers, k] or counts [layers, experts], got {list(table.shape)}")
+    table = table.reshape(-1, *table.shape[-2:]).sum(axis=0)
+    check_loads(table)
+    return table[table.any(axis=1)].astype(np.int64)  # dense layers have none
+
+
+def _of_pairs(rows, num_experts) -> np.ndarray:
+    """Counts of a CSV with a layer and an expert in each line, and how often, if not once."""
+    layer, expert = ("layer", "expert") if "layer" in rows[0] else ("layer_id", "expert_id")
+    ids = np.array([[int(row[layer]), int(row[expert])] for row in rows])
+    layers, at = np.unique(ids[:, 0], return_inverse=True)
+    table = np.zeros((len(layers), max(num_experts or 0, ids[:, 1].max() + 1)), dtype=np.int64)
+    np.add.at(table, (at, ids[:, 1]), [int(row.get("count", 1)) for row in rows])
+    return table
+
+
+def _by_slot(rows):
+    """(token, layer, expert) of each line; BigMoeOnEdge numbers a token by turn, phase (0: prompt) and step."""
+    for row in rows:
+        yield (int(row["turn"]), int(row["phase"]), int(row["step"])), int(row["layer"]), int(row["expert"])
+
+
+def _by_record(records):
+    for record in records:
+        if record.get("type", "route") == "route" and "topk_ids" in record:
+            for expert in record["topk_ids"]:
+                yield (record.get("req_id"), record["token_idx"]), record["layer"], expert
+        elif "topk_experts" in record:
+            for token, chosen in enumerate(record["topk_experts"]):
+                for expert in chosen:
+                    yield (record["batch_id"], token), record["layer"], expert
+
+
+def _of_slots(slots, num_experts, name) -> RoutingTrace:
+    """A trace of (token, layer, expert) in the order in which tokens first come.
+
+    Tokens that some layer has not are dropped, and counted in metadata "incomplete_rows": llama.cpp computes the last
+    layer for the last token of a prompt only.
+    """
+    tokens: dict = {}
+    for token, layer, expert in slots:
+        tokens.setdefault(token, {}).setdefault(layer, []).append(expert)
+    layers = sorted({layer for of_layers in tokens.values() for layer in of_layers})
+    sizes = [len(experts) for of_layers in tokens.values() for experts in of_layers.values()]
+    if not sizes:
+        raise ValueError("it has no routing decisions in it")
+    k = max(set(sizes), key=sizes.count)
+    whole = {
+        token: [of_layers[layer] for layer in layers]
+        for token, of_layers in tokens.items()
+        if len(of_layers) == len(layers) and all(len(experts) == k for experts in of_layers.values())
+    }
+    if not whole:
+        raise ValueError(f"no token has decisions in all of its {len(layers)} layers")
+    trace = from_arrays([np.array(list(whole.values()))], num_experts, name)
+    trace.prefill[:] = [len(token) == 3 and token[1] == 0 for token in whole]
+    trace.metadata |= {"layers": layers, "incomplete_rows": len(tokens) - len(whole)}
+    return trace
+
+
+def from_arrays(arrays, num_experts: int | None = None, model: str = "") -> RoutingTrace:
+    """One trace of arrays [tokens, layers, k], one per request.
+
+    Layers in which every choice is expert 0, or -1, are dense ones that the recorder left blank: they are dropped,
+    metadata "blank_layers" lists them; so are tokens with a -1 in another layer, "blank_rows" counts them.
+    """
+    arrays = [np.asarray(array) for array in arrays]
+    odd = [f"{a.dtype} {list(a.shape)}" for a in arrays if a.ndim != 3 or a.dtype.kind not in "ui"]
+    if odd or not arrays:
+        raise ValueError(f"expected integers [tokens, layers, k], got {odd[0] if odd else 'no arrays'}")
+    if len({array.shape[1:] for array in arrays}) > 1:
+        raise ValueError(f"arrays of different models: {sorted({array.shape[1:] for array in arrays})}")
+    experts, metadata = np.concatenate(arrays).astype(np.int64), {}
+    blank = (experts <= 0).all(axis=(0, 2)) & (experts.shape[2] > 1) & bool(len(experts))
+    if blank.all():
+        raise ValueError("every choice in every layer is blank: nothing was recorded")
+    if blank.any():
+        experts, metadata["blank_layers"] = experts[:, ~blank], np.flatnonzero(blank).tolist()
+    whole = (experts >= 0).all(axis=(1, 2))
+    if not whole.all():
+        experts, metadata["blank_rows"] = experts[whole], int((~whole).sum())
+    if num_experts is None:
+        num_experts, metadata["num_experts_guessed"] = int(experts.max(initial=0)) + 1, True
+    return RoutingTrace(experts, num_experts, None, model, metadata)

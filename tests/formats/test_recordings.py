@@ -1,0 +1,233 @@
+"""Recordings of other programs: whatever the format, the same routing comes out; what is none is refused by name."""
+
+import base64
+import csv
+import io
+import json
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+from conftest import ROOT, SHIPPED, run_script
+
+from expert_parallel import RoutingTrace
+from expert_parallel.formats.traces import from_arrays, read_recording, read_trace
+
+CASES = ROOT.parent / "shared" / "cases" / "17-recording-imports"
+REAL = ROOT.parent / "shared" / "traces" / "qwen3-30b-a3b.route.csv"
+
+
+def choices(num_tokens, num_layers, top_k, num_experts=16, seed=0):
+    scores = np.random.default_rng(seed).random((num_tokens, num_layers, num_experts))
+    return scores.argsort(axis=2)[..., :top_k].astype(np.uint16)
+
+
+CHOSEN = choices(9, 2, 3)
+COUNTS = [[int((CHOSEN[:, l] == e).sum()) for e in range(16)] for l in range(2)]
+SLOTS = [(t, l, s, int(CHOSEN[t, l, s])) for t in range(9) for l in range(2) for s in range(3)]
+
+
+def as_base64(experts):
+    file = io.BytesIO()
+    np.save(file, experts)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def as_lines(*records):
+    return "\n".join(map(json.dumps, records)) + "\n"
+
+
+def as_csv(head, rows):
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([head.split(","), *rows])
+    return file.getvalue()
+
+
+def routes(skip=None):
+    chosen = [(t, l, CHOSEN[t, l].tolist()) for t in range(9) for l in range(2) if (t, l) != skip]
+    meta = {"type": "meta", "model_id": "x/y", "layers_logged": [0, 1], "top_k": 3}
+    return as_lines(
+        meta, *({"type": "route", "req_id": "r", "token_idx": t, "layer": l, "topk_ids": ids} for t, l, ids in chosen)
+    )
+
+
+TOKENS = {
+    "vllm http.json": json.dumps({"choices": [{"text": "x", "routed_experts": as_base64(CHOSEN)}]}),
+    "vllm.jsonl": routes(),
+    "batch.jsonl": as_lines(
+        *({"layer": l, "batch_id": 0, "origin_rows": [0] * 9, "topk_experts": CHOSEN[:, l].tolist()} for l in (0, 1))
+    ),
+    "phone.csv": "# route_trace v1\n# arch=qwen3moe n_layer=2 n_expert=16 n_expert_used=3\n"
+    + as_csv("turn,phase,step,layer,slot,expert,weight", [(0, int(t > 3), t, l, s, e, 0.3) for t, l, s, e in SLOTS]),
+}
+LOADS = {
+    "llama.csv": as_csv("layer,expert", [(l, e) for _, l, _, e in SLOTS]),
+    "sglang.csv": as_csv("layer_id,expert_id,count", [(3 + l, e, COUNTS[l][e]) for l in (0, 1) for e in range(16)]),
+    "sglang.json": json.dumps({"logical_count": [COUNTS, np.zeros((2, 16), int).tolist()]}),
+    "table.json": json.dumps(COUNTS),
+    "dense.json": json.dumps([[0] * 16, *COUNTS]),
+}
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_decisions_of_other_programs(name, tmp_path):
+    (tmp_path / name).write_text(TOKENS[name])
+    for trace in (read_recording(tmp_path / name, 16), read_trace(tmp_path / name, 16)):
+        assert np.array_equal(trace.experts, CHOSEN)
+        assert trace.num_experts == 16
+    assert trace.prefill.tolist() == [name == "phone.csv" and t <= 3 for t in range(9)]
+    guessed = read_trace(tmp_path / name)
+    assert guessed.num_experts == 16
+    assert guessed.metadata.get("num_experts_guessed", False) == (name != "phone.csv")  # which says it
+
+
+@pytest.mark.parametrize("name", LOADS)
+def test_counts_of_other_programs(name, tmp_path):
+    (tmp_path / name).write_text(LOADS[name])
+    assert read_recording(tmp_path / name, 16).tolist() == COUNTS
+    with pytest.raises(ValueError, match="counts and no tokens"):
+        read_trace(tmp_path / name)
+
+
+def test_tokens_that_a_layer_has_not_are_dropped_and_counted(tmp_path):
+    (tmp_path / "cut.jsonl").write_text(routes(skip=(4, 1)))
+    trace = read_trace(tmp_path / "cut.jsonl", 16)
+    assert np.array_equal(trace.experts, np.delete(CHOSEN, 4, axis=0))
+    assert (trace.metadata["incomplete_rows"], trace.metadata["layers"]) == (1, [0, 1])
+
+
+def test_sglang_tensors_are_read_without_torch(tmp_path):
+    torch = pytest.importorskip("torch")
+    of_layers = torch.tensor(CHOSEN.astype(np.int64)).transpose(0, 1)  # no contiguous memory
+    torch.save([{"forward_pass_id": 0, "topk_ids_of_layer": of_layers, "rank": 0}], tmp_path / "tokens.pt")
+    assert np.array_equal(read_trace(tmp_path / "tokens.pt", 16).experts, CHOSEN)
+    torch.save({"logical_count": torch.tensor(COUNTS)[None], "rank": 0}, tmp_path / "counts.pt")
+    assert read_recording(tmp_path / "counts.pt").tolist() == COUNTS
+    torch.save({"logical_count": torch.nn.Linear(2, 2)}, tmp_path / "module.pt")
+    with pytest.raises(ValueError, match="module.pt: it holds torch.nn"):
+        read_recording(tmp_path / "module.pt")
+
+
+class Bomb:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def test_nothing_in_a_file_is_executed(tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w") as archive:
+        archive.writestr("bomb/data.pkl", pickle.dumps({"logical_count": Bomb()}))
+    with pytest.raises(ValueError, match="bomb.pt: it holds builtins.print, which is no tensor"):
+        read_recording(tmp_path / "bomb.pt")
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_a_tensor_that_reaches_beyond_its_storage(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({"logical_count": torch.zeros((2, 4), dtype=torch.int64)}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as old, zipfile.ZipFile(tmp_path / "b.pt", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name)[: 16 if "/data/" in name else None])
+    with pytest.raises(ValueError, match=r"tensor of \[2, 4\] is larger than what is stored"):
+        read_recording(tmp_path / "b.pt")
+
+
+def test_vllm_arrays_of_two_requests():
+    one, two = choices(5, 2, 3, seed=1), choices(4, 2, 3, seed=2)
+    assert np.array_equal(from_arrays([one, two], num_experts=16).experts, np.concatenate([one, two]))
+
+
+def test_layers_that_were_left_blank():
+    experts = choices(6, 3, 2)
+    experts[:, 0] = 0  # a dense layer in a buffer for all layers
+    trace = from_arrays([experts], num_experts=16)
+    assert np.array_equal(trace.experts, experts[:, 1:])
+    assert trace.metadata["blank_layers"] == [0]
+    with pytest.raises(ValueError, match="nothing was recorded"):
+        from_arrays([np.zeros((4, 2, 2), dtype=int)])
+
+
+def test_arrays_in_files(tmp_path):
+    np.save(tmp_path / "one.npy", CHOSEN)
+    np.savez(tmp_path / "several.npz", a=CHOSEN[:4], b=CHOSEN[4:])
+    RoutingTrace(CHOSEN, 16, model="m").save(tmp_path / "own.npz")
+    for name in ("one.npy", "several.npz", "own.npz"):
+        assert np.array_equal(read_trace(tmp_path / name, 16).experts, CHOSEN)
+
+
+NO_TRACE = {
+    "flat.npy": (np.arange(4), r"counts \[layers, experts\], got \[4\]"),
+    "real.npy": (np.zeros((2, 2, 2)), "expected integers"),
+    "broken.npz": (b"PK\x03\x04 not really", "cannot read"),
+    "absent.npz": (None, "cannot read"),
+    "empty.csv": (b"", "no routing trace that this project knows"),
+    "words.txt": (b"neither: [of\n these", "neither numpy, torch, JSON, YAML nor CSV"),
+    "other.json": (b'{"a": 1}', "no routing trace that this project knows"),
+    "meta.jsonl": (b'{"type": "meta"}\n{"type": "meta"}\n', "no routing decisions"),
+    "cut.jsonl": (b'{"type": "route", "req_id"', "cannot read"),
+    "negative.json": (b"[[1, -2], [3, 4]]", "layer 0: expert 1 has load -2"),
+    "letters.csv": (b"layer,expert\n0,a\n", "invalid literal"),
+}
+
+
+@pytest.mark.parametrize("name", NO_TRACE)
+def test_files_that_are_no_trace(name, tmp_path):
+    content, message = NO_TRACE[name]
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    elif content is not None:
+        np.save(tmp_path / name, content)
+    with pytest.raises(ValueError, match=message) as error:
+        read_recording(tmp_path / name)
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_numbers_that_do_not_fit(tmp_path):
+    RoutingTrace(choices(3, 1, 2), 16).save(tmp_path / "own.npz")
+    with pytest.raises(ValueError, match="of 16 experts, not 128"):
+        read_trace(tmp_path / "own.npz", 128)
+    with pytest.raises(ValueError, match="arrays of different models"):
+        from_arrays([choices(3, 1, 2), choices(3, 2, 2)])
+    with pytest.raises(ValueError, match="expert 15 does not exist|does not exist"):
+        from_arrays([choices(50, 1, 2)], num_experts=8)
+
+
+def test_counts_place_experts_in_the_main_script(tmp_path):
+    """And a phone's trace of the right shape; affinity wants tokens."""
+    counts = np.ones((4, 128), dtype=int)
+    counts[:, :16] = 50
+    (tmp_path / "counts.json").write_text(json.dumps({"logical_count": counts.tolist()}))
+    options = ("--model", SHIPPED, "--max-tokens", 2, "--no-verify", "--quiet", "--devices", 4)
+    by_counts = ("--placement-trace", tmp_path / "counts.json", "--save-placement", tmp_path / "p.json")
+    done = run_script("qwen3_expert_parallel.py", *options, "--placement", "balanced", *by_counts)
+    assert done.returncode == 0, done.stderr
+    placed = json.loads((tmp_path / "p.json").read_text())
+    assert placed["strategy"] == "balanced" and placed["num_devices"] == 4
+    done = run_script("qwen3_expert_parallel.py", *options, "--placement", "affinity", *by_counts)
+    assert done.returncode == 2 and "counts and no tokens" in done.stderr
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="the trace does not lie beside the project")
+def test_a_real_trace_of_a_phone():
+    """Of its last 64 tokens; they balance as was found elsewhere: 0.900, 0.760, 0.599 over 2, 4, 8 devices."""
+    from expert_parallel import balancedness, place_experts
+
+    trace = read_trace(REAL)
+    assert trace.experts.shape == (129, 48, 6) and trace.num_experts == 128
+    assert trace.metadata["incomplete_rows"] == 27  # of 28 tokens of the prompt the last layer has but the last
+    decoded = trace.phase("decode")
+    assert len(decoded) == 128
+    for devices, expected in ((2, 0.900), (4, 0.760), (8, 0.599)):
+        placement = place_experts(np.ones((48, 128)), devices)
+        assert balancedness(placement.device_loads(decoded[64:].loads())) == pytest.approx(expected, abs=0.002)
+
+
+@pytest.mark.skipif(not CASES.exists(), reason="the cases do not lie beside the project")
+def test_the_cases():
+    same = np.load(CASES / "vllm.npy")
+    for name in ("vllm.npy", "http.json", "sgl_pertoken.pt", "vllm_dense_minus_one.npy"):
+        assert np.array_equal(read_trace(CASES / name, 16).experts, same), name
+    assert np.array_equal(read_trace(CASES / "moe_routes.jsonl", 16).experts, same[:133])
+    assert len(read_trace(CASES / "batch.jsonl", 16)) == 400
+    for name in ("sgl_count.pt", "sgl_count.json", "sglang_rank0.csv", "llama_moe_trace.csv"):
+        assert read_recording(CASES / name, 16).shape == (3, 16), name
