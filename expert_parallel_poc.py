@@ -23,12 +23,15 @@ WORDS = """words in the report:
   off mlx-lm, off dense  largest difference of a value from mlx-lm's layer, and
                          from computing every expert for every token
   one pass               route (choose experts), dispatch (copy tokens to
-                         devices), compute, combine (weigh and add up)
+                         devices), compute, combine (weigh and add up);
+                         medians of so many passes
   machines               the same if each device were a machine: compute is the
                          measured mean of the devices, straggler what the
                          slowest takes longer, communication from --bandwidth
                          and --latency; the largest is the bottleneck
   balancedness           mean device load over the fullest one's; 1 is even
+  if uniform             what routing without any preference would give for as
+                         many tokens: the level of chance
   seen after             tokens until an expert chosen n times counts as hot
   affinity's bound       how much fuller than balanced's its fullest device may
                          be. It holds for the tokens that it was fitted on
@@ -36,7 +39,7 @@ WORDS = """words in the report:
                          and on those that judge it
   fan-out                devices that a token is sent to
   modelled, measured     ms of the slowest device: from the fit's balancedness,
-                         and run on 512 test tokens
+                         and run on 512 test tokens, in turn with the others
   round-robin            expert e on device e mod D
   balanced               experts placed so that the fullest device has least
   replicated             balanced, with copies of hot experts

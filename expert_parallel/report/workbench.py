@@ -9,8 +9,9 @@ from ..moving.plan import Costs
 from ..placing.copies import lower_bound
 from ..placing.strategies import place_experts
 from ..projection.links import Link, traffic_matrix
-from ..study.phases import MEASURED, Phases, SmallLayer, given, run_phases, slowest_device_seconds
-from ..study.remedies import Choices, compare
+from ..study.chance import uniform_routing
+from ..study.phases import MEASURED, PASSES, Phases, SmallLayer, given, interleaved, run_phases, slowest_device_work
+from ..study.remedies import BATCH, Choices, compare
 from ..study.scenarios import hot_experts, tokens_until_hot
 from .table import Figure, Table, of_records
 
@@ -37,18 +38,21 @@ def study(
     y, phases = run_phases(layer, x, wish, placement, experts)
     traffic = traffic_matrix(test.experts[rows, worst][:, None], placement.held, layer.hidden)[0]
 
-    # 2. Every remedy, fitted on one part of the tokens and judged on the other; its slowest device is timed.
+    # 2. Every remedy, fitted on one part of the tokens and judged on the other; slowest devices are timed in turn.
     per_slot = sum(phases.device_seconds) / sum(phases.device_slots)
     costs = Costs(layer.expert_bytes, link.bytes_per_second, per_slot, link.latency_seconds, side_by_side=True)
-    remedies = []
+    remedies, works = [], []
     for outcome in compare(fit, test, num_devices, redundant, costs):
         mine, share = outcome.choices.part(rows), 1.0 if outcome.choices.kept is None else outcome.choices.kept.mean()
         kept = None if mine.kept is None else mine.kept[:, worst]
         slots = share * MEASURED * layer.top_k / num_devices / outcome.balancedness_fit_per_layer[worst]
-        measured = slowest_device_seconds(layer, x, outcome.placement.held[worst], mine.experts[:, worst], kept)
+        works.append(slowest_device_work(layer, x, outcome.placement.held[worst], mine.experts[:, worst], kept))
         names = ("remedy", "balancedness_fit", "balancedness_test", "fan_out", "price")
-        seconds = {"slowest_device_seconds_predicted": slots * per_slot, "slowest_device_seconds_measured": measured}
-        remedies.append({**{name: getattr(outcome, name) for name in names}, **seconds, **outcome.figures})
+        modelled = {"slowest_device_seconds_modelled": slots * per_slot}
+        remedies.append({**{name: getattr(outcome, name) for name in names}, **modelled, **outcome.figures})
+    for remedy, seconds in zip(remedies, interleaved(works), strict=True):
+        remedy["slowest_device_seconds_measured"] = float(np.median(seconds))
+        remedy["slowest_device_seconds_spread"] = [seconds.min(), seconds.max()]
 
     # 3. Both as tables. Without copies the hottest expert has company: other slots, at best of the coldest experts.
     company = np.sort(loads, axis=1)[:, : loads.shape[1] // num_devices - 1].sum(axis=1)
@@ -56,7 +60,10 @@ def study(
     bound = (loads.sum(axis=1) / num_devices / least).mean()
     parts, hot = layer_parts(phases, link, traffic), hot_figures(fit, num_devices)
     off = differences(layer, x, wish, y, experts)
-    about = {"tokens_fit": len(fit.experts), "tokens_test": len(test.experts), "layer": worst}
+    about = {"tokens_fit": len(fit.experts), "tokens_test": len(test.experts), "layer": worst, "passes": PASSES}
+    batch = min(BATCH, len(test.experts))
+    about["balancedness_if_uniform_simulated"] = uniform_routing(batch, layer.top_k, placement.held[0])["balancedness"]
+    hot["uniform_simulated"] = uniform_routing(len(fit.experts), layer.top_k, placement.held[0])["hottest_over_mean"]
     return [_overview(device_loads, off, phases, parts, bound, hot, remedies, about), _remedies(remedies)]
 
 
@@ -77,19 +84,23 @@ def _overview(device_loads, off, phases, parts, bound, hot, remedies, about) -> 
                milliseconds("compute", "straggler", "communication"), "modelled"),
         Figure("bottleneck", "bottleneck", slowest, f"{{}}, {parts[slowest] / sum(parts.values()):.0%} of the layer"),
         Figure("most_balancedness_without_copies", "balance without copies", bound, "at most {:.3f} (bound)"),
-        Figure(None, "hottest expert", hottest, hottest_text),
+        Figure(None, "balance if uniform", about["balancedness_if_uniform_simulated"],
+               f"{{:.3f}}, batches of {BATCH} tokens (simulated)"),
+        Figure(None, "hottest expert", hottest, hottest_text,
+               beside=Figure(None, "uniform", hot["uniform_simulated"], "{:.2f}x", "simulated")),
         Figure(None, "seen after", hottest and hottest["tokens_until_seen"], f"{{}} tokens: {hot['rule']}"),
         Figure("proposed", "proposed", plan, proposed_text),
         Figure(None, "affinity's bound", apart, "+{0[balance_bound]:.0%}; {0[fullest_over_balanced_fit]:+.1%} where"
                " fitted, {0[fullest_over_balanced_test]:+.1%} on the test"),
     ]  # fmt: skip
-    title = f"{device_loads.shape[1]} contiguous devices, {MEASURED} tokens, layer {about['layer']}"
+    title = f"{device_loads.shape[1]} contiguous devices, {MEASURED} tokens, {PASSES} passes, layer {about['layer']}"
     return Table(title, figures, "", also={**about, "hot_experts": hot}, facts=True)
 
 
 def _remedies(remedies: list[dict]) -> Table:
-    def milliseconds(seconds):
-        return f"{1e3 * seconds:.1f}"
+    def measured(remedy):
+        low, high = remedy["slowest_device_seconds_spread"]
+        return f"{1e3 * remedy['slowest_device_seconds_measured']:.1f} ({1e3 * low:.0f}-{1e3 * high:.0f})"
 
     return of_records(
         "Remedies (balancedness and fan-out simulated; ms of the slowest device)",
@@ -99,10 +110,11 @@ def _remedies(remedies: list[dict]) -> Table:
         ("balancedness_fit", "fit", "{:.2f}"),
         ("balancedness_test", "test", "{:.2f}"),
         ("fan_out", "fan-out", "{:.1f}"),
-        ("slowest_device_seconds_predicted", "modelled", milliseconds),
-        ("slowest_device_seconds_measured", "measured", milliseconds),
+        ("slowest_device_seconds_modelled", "modelled", lambda seconds: f"{1e3 * seconds:.1f}"),
+        (measured, "measured"),
         ("price", "price"),
         section="",
+        note=f"measured: median of {PASSES} passes in turn with the others' (quickest-slowest)",
     )
 
 
@@ -114,8 +126,9 @@ def hottest_text(hot: dict) -> str:
 def proposed_text(plan: dict) -> str:
     if plan["remedy"] == "contiguous":
         return "nothing: no placement is quicker by 2% or more (modelled)"
-    before, predicted, measured = (1e3 * plan[f"seconds_{n}"] for n in ("before_measured", "predicted", "measured"))
-    return f"{plan['remedy']}: {before:.1f} to {measured:.1f} ms measured, {predicted:.1f} modelled"
+    measured, modelled = ([1e3 * s for s in plan[f"seconds_{source}"]] for source in ("measured", "modelled"))
+    change = "{:.1f} to {:.1f}"
+    return f"{plan['remedy']}: {change.format(*measured)} ms measured, {change.format(*modelled)} modelled"
 
 
 # --- figures --------------------------------------------------------------------------------------------------
@@ -164,10 +177,10 @@ def hot_figures(choices: Choices, num_devices: int) -> dict:
 
 
 def proposed(remedies: list[dict]) -> dict:
-    """The quickest by prediction of the remedies that leave the output alone, and what came of it."""
-    best = min((r for r in remedies if r["remedy"] in UNCHANGED), key=lambda r: r["slowest_device_seconds_predicted"])
-    if best["slowest_device_seconds_predicted"] > 0.98 * remedies[0]["slowest_device_seconds_predicted"]:
+    """The quickest by the model of the remedies that leave the output alone: seconds without and with it, by source."""
+    sources = {source: f"slowest_device_seconds_{source}" for source in ("modelled", "measured")}
+    best = min((r for r in remedies if r["remedy"] in UNCHANGED), key=lambda r: r[sources["modelled"]])
+    if best[sources["modelled"]] > 0.98 * remedies[0][sources["modelled"]]:
         best = remedies[0]  # routing is even: nothing to repair
-    return {"remedy": best["remedy"], "seconds_before_measured": remedies[0]["slowest_device_seconds_measured"],
-            "seconds_predicted": best["slowest_device_seconds_predicted"],
-            "seconds_measured": best["slowest_device_seconds_measured"]}  # fmt: skip
+    change = {f"seconds_{source}": [remedies[0][key], best[key]] for source, key in sources.items()}
+    return {"remedy": best["remedy"], **change}

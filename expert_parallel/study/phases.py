@@ -9,7 +9,7 @@ Dimensions: T tokens, E experts, k chosen per token, D devices, H hidden.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
@@ -22,11 +22,15 @@ from .remedies import Choices
 from .scenarios import preferences
 
 MEASURED = 512  # tokens of the passes that are timed
+PASSES = 5  # of which the median counts
 
 
 @dataclass
 class Phases:
-    """Measured seconds of one pass; per device its slots and its compute with nothing beside it."""
+    """Measured seconds of one pass, medians; per device its slots and its compute with nothing beside it.
+
+    spread  {part: seconds of the quickest and of the slowest pass}
+    """
 
     route: float
     dispatch: float
@@ -34,6 +38,21 @@ class Phases:
     combine: float
     device_seconds: list[float]
     device_slots: list[int]
+    spread: dict = field(default_factory=dict)
+
+
+def interleaved(works, rounds: int = PASSES) -> np.ndarray:
+    """Seconds [n, rounds] of each of n works, in turn, so that what else the machine does falls on all of them alike.
+
+    What is built at the first call is not counted.
+    """
+    seconds = np.zeros((len(works), rounds + 1))
+    for turn in range(rounds + 1):
+        for n, work in enumerate(works):
+            begin = time.perf_counter()
+            mx.eval(work())
+            seconds[n, turn] = time.perf_counter() - begin
+    return seconds[:, 1:]
 
 
 class SmallLayer:
@@ -86,31 +105,46 @@ def scenario_tokens(layer: SmallLayer, name: str, num_tokens: int, seed: int = 0
 
 
 def run_phases(layer: SmallLayer, x, preference, placement: Placement, experts=None):
-    """(y [T, H], Phases) of one pass over the devices of `placement` (one layer).
+    """(y [T, H], Phases) of passes over the devices of `placement` (one layer), all alike.
 
     experts  [T, k]; choices to use in place of the router's own, as from a trace
     """
     stores = [_store(layer, placement.held[0], d) for d in range(placement.num_devices)]
     streams = [mx.new_stream(mx.default_device()) for _ in stores]
-    serving = Serving(placement.held[0])
+    serving, seconds = Serving(placement.held[0]), []
     mx.eval(x, preference)
-    for store in stores:  # what is built at the first call
-        mx.eval(store(x[:1], np.zeros(1, dtype=int), store.ids[:1]))
+    for _ in range(PASSES + 1):
+        y, ids, slots, of_pass = _one_pass(layer, stores, streams, serving, x, preference, experts)
+        seconds.append(of_pass)
+    seconds = np.array(seconds[1:])  # without what is built at the first
+    works = [device_work(store, x, ids, mine) for store, mine in zip(stores, slots, strict=True)]
+    names, alone = ("route", "dispatch", "compute", "combine"), np.median(interleaved(works), axis=1)
+    spread = {name: (column.min(), column.max()) for name, column in zip(names, seconds.T, strict=True)}
+    counts = [len(mine) for mine in slots]
+    return y, Phases(*np.median(seconds, axis=0).tolist(), (alone * (np.array(counts) > 0)).tolist(), counts, spread)
+
+
+def _one_pass(layer, stores, streams, serving, x, preference, experts):
+    """(y, ids [T, k], slots of each device, seconds of the four phases)."""
+    # 1. Route.
     clock = [time.perf_counter()]
     _, chosen, weights = layer.route(x, preference) if experts is None else given(experts)
     mx.eval(chosen, weights)
+    # 2. Dispatch: each device's rows of x.
     clock.append(time.perf_counter())
     ids = np.array(chosen)
     device, flat = serving.devices(ids).reshape(-1), ids.reshape(-1)
     slots = [np.flatnonzero(device == d) for d in range(len(stores))]
     rows = [x[mx.array((mine // layer.top_k).astype(np.int32))] for mine in slots]
     mx.eval(rows)
+    # 3. Compute, each device on its stream.
     clock.append(time.perf_counter())
     parts = []
     for store, stream, mine, mine_x in zip(stores, streams, slots, rows, strict=True):
         with mx.stream(stream):
             parts.append(store(mine_x, np.arange(len(mine)), flat[mine]) if len(mine) else mine_x)
     mx.eval(parts)
+    # 4. Combine: rows in their places, weighed and summed.
     clock.append(time.perf_counter())
     at = np.empty(ids.size, dtype=np.int32)
     at[np.concatenate(slots)] = np.arange(ids.size)
@@ -118,8 +152,7 @@ def run_phases(layer: SmallLayer, x, preference, placement: Placement, experts=N
     y = (y * weights[..., None]).sum(axis=-2)
     mx.eval(y)
     clock.append(time.perf_counter())
-    alone = [device_seconds(store, x, ids, mine) for store, mine in zip(stores, slots, strict=True)]
-    return y, Phases(*np.diff(clock).tolist(), device_seconds=alone, device_slots=[len(mine) for mine in slots])
+    return y, ids, slots, np.diff(clock)
 
 
 def given(experts):
@@ -128,24 +161,21 @@ def given(experts):
     return None, chosen, mx.full(chosen.shape, 1 / chosen.shape[1])
 
 
-def device_seconds(store: InMemory, x, ids, slots, repeats: int = 3) -> float:
-    """Measured seconds that one device needs for its slots, with nothing beside it; the best of some."""
-    best = float("inf") if len(slots) else 0.0
-    for _ in range(repeats if len(slots) else 0):
-        begin = time.perf_counter()
-        mx.eval(store(x, slots // ids.shape[-1], ids.reshape(-1)[slots]))
-        best = min(best, time.perf_counter() - begin)
-    return best
+def device_work(store: InMemory, x, ids, slots):
+    """What one device computes for its slots, as a function to time."""
+    if not len(slots):
+        return lambda: x[:0]
+    return lambda: store(x, slots // ids.shape[-1], ids.reshape(-1)[slots])
 
 
-def slowest_device_seconds(layer: SmallLayer, x, held, experts, kept=None) -> float:
-    """Measured seconds of the device with the most slots, for choices [T, k] and holders bool [D, E]."""
+def slowest_device_work(layer: SmallLayer, x, held, experts, kept=None):
+    """What the device with the most slots computes, for choices [T, k] and holders bool [D, E]."""
     ids = np.asarray(experts)
     device = Serving(held).devices(ids).reshape(-1)
     if kept is not None:
         device = np.where(np.asarray(kept).reshape(-1), device, len(held))
     fullest = int(np.bincount(device, minlength=len(held) + 1)[:-1].argmax())
-    return device_seconds(_store(layer, held, fullest), x, ids, np.flatnonzero(device == fullest))
+    return device_work(_store(layer, held, fullest), x, ids, np.flatnonzero(device == fullest))
 
 
 def _store(layer, held, device):

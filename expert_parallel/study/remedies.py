@@ -137,7 +137,7 @@ def compare(fit: Choices, test: Choices, num_devices: int, redundant: int, costs
     }
     first = placed["contiguous"]
     slots = loads.shape[1]
-    prices = {"replicated": f"+{redundant / slots:.0%} expert memory"}
+    prices = {"replicated": f"+{redundant / slots:.0%} experts held"}
     outcomes = []
     for name, placement in placed.items():
         outcomes.append(_judge(name, placement, fit, test, prices.get(name, "")))
@@ -154,7 +154,7 @@ def compare(fit: Choices, test: Choices, num_devices: int, redundant: int, costs
         bias = learn_bias(fit, first)
         under = [biased_choices(part, bias) for part in (fit, test)]
         same = (under[1].experts[..., None] == test.experts[..., None, :]).any(axis=-1)
-        outcomes.append(_judge("load-aware router", first, *under, f"{1 - same.mean():.1%} other experts"))
+        outcomes.append(_judge("load-aware router", first, *under, f"{1 - same.mean():.1%} re-chosen"))
     outcomes.append(rebalanced(placed["balanced"], fit, test, costs))
     return outcomes
 
