@@ -217,7 +217,7 @@ def make_placement(args, shape: tuple[int, int], ranks: int = 1):
     import numpy as np
 
     from ..formats.placements import read_placement
-    from ..formats.traces import read_recording, read_trace
+    from ..formats.traces import read_loads, read_trace
     from ..placing.strategies import place_experts
 
     if ranks > 1 and args.devices not in (None, ranks):
@@ -231,13 +231,12 @@ def make_placement(args, shape: tuple[int, int], ranks: int = 1):
         return placement
     loads, coactivation = np.ones(shape), None
     if args.placement in BY_TRACE:
-        read = read_trace if args.placement == "affinity" else read_recording
-        recorded = read(args.placement_trace, shape[1])
-        loads = recorded if isinstance(recorded, np.ndarray) else recorded.loads()
+        if args.placement == "affinity":
+            coactivation = read_trace(args.placement_trace, shape[1]).experts
+        loads = read_loads(args.placement_trace, shape[1])
         if loads.shape != shape:
             raise ValueError(
                 f"{args.placement_trace} is of {list(loads.shape)} [layers, experts], the model {list(shape)}"
             )
-        coactivation = recorded.experts if args.placement == "affinity" else None
     num_devices = num_devices or min(8, shape[1])
     return place_experts(loads, num_devices, args.placement, args.redundant_experts, coactivation=coactivation)

@@ -16,6 +16,7 @@ import base64
 import io
 import re
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,34 +26,49 @@ from ..trace import RoutingTrace
 from .content import content_of
 
 
-def read_recording(path, num_experts: int | None = None) -> RoutingTrace | np.ndarray:
-    """A trace, or loads int [L, E] where the file has only counts.
+def read_trace(path, num_experts: int | None = None) -> RoutingTrace:
+    """The tokens of a recording.
 
     num_experts  E, where the file does not say; None: the highest expert that occurs, plus one, and the metadata's
                  "num_experts_guessed" says so
-    Raises ValueError naming the file.
+    Raises ValueError naming the file, also where it has only counts.
     """
-    path = Path(path)
+    with _naming(path):
+        found = _read(path, num_experts)
+        if isinstance(found, np.ndarray):
+            raise ValueError("it has counts and no tokens: enough for --placement balanced and replicated alone")
+        trace = found if isinstance(found, RoutingTrace) else found.trace(num_experts, Path(path).stem)
+        if num_experts not in (None, trace.num_experts):
+            raise ValueError(f"it is of {trace.num_experts} experts, not {num_experts}")
+    return trace
+
+
+def read_loads(path, num_experts: int | None = None) -> np.ndarray:
+    """How often each expert was chosen, int [L, E]; of counts and of tokens, those too that some layer lacks."""
+    with _naming(path):
+        found = _read(path, num_experts)
+        loads = found if isinstance(found, np.ndarray) else found.loads()
+        if num_experts and loads.shape[1] < num_experts and isinstance(found, _Slots):
+            loads = np.pad(loads, [(0, 0), (0, num_experts - loads.shape[1])])
+        if num_experts not in (None, loads.shape[1]):
+            raise ValueError(f"it is of {loads.shape[1]} experts, not {num_experts}")
+    return loads
+
+
+@contextmanager
+def _naming(path):
     try:
-        own = zipfile.is_zipfile(path) and "about.npy" in zipfile.ZipFile(path).namelist()
-        found = RoutingTrace.load(path) if own else _recording(content_of(path), num_experts, path.stem)
+        yield
     except Exception as error:  # zipfile, numpy, json, csv, os, ... each have their own
         text = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(text if text.startswith("cannot") else f"cannot read routing trace {path}: {text}") from None
-    count = found.num_experts if isinstance(found, RoutingTrace) else found.shape[1]
-    if num_experts not in (None, count):
-        raise ValueError(f"routing trace {path} is of {count} experts, not {num_experts}")
-    return found
 
 
-def read_trace(path, num_experts: int | None = None) -> RoutingTrace:
-    """As `read_recording`, where tokens are needed: ValueError for counts."""
-    found = read_recording(path, num_experts)
-    if not isinstance(found, RoutingTrace):
-        raise ValueError(
-            f"{path} has counts and no tokens: enough for --placement balanced or replicated, not for this"
-        )
-    return found
+def _read(path, num_experts) -> RoutingTrace | np.ndarray | _Slots:
+    """By looking into the file: a trace, counts [L, E], or slots."""
+    if zipfile.is_zipfile(path) and "about.npy" in zipfile.ZipFile(path).namelist():
+        return RoutingTrace.load(path)
+    return _recording(content_of(path), num_experts, Path(path).stem)
 
 
 def _recording(content, num_experts, name):
@@ -75,11 +91,11 @@ def _recording(content, num_experts, name):
             return from_arrays(arrays, num_experts, name)
         if "slot" in first:
             said = re.search(r"n_expert=(\d+)", first["#"])
-            return _of_slots(_by_slot(content), num_experts or (said and int(said[1])), name)
+            return _Slots(_by_slot(content), said and int(said[1]))
         if {"layer", "expert"} <= first.keys() or {"layer_id", "expert_id"} <= first.keys():
             return _of_pairs(content, num_experts)
         if "#" not in first:
-            return _of_slots(_by_record(content), num_experts, name)
+            return _Slots(_by_record(content))
     raise ValueError("it is no routing trace that this project knows (see expert_parallel/formats/traces.py)")
 
 
@@ -120,31 +136,46 @@ def _by_record(records):
                     yield (record["batch_id"], token), record["layer"], expert
 
 
-def _of_slots(slots, num_experts, name) -> RoutingTrace:
-    """A trace of (token, layer, expert) in the order in which tokens first come.
+class _Slots:
+    """Routing decisions (token, layer, expert) in the order in which tokens first come; E where the file says it."""
 
-    Tokens that some layer has not are dropped, and counted in metadata "incomplete_rows": llama.cpp computes the last
-    layer for the last token of a prompt only.
-    """
-    tokens: dict = {}
-    for token, layer, expert in slots:
-        tokens.setdefault(token, {}).setdefault(layer, []).append(expert)
-    layers = sorted({layer for of_layers in tokens.values() for layer in of_layers})
-    sizes = [len(experts) for of_layers in tokens.values() for experts in of_layers.values()]
-    if not sizes:
-        raise ValueError("it has no routing decisions in it")
-    k = max(set(sizes), key=sizes.count)
-    whole = {
-        token: [of_layers[layer] for layer in layers]
-        for token, of_layers in tokens.items()
-        if len(of_layers) == len(layers) and all(len(experts) == k for experts in of_layers.values())
-    }
-    if not whole:
-        raise ValueError(f"no token has decisions in all of its {len(layers)} layers")
-    trace = from_arrays([np.array(list(whole.values()))], num_experts, name)
-    trace.prefill[:] = [len(token) == 3 and token[1] == 0 for token in whole]
-    trace.metadata |= {"layers": layers, "incomplete_rows": len(tokens) - len(whole)}
-    return trace
+    def __init__(self, slots, num_experts: int | None = None):
+        self.tokens, self.num_experts = {}, num_experts
+        for token, layer, expert in slots:
+            self.tokens.setdefault(token, {}).setdefault(layer, []).append(expert)
+        self.layers = sorted({layer for of_layers in self.tokens.values() for layer in of_layers})
+        if not self.layers:
+            raise ValueError("it has no routing decisions in it")
+
+    def loads(self) -> np.ndarray:
+        pairs = [
+            (self.layers.index(layer), expert)
+            for of_layers in self.tokens.values()
+            for layer, experts in of_layers.items()
+            for expert in experts
+        ]
+        layer, expert = np.array(pairs).T
+        table = np.zeros((len(self.layers), max(self.num_experts or 0, expert.max() + 1)), dtype=np.int64)
+        np.add.at(table, (layer, expert), 1)
+        return table
+
+    def trace(self, num_experts, name) -> RoutingTrace:
+        """Tokens that some layer lacks are dropped, and counted in metadata "incomplete_rows": llama.cpp computes the
+        last layer for the last token of a prompt only.
+        """
+        sizes = [len(experts) for of_layers in self.tokens.values() for experts in of_layers.values()]
+        k = max(set(sizes), key=sizes.count)
+        whole = {
+            token: [of_layers[layer] for layer in self.layers]
+            for token, of_layers in self.tokens.items()
+            if len(of_layers) == len(self.layers) and all(len(experts) == k for experts in of_layers.values())
+        }
+        if not whole:
+            raise ValueError(f"no token has decisions in all of its {len(self.layers)} layers")
+        trace = from_arrays([np.array(list(whole.values()))], num_experts or self.num_experts, name)
+        trace.prefill[:] = [len(token) == 3 and token[1] == 0 for token in whole]
+        trace.metadata |= {"layers": self.layers, "incomplete_rows": len(self.tokens) - len(whole)}
+        return trace
 
 
 def from_arrays(arrays, num_experts: int | None = None, model: str = "") -> RoutingTrace:
