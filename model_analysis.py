@@ -12,6 +12,7 @@ measured, simulated or modelled.
 import argparse
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from expert_parallel.command import output
@@ -31,7 +32,7 @@ def setup_arg_parser():
     add("--mode", default="affine", choices=("affine", "mxfp4", "nvfp4", "mxfp8"), help="of the quantisation")
     add("--context", type=int, default=2048, help="tokens in the cache (default: 2048)")
     add("--devices", type=int, nargs="+", metavar="N", help="numbers of devices to consider (default: 1 2 4 ... 64)")
-    add("--device-memory", type=float, metavar="GB", help="how many devices of this size hold the model?")
+    add("--device-memory", type=float, metavar="GB", help="that each device has, with room for its system")
     add("--redundant-experts", type=int, default=0, metavar="R", help="extra copies per layer")
     add("--hardware", default="m4-max", help=f"project onto: {', '.join(MACHINES)} (default: m4-max)")
     add("--link", help=f"between devices: {', '.join(LINKS)}")
@@ -83,30 +84,37 @@ def run(args):
         raise ValueError("--group-size and --mode say how --bits are stored: give --bits too")
     quantisation = {"bits": bits, "group_size": args.group_size, "mode": args.mode}
     described = describe(configuration, **quantisation)
-    usual = [count for count in projection.DEVICES if count <= described.num_experts]
-    devices = sorted(set(args.devices or usual))
-    if not 1 <= devices[0] <= devices[-1] <= described.num_experts:
-        raise ValueError(f"--devices {devices}: needs 1 to {described.num_experts}, the experts of a layer")
+    link = args.link or USUAL_LINK[args.hardware.lower()]
+    wire, source = find("link", link, LINKS)
+    most = min(described.num_experts, wire.most_devices)
+    devices = sorted(set(args.devices or [count for count in projection.DEVICES if count <= most]))
+    if not 1 <= devices[0] <= devices[-1] <= most:
+        limit = "the experts of a layer" if most == described.num_experts else f"what {link} connects"
+        raise ValueError(f"--devices {devices}: needs 1 to {most}, {limit}")
     show(*model.architecture(described, configuration, args.context))
 
     # 2. What it needs on each device
     show(*(needs := model.memory(described, devices, args.redundant_experts)))
+    machine = find("hardware", args.hardware, MACHINES)
     if args.device_memory:
-        show(model.fit(described, devices, args.device_memory * 1e9, args.context))
+        machine = replace(machine, memory_bytes=args.device_memory * 1e9)
+        usable, whose = machine.usable
+        fit = model.fit(described, devices, usable, args.context)
+        fit.note = f"So much of {args.device_memory:g} GB are for weights and cache ({whose})."
+        show(fit)
 
     # 3. What it would do, there and here
-    link = args.link or USUAL_LINK[args.hardware.lower()]
-    wire, source = find("link", link, LINKS)
-    machine, trace = find("hardware", args.hardware, MACHINES), read_trace(args.trace, described)
+    trace = read_trace(args.trace, described)
     setting = projection.Setting(machine, wire, link, source, args.context, devices, trace, args.redundant_experts)
     hybrid = {row["devices"]: row["hybrid_bytes"] for row in needs[0].to_json()["devices"]}
-    show(*projection.projection(described, setting, hybrid), *projection.original_claims(described))
+    show(*projection.projection(described, setting, hybrid))
     if args.measure:
         here, links, measured = checks.machine(configuration, described, quantisation)
         show(measured)
         for name, local in links.items():
-            source = "all-sums of 2 processes on this machine"
-            setting = projection.Setting(here, local, name, source, args.context, devices, trace)
+            source = "all-sums of 2 processes on this machine, each of which is taken for a machine like it"
+            of_it = (args.context, devices, trace, args.redundant_experts)
+            setting = projection.Setting(here, local, name, source, *of_it)
             show(*projection.projection(described, setting, section=f"this_machine.projection.{name}"))
 
     # 4. Its files, and real text through its weights
@@ -121,7 +129,7 @@ def run(args):
         show(*forward_tables(args.model, texts_of(args.prompt), args.prompt_tokens))
 
     if args.json:
-        missing = dict.fromkeys(("fit", "original_claims", "this_machine", "checkpoint", "forward"))
+        missing = dict.fromkeys(("fit", "this_machine", "checkpoint", "forward"))
         about = {"options": vars(args), "environment": table.environment()}
         output.write_json(args.json, table.sections(shown, **about, **missing))
     return 0 if whole else 1

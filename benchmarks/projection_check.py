@@ -27,7 +27,7 @@ from expert_parallel.models.architecture import describe
 from expert_parallel.models.configurations import load_configuration
 from expert_parallel.projection.constants import measure_machine, random_tokens, seconds_of_prompt, seconds_per_token
 from expert_parallel.projection.link_probe import measure_link
-from expert_parallel.projection.step import Cluster, decode_step, fullest_device, prefill
+from expert_parallel.projection.step import decode_step, fullest_device, prefill
 from expert_parallel.ranks.launch import run_ranks
 from expert_parallel.report import table
 
@@ -69,21 +69,17 @@ def run(args):
     mx.clear_cache()
 
     # 2. Predict, then measure
-    value_bytes = 4 if mx.default_device().type == mx.cpu else 2
     shape = (demand.num_moe_layers, demand.num_experts)
 
-    def predicted(cluster, devices):
+    def predicted(devices, link=None):
         held = place_experts(np.ones(shape), devices).held
         one = fullest_device(decoded.experts[CONTEXT + 1 :], held)
         many = fullest_device(read.experts, held, len(prompt))
-        step = decode_step(demand, cluster, one, context=CONTEXT + len(tokens) // 2, value_bytes=value_bytes)
-        return {
-            "decode": step.seconds,
-            "prompt": prefill(demand, cluster, len(prompt), many, value_bytes=value_bytes).seconds,
-        }
+        step = decode_step(demand, machine, devices, link, one, context=CONTEXT + len(tokens) // 2)
+        return {"decode": step.seconds, "prompt": prefill(demand, machine, len(prompt), devices, link, many).seconds}
 
     links = {}
-    expected = {("1 process", "one whole"): predicted(Cluster(machine), 1)}
+    expected = {("1 process", "one whole"): predicted(1)}
     for devices in args.devices:
         # Simulated devices take turns in one process: all experts, one after the other.
         expected["1 process", f"{devices} simulated"] = expected["1 process", "one whole"]
@@ -98,7 +94,7 @@ def run(args):
             "bytes_per_second": link.bytes_per_second,
             "rows": rows,
         }
-        expected["2 ranks", backend] = predicted(Cluster(machine, 2, link), 2)
+        expected["2 ranks", backend] = predicted(2, link)
         command = [sys.executable, __file__, "--worker", "--model", args.model]
         command += [
             "--tokens",

@@ -5,7 +5,7 @@ Dimensions: T tokens, L MoE layers, E experts, k chosen, D devices, B sequences 
     a step =   fixed cost of every layer
              + all but the experts: bytes over memory bandwidth, or operations if those take longer
              + the experts of the fullest device, layer by layer, for all devices wait for it
-             + an all-sum per MoE layer: latency + bytes over the link's bandwidth
+             + an all-sum per MoE layer (reduce: H values a token): latency + bytes over the link's bandwidth
 """
 
 from __future__ import annotations
@@ -15,8 +15,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..serving import Serving
+from .hardware import Machine
+from .links import Link
 
 PREFILL_CHUNK = 2048  # tokens of a prompt that mlx-lm reads at a time
+PARTS = {
+    "fixed": "fixed cost per layer",
+    "rest": "all but the experts",
+    "experts": "experts",
+    "latency": "latency of collectives",
+    "transfer": "bandwidth of collectives",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,72 +65,8 @@ class Demand:
 
     def attention_operations(self, first: int, last: int) -> float:
         """Operations of scores and weighted sums for the tokens at positions first..last-1 of a sequence."""
-        total = 0.0
-        for width, limit in self.attention:
-            seen = np.minimum(np.arange(first + 1, last + 1), limit or last)
-            total += 4.0 * width * seen.sum()
-        return total
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Constants of one device; `source` says where they come from.
-
-    bytes_per_second         of weights, one token at a time, for all but the experts
-    expert_bytes_per_second  the same for experts (they are gathered, which may be slower)
-    operations_per_second    of large matrix products, two per multiplication and addition
-    layer_seconds            what a layer costs whatever its size: launches, synchronisation
-    cache_bytes_per_second   of keys and values; 0: as weights (on a CPU they need no unpacking)
-    memory_bytes             for weights and caches
-    """
-
-    name: str
-    bytes_per_second: float
-    expert_bytes_per_second: float
-    operations_per_second: float
-    layer_seconds: float
-    memory_bytes: float = float("inf")
-    source: str = ""
-    cache_bytes_per_second: float = 0.0
-
-    def __post_init__(self):
-        for field in ("bytes_per_second", "expert_bytes_per_second", "operations_per_second"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"machine {self.name}: {field} must be above 0, got {getattr(self, field)}")
-        if self.layer_seconds < 0:
-            raise ValueError(f"machine {self.name}: layer_seconds must be at least 0, got {self.layer_seconds}")
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """D equal devices; over `num_nodes` machines if more than one.
-
-    link, node_link  `communication.Link` inside a machine and between machines
-    """
-
-    machine: Machine
-    num_devices: int = 1
-    link: object = None
-    num_nodes: int = 1
-    node_link: object = None
-
-    def __post_init__(self):
-        if self.num_devices < 1 or self.num_nodes < 1 or self.num_devices % self.num_nodes:
-            raise ValueError(f"{self.num_devices} devices do not spread evenly over {self.num_nodes} nodes")
-        if self.num_devices > self.num_nodes and self.link is None:
-            raise ValueError(f"{self.num_devices} devices need a link")
-        if self.num_nodes > 1 and self.node_link is None:
-            raise ValueError(f"{self.num_nodes} nodes need a node_link")
-
-    def all_sum_parts(self, payload: float) -> tuple[float, float]:
-        """(latency, transfer) seconds: inside every node, then of each device's share between nodes."""
-        per_node = self.num_devices // self.num_nodes
-        parts = [(0.0, 0.0)]
-        if per_node > 1:
-            parts.append(self.link.all_sum_parts(payload, per_node))
-        if self.num_nodes > 1:
-            parts.append(self.node_link.all_sum_parts(payload / per_node, self.num_nodes))
-        return tuple(np.sum(parts, axis=0))
+        seen = np.arange(first + 1, last + 1)
+        return sum(4.0 * width * np.minimum(seen, limit or last).sum() for width, limit in self.attention)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,23 +84,20 @@ class Fullest:
 def fullest_device(experts, held, batch: int = 1) -> Fullest:
     """Measure it on a trace, `batch` tokens to a step: the mean over steps of the maximum over devices.
 
-    experts  [T, L, k] expert ids;  held  bool [L, D, E]
+    experts  [T, L, k] expert ids, T at least `batch`;  held  bool [L, D, E]
     """
-    experts, held = np.asarray(experts, dtype=np.int64), np.asarray(held, dtype=bool)
+    experts, (num_layers, devices, num_experts) = np.asarray(experts, dtype=np.int64), held.shape
     steps = len(experts) // batch
-    if steps == 0:
-        raise ValueError(f"a trace of {len(experts)} tokens has no step of {batch}")
-    num_layers, num_devices, num_experts = held.shape
-    read, computed = np.zeros(num_layers), np.zeros(num_layers)
-    step = np.arange(steps)[:, None]
+    rows, read, slots = np.arange(steps)[:, None] * devices, np.zeros(num_layers), np.zeros(num_layers)
+
+    def fullest(device):  # counted in all steps at once, for device d of step s under s D + d
+        return np.bincount(device.ravel(), minlength=steps * devices).reshape(steps, devices).max(axis=1).mean()
+
     for layer in range(num_layers):
         serving, chosen = Serving(held[layer]), experts[: steps * batch, layer].reshape(steps, -1)
-        device = np.stack([serving.devices(ids) for ids in chosen]) if serving.any_shared else serving.home[chosen]
-        slots, pairs = np.zeros((steps, num_devices)), np.zeros((steps, num_devices, num_experts), dtype=bool)
-        np.add.at(slots, (step, device), 1)
-        pairs[step, device, chosen] = True
-        computed[layer], read[layer] = slots.max(axis=1).mean(), pairs.sum(axis=2).max(axis=1).mean()
-    return Fullest(read, computed)
+        device = rows + np.stack([serving.devices(ids) for ids in chosen])  # [steps, batch k]
+        slots[layer], read[layer] = fullest(device), fullest(np.unique(device * num_experts + chosen) // num_experts)
+    return Fullest(read, slots)
 
 
 def uniform_experts(num_tokens: int, num_layers: int, num_experts: int, top_k: int, seed: int = 0) -> np.ndarray:
@@ -167,13 +109,12 @@ def uniform_experts(num_tokens: int, num_layers: int, num_experts: int, top_k: i
 def even_load(demand: Demand, num_devices: int, batch: int = 1) -> Fullest:
     """Perfect balance: every device has a D-th of the slots (the mean that no device stays above)."""
     slots = np.full(demand.num_moe_layers, batch * demand.chosen / num_devices)
-    most = demand.num_experts / num_devices
-    return Fullest(np.minimum(slots, most), slots)
+    return Fullest(np.minimum(slots, demand.num_experts / num_devices), slots)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of one step, by cause, and the tokens that it brings."""
+    """Seconds of one step, by cause (`PARTS`), and the tokens that it brings."""
 
     fixed: float
     rest: float
@@ -184,7 +125,7 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        return self.fixed + self.rest + self.experts + self.latency + self.transfer
+        return sum(getattr(self, part) for part in PARTS)
 
     @property
     def tokens_per_second(self) -> float:
@@ -193,83 +134,64 @@ class Estimate:
     @property
     def bottleneck(self) -> str:
         """The largest part."""
-        names = {
-            "fixed": "fixed cost per layer",
-            "rest": "all but the experts",
-            "experts": "experts",
-            "latency": "latency of collectives",
-            "transfer": "bandwidth of collectives",
-        }
-        return names[max(names, key=lambda name: getattr(self, name))]
+        return PARTS[max(PARTS, key=lambda part: getattr(self, part))]
 
 
 def decode_step(
     demand: Demand,
-    cluster: Cluster,
+    machine: Machine,
+    devices: int = 1,
+    link: Link | None = None,
     load: Fullest | None = None,
+    *,
     context: int = 0,
     batch: int = 1,
-    combine: str = "reduce",
     rest_share: float = 1.0,
-    value_bytes: int = 2,
 ) -> Estimate:
-    """One token for each of B sequences.
+    """One token for each of B sequences, on D machines of a kind with a link between them.
 
     load        None: perfect balance
     context     tokens in each sequence's cache
     rest_share  part of all but the experts that one device does: 1 where replicated, about 1 / D where
                 mlx-lm shards it too (hybrid), which costs one more all-sum a layer
     """
-    return _step(demand, cluster, load, [(context, context + 1)], batch, combine, rest_share, value_bytes, head=batch)
+    return _step(demand, machine, devices, link, load, [(context, context + 1)], batch, rest_share)
 
 
 def prefill(
     demand: Demand,
-    cluster: Cluster,
+    machine: Machine,
     num_tokens: int,
+    devices: int = 1,
+    link: Link | None = None,
     load: Fullest | None = None,
-    combine: str = "reduce",
-    rest_share: float = 1.0,
-    value_bytes: int = 2,
 ) -> Estimate:
     """A prompt of T tokens, read in chunks of 2048. `load` is of one such chunk (batch = its tokens)."""
     starts = range(0, num_tokens, PREFILL_CHUNK)
     chunks = [(start, min(start + PREFILL_CHUNK, num_tokens)) for start in starts]
-    return _step(demand, cluster, load, chunks, 1, combine, rest_share, value_bytes, head=1)
+    return _step(demand, machine, devices, link, load, chunks)
 
 
-def _step(demand, cluster, load, chunks, batch, combine, rest_share, value_bytes, head):
-    if combine not in ("gather", "reduce"):
-        raise ValueError(f'combine is "gather" or "reduce", got {combine!r}')
-    machine, devices = cluster.machine, cluster.num_devices
-    parts = np.zeros(5)
+def _step(demand, machine, devices, link, load, chunks, batch=1, rest_share=1.0) -> Estimate:
+    """chunks: the (first, last + 1) positions that each of the sequences reads at once."""
+    parts, arithmetic = np.zeros(5), machine.operations_per_second
     for first, last in chunks:
         tokens = (last - first) * batch
         there = load or even_load(demand, devices, tokens)
-        cached = demand.cache_bytes(first) * batch * rest_share
-        read = demand.rest_bytes * rest_share / machine.bytes_per_second
-        read += cached / (machine.cache_bytes_per_second or machine.bytes_per_second)
-        products = (
-            2.0 * (demand.rest_parameters - demand.head_parameters) * tokens + 2.0 * demand.head_parameters * head
-        )
-        operations = (products + demand.attention_operations(first, last) * batch) * rest_share
-        rest = max(read, operations / machine.operations_per_second)
+        cache_speed = machine.cache_bytes_per_second or machine.bytes_per_second
+        read = demand.rest_bytes / machine.bytes_per_second + demand.cache_bytes(first) * batch / cache_speed
+        products = (demand.rest_parameters - demand.head_parameters) * tokens + demand.head_parameters * batch
+        operations = 2.0 * products + demand.attention_operations(first, last) * batch
+        rest = max(read, operations / arithmetic) * rest_share
         experts = np.maximum(
             demand.expert_bytes * there.experts / machine.expert_bytes_per_second,
-            2.0 * demand.expert_parameters * there.slots / machine.operations_per_second,
+            2.0 * demand.expert_parameters * there.slots / arithmetic,
         ).sum()
-        payload = tokens * demand.hidden * value_bytes
-        latency, transfer = cluster.all_sum_parts(payload * (demand.chosen if combine == "gather" else 1))
-        collectives = np.array([latency, transfer]) * demand.num_moe_layers
-        if rest_share < 1:
-            collectives += np.array(cluster.all_sum_parts(payload)) * demand.num_layers
-        parts += [machine.layer_seconds * demand.num_layers, rest, experts, *collectives]
+        payload = tokens * demand.hidden * machine.value_bytes
+        all_sums = demand.num_moe_layers + (demand.num_layers if rest_share < 1 else 0)
+        each = link.all_sum_parts(payload, devices) if devices > 1 else (0.0, 0.0)
+        parts += [machine.layer_seconds * demand.num_layers, rest, experts, *(all_sums * part for part in each)]
     return Estimate(*parts.tolist(), tokens=sum(last - first for first, last in chunks) * batch)
-
-
-def best_number(estimates: dict[int, Estimate]) -> int:
-    """The number of devices with most tokens a second; from there on more devices do not pay."""
-    return max(sorted(estimates), key=lambda n: estimates[n].tokens_per_second)
 
 
 def fit_arithmetic(machine: Machine, demand: Demand, tokens: int, speed: float, load: Fullest | None = None) -> Machine:
@@ -278,19 +200,14 @@ def fit_arithmetic(machine: Machine, demand: Demand, tokens: int, speed: float, 
     load  what one device did for this prompt, where it is known
     """
 
-    def seconds(operations):
-        return prefill(demand, Cluster(replace(machine, operations_per_second=operations)), tokens, load).seconds
+    def with_arithmetic(operations):
+        return replace(machine, operations_per_second=operations)
 
     low, high = 1e6, 1e18
-    if seconds(high) >= tokens / speed:
+    if prefill(demand, with_arithmetic(high), tokens, load=load).tokens_per_second <= speed:
         raise ValueError(f"machine {machine.name}: at {speed:g} prompt tokens/s no time is left for arithmetic")
     for _ in range(100):
         middle = (low * high) ** 0.5
-        low, high = (middle, high) if seconds(middle) > tokens / speed else (low, middle)
-    return replace(machine, operations_per_second=high)
-
-
-def one_token_bytes(demand: Demand, context: int = 0) -> float:
-    """Bytes that one device alone reads for one token."""
-    experts = float(demand.expert_bytes.sum()) * demand.chosen
-    return demand.rest_bytes + experts + demand.cache_bytes(context)
+        slow = prefill(demand, with_arithmetic(middle), tokens, load=load).tokens_per_second < speed
+        low, high = (middle, high) if slow else (low, middle)
+    return with_arithmetic(high)

@@ -15,7 +15,7 @@ from expert_parallel.models.lazy import build_model, fill_randomly, quantise, sh
 from expert_parallel.projection.constants import measure_machine, random_tokens, seconds_per_token, without_experts
 from expert_parallel.projection.link_probe import measure_link
 from expert_parallel.projection.links import Link
-from expert_parallel.projection.step import Cluster, decode_step
+from expert_parallel.projection.step import decode_step
 from expert_parallel.ranks.launch import rank_commands
 from expert_parallel.trace import RoutingTrace
 
@@ -59,7 +59,6 @@ def test_the_whole_report_takes_seconds_and_400_mb(name, tmp_path):
     assert max(map(len, printed.splitlines())) <= 80
     for heading in ("Layers", "Parts", "Expert weights", "Memory of the fullest", "Projection"):
         assert heading in printed
-    assert ("original write-up" in printed) == (name == "qwen3-coder-30b")  # one H100 cannot hold the other
     if name == "qwen3-coder-30b":
         for figure in ("30,532,122,624", "17,180,913,664", "16,307,453,952", "873,459,712", "2,654,208"):
             assert figure in printed
@@ -69,7 +68,7 @@ def test_the_whole_report_takes_seconds_and_400_mb(name, tmp_path):
         assert rows[8]["replicated_rest_bytes"] == 16 * 48 * 2_654_208 + 873_459_712
         assert rows[8]["hybrid_bytes"] is None
         assert "4 heads" in figures["memory"]["hybrid_not_possible"]
-        assert figures["fit"]["fewest_devices"] == 1
+        assert figures["fit"]["fewest_devices"] == 2  # Metal gives a GPU 16 of 24 GB
         assert figures["projection"]["source"] == "modelled"
         first = figures["projection"]["devices"][0]
         assert sum(first["milliseconds"].values()) == pytest.approx(1e3 / first["tokens_per_second"], rel=1e-3)
@@ -184,7 +183,7 @@ def test_constants_of_this_machine_explain_what_they_were_fitted_on():
     assert machine.bytes_per_second > 0
     assert machine.expert_bytes_per_second > 0
     token = seconds_per_token(model, random_tokens(model, 8), rounds=8).mean()
-    predicted = decode_step(described.demand, Cluster(machine)).seconds
+    predicted = decode_step(described.demand, machine).seconds
     assert predicted == pytest.approx(token, rel=0.5)  # tests share their machine with others
 
 
