@@ -85,7 +85,8 @@ def seconds_after(model, context: int) -> float:
     cache = make_prompt_cache(model)
     mx.eval(model(mx.array([[1]]), cache=cache))
     for entry in cache:
-        entry.update_and_fetch(*(mx.zeros((*a.shape[:2], context, a.shape[3]), a.dtype) for a in (entry.keys, entry.values)))
+        one = entry.keys, entry.values
+        entry.update_and_fetch(*(mx.zeros((*a.shape[:2], context, a.shape[3]), a.dtype) for a in one))
     mx.eval(model(mx.array([[1]]), cache=cache))
     return seconds_of(lambda: model(mx.array([[2]]), cache=cache))
 
