@@ -40,22 +40,28 @@ class Nodes:
 
 
 def speed_ups(demand, before, after):
-    """Decoding with batch 1 and 64 and a long prompt: so many times as fast on `after` as on `before`; and its words.
+    """Decoding with batch 1 and 64 and a long prompt: how many times as fast on `after` as on `before`, in words,
+    and what takes most time of a step of one sequence there.
 
     before, after  (devices, link)
     """
     machine, seconds = MACHINES["h100"], []
     for devices, link in (before, after):
-        where, loads = (devices, link), Setting(machine, link, "", "")
+        loads = Setting(machine, link, "", "")
         decoded = [
-            step.decode_step(demand, machine, *where, loads.load(demand, devices, batch), batch=batch)
+            step.estimate(demand, machine, devices, link, loads.load(demand, devices, batch), batch=batch)
             for batch in (1, 64)
         ]
-        load = loads.load(demand, devices, step.PREFILL_CHUNK)
-        seconds.append([*decoded, step.prefill(demand, machine, PROMPT, *where, load)])
-    times = [one.seconds / many.seconds for one, many in zip(*seconds, strict=True)]
+        chunk = step.PREFILL_CHUNK
+        load = loads.load(demand, devices, chunk)
+        prompt = [
+            step.estimate(demand, machine, devices, link, load, context=first, tokens=chunk).seconds
+            for first in range(0, PROMPT, chunk)
+        ]
+        seconds.append([*(each.seconds for each in decoded), sum(prompt)])
+    times = [one / many for one, many in zip(*seconds, strict=True)]
     words = "decoding {:.2f}x with one sequence, {:.2f}x with 64; a prompt of 8,192 tokens {:.2f}x".format(*times)
-    return times, words, seconds[1][0].bottleneck
+    return words, decoded[0].bottleneck
 
 
 def claims(configuration):
@@ -68,8 +74,8 @@ def claims(configuration):
     shape = four.hidden, four.chosen, four.num_moe_layers
     gather, reduce = (bytes_per_token(*shape[:2], 1, combine=how) for how in ("gather", "reduce"))
     nvlink, network = LINKS["nvlink-h100"][0], LINKS["infiniband-ndr"][0]
-    _, machine, limit = speed_ups(demand, (1, None), (8, nvlink))
-    _, nodes, limit_of_nodes = speed_ups(demand, (8, nvlink), (64, Nodes(nvlink, network)))
+    machine, limit = speed_ups(demand, (1, None), (8, nvlink))
+    nodes, limit_of_nodes = speed_ups(demand, (8, nvlink), (64, Nodes(nvlink, network)))
     modelled = "modelled, to the byte"
     on_h100 = "modelled, H100; compute assumed"
     return [

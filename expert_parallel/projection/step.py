@@ -18,7 +18,7 @@ from ..serving import Serving
 from .hardware import Machine
 from .links import Link
 
-PREFILL_CHUNK = 2048  # tokens of a prompt that mlx-lm reads at a time
+PREFILL_CHUNK = 2048  # tokens of a prompt that mlx-lm reads in one step
 PARTS = {
     "fixed": "fixed cost per layer",
     "rest": "all but the experts",
@@ -137,7 +137,7 @@ class Estimate:
         return PARTS[max(PARTS, key=lambda part: getattr(self, part))]
 
 
-def decode_step(
+def estimate(
     demand: Demand,
     machine: Machine,
     devices: int = 1,
@@ -145,69 +145,55 @@ def decode_step(
     load: Fullest | None = None,
     *,
     context: int = 0,
+    tokens: int = 1,
     batch: int = 1,
     rest_share: float = 1.0,
 ) -> Estimate:
-    """One token for each of B sequences, on D machines of a kind with a link between them.
+    """One step of B sequences over D machines of a kind with a link between them: decoding, or a chunk of a prompt.
 
-    load        None: perfect balance
-    context     tokens in each sequence's cache
-    rest_share  part of all but the experts that one device does: 1 where replicated, about 1 / D where
-                mlx-lm shards it too (hybrid), which costs one more all-sum a layer
+    load             None: perfect balance
+    context, tokens  each sequence has so many tokens in its cache, and reads so many more; logits of the last
+    rest_share       part of all but the experts that one device does: 1 where replicated, about 1 / D where
+                     mlx-lm shards it too (hybrid), which costs one more all-sum a layer
     """
-    return _step(demand, machine, devices, link, load, [(context, context + 1)], batch, rest_share)
-
-
-def prefill(
-    demand: Demand,
-    machine: Machine,
-    num_tokens: int,
-    devices: int = 1,
-    link: Link | None = None,
-    load: Fullest | None = None,
-) -> Estimate:
-    """A prompt of T tokens, read in chunks of 2048. `load` is of one such chunk (batch = its tokens)."""
-    starts = range(0, num_tokens, PREFILL_CHUNK)
-    chunks = [(start, min(start + PREFILL_CHUNK, num_tokens)) for start in starts]
-    return _step(demand, machine, devices, link, load, chunks)
-
-
-def _step(demand, machine, devices, link, load, chunks, batch=1, rest_share=1.0) -> Estimate:
-    """chunks: the (first, last + 1) positions that each of the sequences reads at once."""
-    parts, arithmetic = np.zeros(5), machine.operations_per_second
-    for first, last in chunks:
-        tokens = (last - first) * batch
-        there = load or even_load(demand, devices, tokens)
-        cache_speed = machine.cache_bytes_per_second or machine.bytes_per_second
-        read = demand.rest_bytes / machine.bytes_per_second + demand.cache_bytes(first) * batch / cache_speed
-        products = (demand.rest_parameters - demand.head_parameters) * tokens + demand.head_parameters * batch
-        operations = 2.0 * products + demand.attention_operations(first, last) * batch
-        rest = max(read, operations / arithmetic) * rest_share
-        experts = np.maximum(
-            demand.expert_bytes * there.experts / machine.expert_bytes_per_second,
-            2.0 * demand.expert_parameters * there.slots / arithmetic,
-        ).sum()
-        payload = tokens * demand.hidden * machine.value_bytes
-        all_sums = demand.num_moe_layers + (demand.num_layers if rest_share < 1 else 0)
-        each = link.all_sum_parts(payload, devices) if devices > 1 else (0.0, 0.0)
-        parts += [machine.layer_seconds * demand.num_layers, rest, experts, *(all_sums * part for part in each)]
-    return Estimate(*parts.tolist(), tokens=sum(last - first for first, last in chunks) * batch)
+    together, arithmetic = tokens * batch, machine.operations_per_second
+    load = load or even_load(demand, devices, together)
+    cache_speed = machine.cache_bytes_per_second or machine.bytes_per_second
+    read = demand.rest_bytes / machine.bytes_per_second + demand.cache_bytes(context) * batch / cache_speed
+    products = (demand.rest_parameters - demand.head_parameters) * together + demand.head_parameters * batch
+    operations = 2.0 * products + demand.attention_operations(context, context + tokens) * batch
+    experts = np.maximum(
+        demand.expert_bytes * load.experts / machine.expert_bytes_per_second,
+        2.0 * demand.expert_parameters * load.slots / arithmetic,
+    )
+    all_sums = demand.num_moe_layers + (demand.num_layers if rest_share < 1 else 0)
+    payload = together * demand.hidden * machine.value_bytes
+    latency, transfer = link.all_sum_parts(payload, devices) if devices > 1 else (0.0, 0.0)
+    return Estimate(
+        fixed=machine.layer_seconds * demand.num_layers,
+        rest=max(read, operations / arithmetic) * rest_share,
+        experts=float(experts.sum()),
+        latency=all_sums * latency,
+        transfer=all_sums * transfer,
+        tokens=together,
+    )
 
 
 def fit_arithmetic(machine: Machine, demand: Demand, tokens: int, speed: float, load: Fullest | None = None) -> Machine:
     """The machine with operations_per_second that a prompt's speed asks for, by bisection: more never take longer.
 
-    load  what one device did for this prompt, where it is known
+    tokens, speed  of a prompt of one chunk, and how many of them a second
+    load           what one device did for this prompt, where it is known
     """
 
-    def with_arithmetic(operations):
-        return replace(machine, operations_per_second=operations)
+    def speed_with(operations):
+        faster = replace(machine, operations_per_second=operations)
+        return estimate(demand, faster, load=load, tokens=tokens).tokens_per_second
 
     low, high = 1e6, 1e18
-    if prefill(demand, with_arithmetic(high), tokens, load=load).tokens_per_second <= speed:
+    if speed_with(high) <= speed:
         raise ValueError(f"machine {machine.name}: at {speed:g} prompt tokens/s no time is left for arithmetic")
     for _ in range(100):
         middle = (low * high) ** 0.5
-        slow = prefill(demand, with_arithmetic(middle), tokens, load=load).tokens_per_second < speed
-        low, high = (middle, high) if slow else (low, middle)
-    return with_arithmetic(high)
+        low, high = (middle, high) if speed_with(middle) < speed else (low, middle)
+    return replace(machine, operations_per_second=high)

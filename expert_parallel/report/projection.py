@@ -43,13 +43,13 @@ class Setting:
 
     def load(self, demand: step.Demand, num_devices: int, tokens: int) -> step.Fullest:
         """What the fullest device does in a step of `tokens`, by the trace, or by uniform routing of one like it."""
-        experts, batch, loads = None, tokens, np.ones((1, demand.num_experts))
         if self.trace is None:
             experts = step.uniform_experts(max(2 * tokens, 1024), 1, demand.num_experts, demand.chosen)
+            loads = np.ones((1, demand.num_experts))
         else:
-            experts, batch, loads = self.trace.experts, min(tokens, len(self.trace)), self.trace.loads()
-        strategy = "replicated" if self.copies(num_devices) else "contiguous"
-        placement = place_experts(loads, num_devices, strategy, redundant=self.copies(num_devices))
+            experts, loads = self.trace.experts, self.trace.loads()
+        copies, batch = self.copies(num_devices), min(tokens, len(experts))
+        placement = place_experts(loads, num_devices, "replicated" if copies else "contiguous", redundant=copies)
         found, each = step.fullest_device(experts, placement.held, batch), np.ones(demand.num_moe_layers)
         return step.Fullest(found.experts * each, found.slots * each * tokens / batch)
 
@@ -111,9 +111,8 @@ def projection(described: Architecture, setting: Setting, hybrid=None, section: 
 def _figures(described, setting, count, hybrid_bytes) -> dict:
     demand, machine, weighed = described.demand, setting.machine, described.bytes
     where, load = (demand, machine, count, setting.link), setting.load(demand, count, 1)
-    decoded = step.decode_step(*where, load, context=setting.context)
-    chunk = step.PREFILL_CHUNK
-    read = step.prefill(demand, machine, chunk, count, setting.link, setting.load(demand, count, chunk))
+    decoded, chunk = step.estimate(*where, load, context=setting.context), step.PREFILL_CHUNK
+    read = step.estimate(*where, setting.load(demand, count, chunk), tokens=chunk)
     needed = fullest_device_bytes(weighed, count, redundant=setting.copies(count))
     needed += described.cache_bytes_at(setting.context)
     row = {
@@ -121,14 +120,14 @@ def _figures(described, setting, count, hybrid_bytes) -> dict:
         "bytes": needed,
         "fits": needed <= machine.usable[0],
         "tokens_per_second": decoded.tokens_per_second,
-        "tokens_per_second_if_even": step.decode_step(*where, context=setting.context).tokens_per_second,
+        "tokens_per_second_if_even": step.estimate(*where, context=setting.context).tokens_per_second,
         "prompt_tokens_per_second": read.tokens_per_second,
         "bottleneck": decoded.bottleneck,
         "milliseconds": {part: 1e3 * getattr(decoded, part) for part in step.PARTS},
     }
     if count > 1 and hybrid_bytes:
         share = (hybrid_bytes - fullest_device_bytes(weighed, count, rest=0)) / weighed.rest
-        sharded = step.decode_step(*where, load, context=setting.context, rest_share=share)
+        sharded = step.estimate(*where, load, context=setting.context, rest_share=share)
         row["hybrid_tokens_per_second"] = sharded.tokens_per_second
     return row
 

@@ -20,11 +20,10 @@ from expert_parallel.projection.step import (
     Demand,
     Estimate,
     Fullest,
-    decode_step,
+    estimate,
     even_load,
     fit_arithmetic,
     fullest_device,
-    prefill,
     uniform_experts,
 )
 
@@ -72,11 +71,11 @@ INSTANT = Link(0, 1e18)
 
 
 def decode(devices=1, link=INSTANT, load=None, demand=DEMAND, machine=MACHINE, **more):
-    return decode_step(demand, machine, devices, link, load, **more)
+    return estimate(demand, machine, devices, link, load, **more)
 
 
 def read(tokens, devices=1, link=INSTANT, demand=DEMAND, machine=MACHINE):
-    return prefill(demand, machine, tokens, devices, link)
+    return estimate(demand, machine, devices, link, tokens=tokens)
 
 
 # --- by hand and identities -----------------------------------------------------------------------
@@ -182,18 +181,16 @@ def test_a_prompt_by_arithmetic():
     assert read(1000, demand=with_head).rest == pytest.approx((2 * 30e6 * 1000 + 2 * 10e6) / 1e12)
 
 
-def test_a_long_prompt_is_read_in_chunks_of_2048():
-    """Each pays the fixed cost, and looks back on the cache of those before it."""
-    assert read(2048).fixed == pytest.approx(5e-3)
-    assert read(2049).fixed == pytest.approx(10e-3)
-    assert read(4100).fixed == pytest.approx(3 * 5e-3)
-    assert read(4100).tokens == 4100
+def test_a_later_chunk_of_a_prompt_looks_back_on_those_before_it():
     idle = replace(MACHINE, operations_per_second=1e30)
-    # 20 MB three times, and 2,048 and 4,096 tokens of 1 kB
-    assert read(4100, machine=idle).rest == pytest.approx((3 * 20e6 + 2_048_000 + 4_096_000) / 1e9)
-    link = Link(1e-4, 1e6, "switch")
-    two = read(3000, 2, link)
-    assert two.latency == pytest.approx(2 * 4 * 1e-4)
+    later = decode(tokens=2048, context=4096, machine=idle)
+    assert later.rest == pytest.approx((20e6 + 4096 * 1000) / 1e9)
+    assert (later.fixed, later.tokens) == (5e-3, 2048)
+    attending = replace(DEMAND, attention=((64, None),))
+    more = decode(tokens=2, context=10, demand=attending, machine=replace(MACHINE, operations_per_second=1e3)).rest
+    assert more == pytest.approx((2 * 40e6 * 2 + 4 * 64 * (11 + 12)) / 1e3)
+    two = read(3000, 2, Link(1e-4, 1e6, "switch"))
+    assert two.latency == pytest.approx(4 * 1e-4)
     assert two.transfer == pytest.approx(4 * 3000 * 200 / 1e6)
 
 
@@ -271,7 +268,7 @@ def test_fitting_finds_constants_again():
     assert found.layer_seconds == pytest.approx(2e-4)
     assert found.operations_per_second == pytest.approx(5e12)
     load = Fullest(np.full(4, 16.0), np.full(4, 1e4))
-    loaded = prefill(DEMAND, truth, 512, load=load).tokens_per_second
+    loaded = estimate(DEMAND, truth, load=load, tokens=512).tokens_per_second
     assert fit_arithmetic(truth, DEMAND, 512, loaded, load).operations_per_second == pytest.approx(5e12)
     with pytest.raises(ValueError, match="no time is left"):
         fit_arithmetic(truth, DEMAND, 512, 1e9)
@@ -306,18 +303,18 @@ def test_the_m4_max_constants_are_what_the_published_rows_give(qwen):
 )
 def test_predictions_for_other_quantisations_on_the_m4_max(qwen, bits, tokens_per_second):
     """4 and 8 bits were fitted; 3, 5, 6 and 16 are predictions written down before any comparison."""
-    predicted = decode_step(qwen[bits], MACHINES["m4-max"], context=CONTEXT).tokens_per_second
+    predicted = estimate(qwen[bits], MACHINES["m4-max"], context=CONTEXT).tokens_per_second
     assert predicted == pytest.approx(tokens_per_second, rel=0.005)
 
 
 def test_prompt_speed_hardly_depends_on_bits(qwen):
     """Arithmetic, not bandwidth: published 1753.9 at 4 bits (fitted) and 1719.5 at 8 (predicted)."""
-    predicted = prefill(qwen[8], MACHINES["m4-max"], 2048).tokens_per_second
+    predicted = estimate(qwen[8], MACHINES["m4-max"], tokens=2048).tokens_per_second
     assert predicted == pytest.approx(1719.5, rel=0.05)
 
 
 def test_the_model_of_another_architecture_holds_for_prompts():
     """mlx-lm pull request 406: gpt-oss-20b at 4 bits on an M4 Max read 2048 tokens at 1588.7 a second."""
     demand = describe(load_configuration("gpt-oss-20b"), bits=4).demand
-    predicted = prefill(demand, MACHINES["m4-max"], 2048).tokens_per_second
+    predicted = estimate(demand, MACHINES["m4-max"], tokens=2048).tokens_per_second
     assert predicted == pytest.approx(1588.7, rel=0.2)

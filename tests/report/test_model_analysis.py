@@ -15,7 +15,7 @@ from expert_parallel.models.lazy import build_model, fill_randomly, quantise, sh
 from expert_parallel.projection.constants import measure_machine, random_tokens, seconds_per_token, without_experts
 from expert_parallel.projection.link_probe import measure_link
 from expert_parallel.projection.links import Link
-from expert_parallel.projection.step import decode_step
+from expert_parallel.projection.step import estimate
 from expert_parallel.ranks.launch import rank_commands
 from expert_parallel.trace import RoutingTrace
 
@@ -183,7 +183,7 @@ def test_constants_of_this_machine_explain_what_they_were_fitted_on():
     assert machine.bytes_per_second > 0
     assert machine.expert_bytes_per_second > 0
     token = seconds_per_token(model, random_tokens(model, 8), rounds=8).mean()
-    predicted = decode_step(described.demand, machine).seconds
+    predicted = estimate(described.demand, machine).seconds
     assert predicted == pytest.approx(token, rel=0.5)  # tests share their machine with others
 
 
