@@ -32,7 +32,7 @@ def setup_arg_parser():
     add("--mode", default="affine", choices=("affine", "mxfp4", "nvfp4", "mxfp8"), help="of the quantisation")
     add("--context", type=int, default=2048, help="tokens in the cache (default: 2048)")
     add("--devices", type=int, nargs="+", metavar="N", help="numbers of devices to consider (default: 1 2 4 ... 64)")
-    add("--device-memory", type=float, metavar="GB", help="that each device has, with room for its system")
+    add("--device-memory", type=float, metavar="GB", help="that each device has, its system's part included")
     add("--redundant-experts", type=int, default=0, metavar="R", help="extra copies per layer")
     add("--hardware", default="m4-max", help=f"project onto: {', '.join(MACHINES)} (default: m4-max)")
     add("--link", help=f"between devices: {', '.join(LINKS)}")
@@ -100,7 +100,8 @@ def run(args):
         machine = replace(machine, memory_bytes=args.device_memory * 1e9)
         usable, whose = machine.usable
         fit = model.fit(described, devices, usable, args.context)
-        fit.note = f"So much of {args.device_memory:g} GB are for weights and cache ({whose})."
+        fit.note = f"So much of {args.device_memory:g} GB is for weights and cache ({whose})."
+        fit.also["memory_bytes"] = machine.memory_bytes
         show(fit)
 
     # 3. What it would do, there and here

@@ -25,7 +25,7 @@ class Setting:
     """What a model is projected onto, and with what routing.
 
     devices    growing numbers of them
-    trace      real routing (L and k as the model's) instead of uniform
+    trace      real routing (L and k as the model's) instead of uniform; its slots are scaled to a longer prompt
     redundant  copies of its hottest experts per layer, from two devices on
     """
 

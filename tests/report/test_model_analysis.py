@@ -68,7 +68,11 @@ def test_the_whole_report_takes_seconds_and_400_mb(name, tmp_path):
         assert rows[8]["replicated_rest_bytes"] == 16 * 48 * 2_654_208 + 873_459_712
         assert rows[8]["hybrid_bytes"] is None
         assert "4 heads" in figures["memory"]["hybrid_not_possible"]
-        assert figures["fit"]["fewest_devices"] == 2  # Metal gives a GPU 16 of 24 GB
+        assert figures["fit"]["fewest_devices"] == 2
+        assert (figures["fit"]["memory_bytes"], figures["fit"]["device_bytes"]) == (24e9, 16e9)  # Metal's limit
+        assert "So much of 24 GB is for weights and cache (Metal's limit for a GPU)." in printed
+        fits = {row["devices"]: row["fits"] for row in figures["projection"]["devices"]}
+        assert fits == {1: False, 2: True, 4: True, 8: True, 16: True, 32: True, 64: True}
         assert figures["projection"]["source"] == "modelled"
         first = figures["projection"]["devices"][0]
         assert sum(first["milliseconds"].values()) == pytest.approx(1e3 / first["tokens_per_second"], rel=1e-3)
@@ -125,7 +129,8 @@ def test_copies_and_odd_numbers_of_devices(tmp_path):
     assert rows[1] < rows[0]
     assert copied["memory"]["devices"][1]["with_copies_bytes"] > plain["memory"]["devices"][1]["replicated_rest_bytes"]
     refused(run_script(SCRIPT, "--devices", 2, "--redundant-experts", 400), "128 experts and 400 copies")
-    refused(run_script(SCRIPT, "--devices", 2, 129), "--devices [2, 129]", "1 to 128")
+    refused(run_script(SCRIPT, "--devices", 2, 129), "--devices [2, 129]", "1 to 128, the experts of a layer")
+    refused(run_script(SCRIPT, "--devices", 9, "--hardware", "h100"), "[9]", "1 to 8, what nvlink-h100 connects")
 
 
 def test_what_is_refused(tmp_path):

@@ -9,6 +9,7 @@ from math import comb
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from printed import columns_of, facts_of
 
 from expert_parallel.models.architecture import describe
@@ -220,7 +221,8 @@ def test_what_is_printed_is_what_the_json_has(described):
     assert facts["device"] == figures["hardware_source"] == MACHINES["m4-max"].source
     assert facts["link"] == figures["link_source"] == LINKS["thunderbolt-jaccl"][1]
     assert (figures["hardware"], figures["link"]) == ("Apple M4 Max", "[thunderbolt-jaccl]")
-    assert "*" not in facts
+    assert "*" not in facts and facts["differences"].startswith("of 12% or less say little")
+    assert "largest error of a prediction: 12%" in (ROOT / "BENCHMARKS.md").read_text(encoding="utf-8")
     assert [projection.speed(n) for n in (1753.9, 1000, 65.84, 10, 0.01234)] == [
         "1754",
         "1000",
