@@ -139,7 +139,7 @@ def best_number(rows: list[dict], usable: float) -> tuple[int | None, str]:
     if not fit:
         return None, f"none of those considered holds the model: {needs}"
     best = max(fit, key=lambda row: row["tokens_per_second"])  # the fewest of equals
-    later, earlier = ([r for r in fit if (r["devices"] - best["devices"]) * sign > 0] for sign in (1, -1))
+    earlier, later = fit[: fit.index(best)], fit[fit.index(best) + 1 :]
     if later:
         then = max(later, key=lambda row: row["tokens_per_second"])
         words = f"more are no faster, {then['devices']} give {speed(then['tokens_per_second'])}"

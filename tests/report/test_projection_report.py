@@ -14,7 +14,7 @@ from printed import columns_of, facts_of
 
 from expert_parallel.models.architecture import describe
 from expert_parallel.models.configurations import load_configuration
-from expert_parallel.projection.hardware import LINKS, MACHINES
+from expert_parallel.projection.hardware import LINKS, MACHINES, Machine
 from expert_parallel.report import projection
 from expert_parallel.report.projection import best_number
 from expert_parallel.report.table import sections
@@ -185,6 +185,10 @@ def test_copies_take_memory_and_relieve_the_fullest(described, trace):
         assert after["bytes"] == slots * LAYERS * EXPERT + WHOLE_REST + CONTEXT * CACHE
         assert (after["tokens_per_second"] > before["tokens_per_second"]) == (n > 1)
         assert after["tokens_per_second"] <= after["tokens_per_second_if_even"] * (1 + 1e-9)
+    uniform, _ = report(described, setting_of(redundant=32))
+    for n, row in zip(DEVICES, uniform["devices"], strict=True):  # no placement without copies could do that
+        without = 1e3 * decoding(n, [fullest_slots_if_uniform(n)] * LAYERS)["experts"]
+        assert row["milliseconds"]["experts"] < (0.97 if n > 1 else 1.001) * without
 
 
 def test_a_trace_in_which_one_device_has_all_gains_nothing(described):
@@ -261,8 +265,9 @@ def test_what_does_not_fit_is_marked_and_not_proposed(described):
 def test_a_byte_decides_what_fits(described):
     need = 17_180_913_664 + CONTEXT * CACHE
     for memory, fits in ((need, True), (need - 1, False)):
-        figures, _ = report(described, setting_of("h100", "nvlink-h100", [1, 2], memory / 0.9 + 1e-5))
-        assert figures["devices"][0]["fits"] is fits
+        exactly = type("Exactly", (Machine,), {"usable": (memory, "")})(**vars(MACHINES["h100"]))
+        figures, _ = report(described, replace(setting_of("h100", "nvlink-h100", [1, 2]), machine=exactly))
+        assert [row["fits"] for row in figures["devices"]] == [fits, True]
 
 
 def test_where_nothing_fits_nothing_is_proposed(described):
@@ -320,6 +325,12 @@ def curve(*speeds, fits=()):
             " fewer do not hold it: 4.00 GB on the fullest of 2, 3.00 GB are there",
         ),
         (
+            curve(50, 40, 60, 30, 20, 40, fits=(False,) * 3 + (True,) * 3),
+            32,
+            "32 with 40.0 tokens/s; the most considered, and speed still rises: 16 give 20.0;"
+            " fewer do not hold it: 2.00 GB on the fullest of 4, 3.00 GB are there",
+        ),
+        (
             curve(50, 40, fits=(False, False)),
             None,
             "none of those considered holds the model: 4.00 GB on the fullest of 2, 3.00 GB are there",
@@ -328,3 +339,7 @@ def curve(*speeds, fits=()):
 )
 def test_the_sentence_follows_from_the_curve(rows, best, words):
     assert best_number(rows, 3e9) == (best, words)
+
+
+def test_numbers_considered_where_none_are_asked_for():
+    assert projection.DEVICES == (1, 2, 4, 8, 16, 32, 64)
