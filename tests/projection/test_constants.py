@@ -20,19 +20,21 @@ HEAD = 10_000_000  # bytes
 
 def fitted(monkeypatch, tokens, without, head=0.02, prompt=10.0):
     """measure_machine where tokens take so many seconds each, with experts and without, the head and a prompt."""
-    asked = []
     model, turns = random_model(num_experts=E, num_experts_per_tok=K), iter((tokens, without))
-    monkeypatch.setattr(
-        constants, "seconds_per_token", lambda *_, rounds: (asked.append(rounds), np.array(next(turns)))[1]
-    )
+
+    def per_token(model, ids, rounds):
+        assert (len(ids), rounds) == (2, 5)
+        return np.array(next(turns))
+
+    def of_prompt(model, ids, rounds):
+        mx.eval(model(mx.array([ids])))  # its routing is recorded
+        return prompt
+
+    monkeypatch.setattr(constants, "seconds_per_token", per_token)
+    monkeypatch.setattr(constants, "seconds_of_prompt", of_prompt)
     monkeypatch.setattr(constants, "head_seconds", lambda *_: head)
     monkeypatch.setattr(constants, "cache_speed", lambda *_, **__: 7e9)
-    monkeypatch.setattr(
-        constants, "seconds_of_prompt", lambda model, ids, *_, **__: mx.eval(model(mx.array([ids]))) or prompt
-    )
-    machine = constants.measure_machine(model, DEMAND, HEAD, num_tokens=2, prompt_tokens=16, rounds=5)
-    assert asked == [5, 5]
-    return machine
+    return constants.measure_machine(model, DEMAND, HEAD, num_tokens=2, prompt_tokens=16, rounds=5)
 
 
 def test_the_machine_is_what_the_times_leave(monkeypatch):
