@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import random_model
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from expert_parallel.projection import constants, link_probe
 from expert_parallel.projection.step import Demand
@@ -23,17 +24,22 @@ def fitted(monkeypatch, tokens, without, head=0.02, prompt=10.0):
     model, turns = random_model(num_experts=E, num_experts_per_tok=K), iter((tokens, without))
 
     def per_token(model, ids, rounds):
-        assert (len(ids), rounds) == (2, 5)
+        assert (ids, rounds) == (constants.random_tokens(model, 2), 5)
         return np.array(next(turns))
 
     def of_prompt(model, ids, rounds):
+        assert ids == constants.random_tokens(model, 16, seed=1)
         mx.eval(model(mx.array([ids])))  # its routing is recorded
         return prompt
+
+    def of_cache(model, demand, rounds):
+        assert (demand, rounds) == (DEMAND, 5)
+        return 7e9
 
     monkeypatch.setattr(constants, "seconds_per_token", per_token)
     monkeypatch.setattr(constants, "seconds_of_prompt", of_prompt)
     monkeypatch.setattr(constants, "head_seconds", lambda *_: head)
-    monkeypatch.setattr(constants, "cache_speed", lambda *_, **__: 7e9)
+    monkeypatch.setattr(constants, "cache_speed", of_cache)
     return constants.measure_machine(model, DEMAND, HEAD, num_tokens=2, prompt_tokens=16, rounds=5)
 
 
@@ -92,11 +98,21 @@ def test_a_cache_is_as_quick_as_a_longer_context_takes_longer(monkeypatch):
     assert constants.cache_speed(random_model(), DEMAND, tokens=1000, rounds=2) == 768 * 1000
     monkeypatch.setattr(constants, "time", Clock(3, 2, 2, 1))
     assert constants.cache_speed(random_model(), DEMAND, tokens=1000, rounds=2) == 0
-    contexts, real = [], constants.make_prompt_cache
-    monkeypatch.setattr(constants, "make_prompt_cache", lambda model: contexts.append(real(model)) or contexts[-1])
-    monkeypatch.setattr(constants, "time", Clock(1))
-    constants.seconds_after(random_model(), 50)
-    assert {entry.offset for entry in contexts[-1]} == {1 + 50 + 2}  # what was there, the filling, two tokens
+    mixed = [KVCache(), RotatingKVCache(8)]
+    monkeypatch.setattr(constants, "make_prompt_cache", lambda model: mixed)
+    assert constants.cache_speed(random_model(), DEMAND) == 0
+
+
+def test_caches_are_filled_as_in_generation(monkeypatch):
+    model = random_model()
+    cache = make_prompt_cache(model)
+    monkeypatch.setattr(constants, "make_prompt_cache", lambda model: cache)
+    constants.seconds_after(model, 50)
+    assert {entry.offset for entry in cache} == {1 + 50 + 2}  # what was there, the filling, two tokens
+    constants.seconds_of_prompt(model, [1, 2, 3], rounds=1)
+    assert {entry.offset for entry in cache} == {53 + 3}
+    constants.seconds_per_token(model, [1, 2, 3, 4], context=2, rounds=1)
+    assert {entry.offset for entry in cache} == {56 + 2 + 1 + 4}
 
 
 def test_random_tokens_are_alike_everywhere_and_of_the_vocabulary():
