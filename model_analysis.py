@@ -86,10 +86,13 @@ def run(args):
     output.check_outputs({"--json": args.json}, {what: path for what, path in read.items() if path})
     quantisation = {"bits": args.bits, "group_size": args.group_size, "mode": args.mode}
     described = describe(configuration, **quantisation)
-    usual = [count for count in projection.DEVICES if count <= described.num_experts]
-    devices = sorted(set(args.devices or usual))
-    if not 1 <= devices[0] <= devices[-1] <= described.num_experts:
-        raise ValueError(f"--devices {devices}: needs 1 to {described.num_experts}, the experts of a layer")
+    link = args.link or USUAL_LINK[args.hardware.lower()]
+    wire, source = find("link", link, LINKS)
+    most = min(described.num_experts, wire.most_devices)
+    devices = sorted(set(args.devices or [count for count in projection.DEVICES if count <= most]))
+    if not 1 <= devices[0] <= devices[-1] <= most:
+        limit = "the experts of a layer" if most == described.num_experts else f"what {link} connects"
+        raise ValueError(f"--devices {devices}: needs 1 to {most}, {limit}")
     show(*model.architecture(described, configuration, args.context))
 
     # 2. What it needs on each device
@@ -97,11 +100,13 @@ def run(args):
     machine = find("hardware", args.hardware, MACHINES)
     if args.device_memory:
         machine = replace(machine, memory_bytes=args.device_memory * 1e9)
-        show(model.fit(described, devices, machine, args.context))
+        usable, whose = machine.usable
+        fit = model.fit(described, devices, usable, args.context)
+        fit.note = f"So much of {args.device_memory:g} GB is for weights and cache ({whose})."
+        fit.also["memory_bytes"] = machine.memory_bytes
+        show(fit)
 
     # 3. What it would do, there and here
-    link = args.link or USUAL_LINK[args.hardware.lower()]
-    wire, source = find("link", link, LINKS)
     trace = read_trace(args.trace, described)
     setting = projection.Setting(machine, wire, link, source, args.context, devices, trace, args.redundant_experts)
     hybrid = {row["devices"]: row["hybrid_bytes"] for row in needs[0].to_json()["devices"]}
@@ -110,8 +115,9 @@ def run(args):
         here, links, measured = checks.machine(configuration, described, quantisation)
         show(measured)
         for name, local in links.items():
-            source = "all-sums of 2 processes on this machine"
-            setting = projection.Setting(here, local, name, source, args.context, devices, trace)
+            source = "all-sums of 2 processes on this machine, each of which is taken for a machine like it"
+            of_it = (args.context, devices, trace, args.redundant_experts)
+            setting = projection.Setting(here, local, name, source, *of_it)
             show(*projection.projection(described, setting, section=f"this_machine.projection.{name}"))
 
     # 4. Its files, and real text through its weights

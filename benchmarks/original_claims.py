@@ -1,11 +1,12 @@
-"""The claims of the write-up that this project grew from, beside what this project says of them.
+"""What holds of the claims of the write-up that this project grew from?
 
-    python benchmarks/original_claims.py
+    python benchmarks/original_claims.py                a second; no weights, no network
 
-Modelled: from Qwen3-Coder-30B's configuration (no weights), and on H100s (hardware.py has the sources). Measured: on
-the shipped model, in one process.
+They were made for Qwen3-Coder-30B at 4 bits, and are set beside that model alone: bytes from mlx-lm's own classes built
+lazily, speed-ups on H100s from the projection (uniform routing). The table is Markdown, for BENCHMARKS.md.
 """
 
+import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,81 +18,93 @@ from expert_parallel.models.configurations import load_configuration
 from expert_parallel.projection import step
 from expert_parallel.projection.hardware import LINKS, MACHINES
 from expert_parallel.projection.links import Link, bytes_per_token
-from expert_parallel.report.model import billions
 from expert_parallel.report.projection import Setting
-from expert_parallel.report.table import of_rows, size
+from expert_parallel.report.table import size
 
+ANALYSIS, HERE = "`python model_analysis.py`", "`python benchmarks/original_claims.py`"
 PROMPT = 8192  # tokens
-DEVICES = 8
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """All-sums inside every node, then of each device's share between nodes."""
+    """Links of nodes with so many devices each: an all-sum inside every node, then of each device's share between."""
 
     inside: Link
     between: Link
-    per_node: int
+    per_node: int = 8
 
-    def all_sum_parts(self, payload, num_devices):
-        near = self.inside.all_sum_parts(payload, self.per_node)
-        far = self.between.all_sum_parts(payload / self.per_node, num_devices // self.per_node)
-        return near[0] + far[0], near[1] + far[1]
+    def all_sum_parts(self, payload, devices):
+        inside = self.inside.all_sum_parts(payload, self.per_node)
+        between = self.between.all_sum_parts(payload / self.per_node, devices // self.per_node)
+        return inside[0] + between[0], inside[1] + between[1]
 
 
-def speed_ups(demand):
-    """{case: {what: speed-up}} of the write-up's two machines, each over the one before it."""
-    machine, nvlink = MACHINES["h100"], LINKS["nvlink-h100"][0]
-    routing = Setting(machine, nvlink, "", "")
-    steps = ((1, None), (8, nvlink), (64, Nodes(nvlink, LINKS["infiniband-ndr"][0], 8)))
-    seconds = {}
-    for count, link in steps:
-        decoding = {
-            f"batch {batch}": step.decode_step(
-                demand, machine, count, link, routing.load(demand, count, batch), batch=batch
-            )
+def speed_ups(demand, before, after):
+    """Decoding with batch 1 and 64 and a long prompt: how many times as fast on `after` as on `before`, in words,
+    and what takes most time of a step of one sequence there.
+
+    before, after  (devices, link)
+    """
+    machine, seconds = MACHINES["h100"], []
+    for devices, link in (before, after):
+        loads = Setting(machine, link, "", "")
+        decoded = [
+            step.estimate(demand, machine, devices, link, loads.load(demand, devices, batch), batch=batch)
             for batch in (1, 64)
-        }
-        chunk = routing.load(demand, count, step.PREFILL_CHUNK)
-        decoding[f"prompt of {PROMPT}"] = step.prefill(demand, machine, PROMPT, count, link, chunk)
-        seconds[count] = {what: estimate.seconds for what, estimate in decoding.items()}
-    return {
-        name: {what: seconds[before][what] / seconds[after][what] for what in seconds[before]}
-        for name, before, after in (("8 GPUs over one", 1, 8), ("8 nodes of 8 over one node", 8, 64))
-    }
+        ]
+        chunk = step.PREFILL_CHUNK
+        load = loads.load(demand, devices, chunk)
+        prompt = [
+            step.estimate(demand, machine, devices, link, load, context=first, tokens=chunk).seconds
+            for first in range(0, PROMPT, chunk)
+        ]
+        seconds.append([*(each.seconds for each in decoded), sum(prompt)])
+    times = [one / many for one, many in zip(*seconds, strict=True)]
+    words = "decoding {:.2f}x with one sequence, {:.2f}x with 64; a prompt of 8,192 tokens {:.2f}x".format(*times)
+    return words, decoded[0].bottleneck
+
+
+def claims(configuration):
+    """[(claim, what holds, source, command)]"""
+    four, eight = (describe(configuration, bits=bits) for bits in (4, 8))
+    demand, weighed = four.demand, four.bytes
+    whole, each = weighed.total, fullest_device_bytes(weighed, 8)
+    one = int(demand.expert_parameters.sum())  # of one expert in every layer
+    experts, rest = one * four.num_experts // 8, four.whole.parameters - one * four.num_experts
+    shape = four.hidden, four.chosen, four.num_moe_layers
+    gather, reduce = (bytes_per_token(*shape[:2], 1, combine=how) for how in ("gather", "reduce"))
+    nvlink, network = LINKS["nvlink-h100"][0], LINKS["infiniband-ndr"][0]
+    machine, limit = speed_ups(demand, (1, None), (8, nvlink))
+    nodes, limit_of_nodes = speed_ups(demand, (8, nvlink), (64, Nodes(nvlink, network)))
+    modelled = "modelled, to the byte"
+    on_h100 = "modelled, H100; compute assumed"
+    return [
+        ("8x less memory per device, on 8", f"{whole / each:.2f}x: {size(each)} of {size(whole)}; 8.00x is right of the"
+         " experts alone, the rest is on every device", modelled, ANALYSIS),
+        ("~3.75 B parameters per device", f"{(experts + rest) / 1e9:.2f} B: {experts / 1e9:.2f} B of 16 experts in 48"
+         f" layers and {rest / 1e9:.2f} B of the rest; 3.75 B is all of it over 8", modelled, ANALYSIS),
+        ("~4 GB per GPU, 32 GB in full", f"{size(each)} of {size(whole)} at 4 bits;"
+         f" {size(fullest_device_bytes(eight.bytes, 8))} of {size(eight.bytes.total)} at 8", modelled,
+         f"{ANALYSIS[:-1]} --bits 8`"),
+        ("~16 KB of communication per token", f"{gather:,} B a token *and layer* if every slot is sent,"
+         f" {reduce:,} B if weighted sums are; over 48 layers {size(gather * 48)} and {size(reduce * 48)}",
+         "modelled, formula", HERE),
+        ("~16x compute efficiency", f"128 / 8 = {four.num_experts / four.chosen:.0f} of the experts,"
+         f" {four.whole.parameters / four.active.parameters:.1f}x of all parameters; of any MoE model, on one device"
+         " too", modelled, ANALYSIS),
+        ("linear scaling with devices", f"8 devices: {machine}; most time goes to {limit}", on_h100, HERE),
+        ("2-4x on 8 GPUs over one", machine, on_h100, HERE),
+        ("10-20x on 8 nodes over one", f"{nodes}; most time goes to {limit_of_nodes}", on_h100, HERE),
+        ("64 devices, 512 experts potential", f"{four.num_experts} experts, whatever the number of devices: 2 on each"
+         f" of 64, {size(fullest_device_bytes(weighed, 64))} with the rest", modelled, ANALYSIS),
+    ]  # fmt: skip
 
 
 def main():
-    whole = {bits: describe(load_configuration("qwen3-coder-30b"), bits=bits) for bits in (4, 16)}
-    coder, demand = whole[4], whole[4].demand
-    fullest = fullest_device_bytes(coder.bytes, DEVICES)
-    experts = fullest_device_bytes(coder.bytes, DEVICES, rest=0)
-    here = coder.experts.parameters // DEVICES
-    sent = {how: bytes_per_token(coder.hidden, coder.chosen, 1, 2, how) for how in ("gather", "reduce")}
-    both = {bits: fullest_device_bytes(each.bytes, DEVICES) for bits, each in whole.items()}
-    ups = speed_ups(demand)
-    words = {name: ", ".join(f"{what} {up:.2f}x" for what, up in times.items()) for name, times in ups.items()}
-    read = coder.whole.parameters / coder.active.parameters
-    rows = [
-        ("16 experts, about 3.75 B parameters a device", f"{billions(here)} of experts, the rest besides", "modelled"),
-        ("8x less memory per device",
-         f"experts alone {coder.bytes.experts / experts:.2f}x, all {coder.bytes.total / fullest:.2f}x", "modelled"),
-        ("about 4 GB a GPU, 32 GB for the whole model",
-         f"4-bit {size(both[4])} of {size(whole[4].bytes.total)}; bfloat16 {size(both[16])} of"
-         f" {size(whole[16].bytes.total)}", "modelled"),
-        ("about 16 KB sent per token", f"in each of {coder.num_moe_layers} layers: gather {sent['gather']:,} B,"
-         f" reduce {sent['reduce']:,} B", "modelled"),
-        ("about 16x compute efficiency over a dense model",
-         f"{read:.1f}x fewer active parameters than parameters; no such speed", "modelled"),
-        ("2-4x over a single GPU with 8", words["8 GPUs over one"], "modelled"),
-        ("10-20x over a single node with 8 nodes", words["8 nodes of 8 over one node"], "modelled"),
-        ("linear scaling with devices", "no: see the two lines above", "modelled"),
-    ]  # fmt: skip
-    print(
-        of_rows(
-            "Claims of the original write-up, Qwen3-Coder-30B at 4 bits", "claim", "what holds", "source", rows=rows
-        )
-    )
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    header = ("claim", "what holds", "how known", "by")
+    for row in (header, ["---"] * 4, *claims(load_configuration("qwen3-coder-30b"))):
+        print(f"| {' | '.join(row)} |")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from expert_parallel.models.architecture import describe
 from expert_parallel.models.configurations import load_configuration
 from expert_parallel.projection.constants import measure_machine, random_tokens, seconds_of_prompt, seconds_per_token
 from expert_parallel.projection.link_probe import measure_link
-from expert_parallel.projection.step import decode_step, fullest_device, prefill
+from expert_parallel.projection.step import estimate, fullest_device
 from expert_parallel.ranks.launch import run_ranks
 from expert_parallel.report import table
 
@@ -75,9 +75,9 @@ def run(args):
         held = place_experts(np.ones(shape), devices).held
         one = fullest_device(decoded.experts[CONTEXT + 1 :], held)
         many = fullest_device(read.experts, held, len(prompt))
-        decoding = decode_step(demand, machine, devices, link, one, context=CONTEXT + len(tokens) // 2)
-        reading = prefill(demand, machine, len(prompt), devices, link, many)
-        return {"decode": decoding.seconds, "prompt": reading.seconds}
+        where = (demand, machine, devices, link)
+        decoding = estimate(*where, one, context=CONTEXT + len(tokens) // 2)
+        return {"decode": decoding.seconds, "prompt": estimate(*where, many, tokens=len(prompt)).seconds}
 
     links = {}
     expected = {("1 process", "one whole"): predicted(1)}

@@ -37,7 +37,11 @@ TESTS = {
     "report": ["tests/report/test_table.py", "tests/report/test_*report.py", *WITNESSES, "tests/report/test_*.py"],
     "command": ["tests/command/test_output.py", "tests/command/test_scripts.py", *WITNESSES],
     "models": ["tests/models/test_[acfm]*.py", "tests/report/test_model*.py"],
-    "projection": ["tests/projection/test_*.py", "tests/report/test_model*.py"],
+    "projection": [
+        "tests/projection/test_*.py",
+        "tests/report/test_projection_report.py",
+        "tests/report/test_model*.py",
+    ],
     "moving": ["tests/moving/test_*.py", *WITNESSES],
     "checkpoint": ["tests/checkpoint/test_*.py", "tests/test_public_reports.py", "tests/command/test_scripts.py"],
     "scripts": [*WITNESSES, "tests/command/test_scripts.py", "tests/report/test_*.py", "tests/study/test_*.py"],

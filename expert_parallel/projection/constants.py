@@ -14,107 +14,102 @@ by token, because tokens differ in how many experts the fullest device has.
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from ..layers import activation_type, expert_tensors, moe_layers
-from ..trace import record_routing, replaced
+from ..layers import moe_layers
+from ..trace import record_routing
 from ..trials import Silent
-from .step import Demand, Machine, fit_arithmetic, fullest_device
+from .hardware import Machine
+from .step import Demand, fit_arithmetic, fullest_device
 
 
 @contextmanager
 def without_experts(model):
     """The model with experts that answer zeros while the block runs."""
-    with ExitStack() as stack:
-        for layer in moe_layers(model):
-            stack.enter_context(replaced(layer, {"experts": Silent(layer.experts)}))
+    layers = moe_layers(model)
+    originals = [layer.experts for layer in layers]
+    try:
+        for layer in layers:
+            layer.experts = Silent(layer.experts)
         yield
+    finally:
+        for layer, experts in zip(layers, originals, strict=True):
+            layer.experts = experts
 
 
-def shortest(run, rounds: int) -> float:
-    """Seconds of the quickest of so many calls; what is built at the first is not counted where there are more."""
-    seconds = []
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        mx.eval(run())
-        seconds.append(time.perf_counter() - begin)
-    return min(seconds)
+def tables(model) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, nn.Embedding | nn.QuantizedEmbedding)]
 
 
 def random_tokens(model, count: int, seed: int = 0) -> list[int]:
     """Token ids that any rank draws alike, for timing where what is said does not matter."""
-    vocabulary = max(m.weight.shape[0] for m in model.modules() if isinstance(m, nn.Embedding | nn.QuantizedEmbedding))
-    return np.random.default_rng(seed).integers(0, vocabulary, count).tolist()
+    return np.random.default_rng(seed).integers(0, max(len(m.weight) for m in tables(model)), count).tolist()
+
+
+def seconds_of(work) -> float:
+    """Of computing what `work` gives."""
+    begin = time.perf_counter()
+    mx.eval(work())
+    return time.perf_counter() - begin
 
 
 def seconds_per_token(model, tokens: list[int], context: int = 8, rounds: int = 3) -> np.ndarray:
     """[T]; decoding tokens given beforehand, after a context of the first of them; the shortest of the rounds."""
-    seconds = np.full((rounds, len(tokens)), np.inf)
-    for row in seconds:
+    seconds = []
+    for _ in range(rounds):
         cache = make_prompt_cache(model)
-        mx.eval(model(mx.array([tokens[:context]]), cache=cache))
-        mx.eval(model(mx.array([tokens[:1]]), cache=cache))  # what is built at the first single token
-        for n, token in enumerate(tokens):
-            begin = time.perf_counter()
-            mx.eval(model(mx.array([[token]]), cache=cache))
-            row[n] = time.perf_counter() - begin
-    return seconds.min(axis=0)
+        for ids in (tokens[:context], tokens[:1]):  # the second for what is built at the first single token
+            mx.eval(model(mx.array([ids]), cache=cache))
+        seconds.append([seconds_of(lambda id=id, cache=cache: model(mx.array([[id]]), cache=cache)) for id in tokens])
+    return np.min(seconds, axis=0)
 
 
 def seconds_of_prompt(model, tokens: list[int], rounds: int = 3) -> float:
     """Shortest time to fill a cache with a prompt, without the output head's logits, as generation does."""
 
-    def fill():
+    def read():
         cache = make_prompt_cache(model)
         model(mx.array([tokens]), cache=cache)
         return [entry.state for entry in cache]
 
-    return shortest(fill, rounds)
+    return min(seconds_of(read) for _ in range(rounds))
+
+
+def seconds_after(model, context: int) -> float:
+    """Of a token after so many others; zeros in their place cost the same attention, and nothing needs to be read."""
+    cache = make_prompt_cache(model)
+    mx.eval(model(mx.array([[1]]), cache=cache))
+    for entry in cache:
+        one = entry.keys, entry.values
+        entry.update_and_fetch(*(mx.zeros((*a.shape[:2], context, a.shape[3]), a.dtype) for a in one))
+    mx.eval(model(mx.array([[1]]), cache=cache))
+    return seconds_of(lambda: model(mx.array([[2]]), cache=cache))
 
 
 def cache_speed(model, demand: Demand, tokens: int = 16384, rounds: int = 3) -> float:
-    """Bytes of keys and values a second that a token looks back on; 0 where the model keeps no plain ones.
-
-    The cache is filled with zeros: attention costs the same, and no prompt needs to be read.
-    """
+    """Bytes of keys and values a second that a token looks back on; 0 where the model keeps no plain ones."""
     if not all(type(entry) is KVCache for entry in make_prompt_cache(model)):
         return 0.0
-
-    def seconds(context):
-        cache = make_prompt_cache(model)
-        mx.eval(model(mx.array([[1]]), cache=cache))
-        for entry in cache:
-            more = [mx.zeros((1, a.shape[1], context, a.shape[3]), a.dtype) for a in (entry.keys, entry.values)]
-            entry.update_and_fetch(*more)
-        mx.eval([entry.state for entry in cache])
-        return shortest(lambda: model(mx.array([[1]]), cache=cache), rounds + 1)
-
     with without_experts(model):
-        longer = seconds(tokens) - seconds(1)
-    return demand.cache_per_token * tokens / longer if longer > 0 else 0.0
+        few, many = (min(seconds_after(model, n) for _ in range(rounds)) for n in (1, tokens))
+    return demand.cache_per_token * tokens / (many - few) if many > few else 0.0
 
 
 def head_seconds(model, hidden: int, rounds: int = 6) -> float:
     """Shortest time of the output head for one token."""
-    head = getattr(model, "language_model", model).get("lm_head")
-    if head is None:
-        head = next(m for m in model.modules() if isinstance(m, nn.Embedding | nn.QuantizedEmbedding)).as_linear
+    head = getattr(model, "language_model", model).get("lm_head") or tables(model)[0].as_linear
     x = mx.random.normal((1, 1, hidden))
-    return shortest(lambda: head(x), rounds)
+    mx.eval(x)
+    return min(seconds_of(lambda: head(x)) for _ in range(rounds))
 
 
 def measure_machine(
-    model,
-    demand: Demand,
-    head_bytes: int,
-    num_tokens: int = 8,
-    prompt_tokens: int = 32,
-    rounds: int = 3,
+    model, demand: Demand, head_bytes: int, num_tokens: int = 8, prompt_tokens: int = 32, rounds: int = 3
 ) -> Machine:
     """Constants of this machine for models like this one; a model of a few layers will do.
 
@@ -122,7 +117,7 @@ def measure_machine(
     head_bytes  bytes of its output head
     Raises ValueError where other programs keep the machine too busy for that.
     """
-    tokens = random_tokens(model, num_tokens)
+    tokens, prompt = random_tokens(model, num_tokens), random_tokens(model, prompt_tokens, seed=1)
     whole = float(seconds_per_token(model, tokens, rounds=rounds).mean())
     with without_experts(model):
         rest = float(seconds_per_token(model, tokens, rounds=rounds).mean())
@@ -131,25 +126,21 @@ def measure_machine(
             f"this machine is too busy to be measured: a token took {1e3 * whole:.1f} ms, without its experts"
             f" {1e3 * rest:.1f} ms; stop other programs and try again"
         )
-    bandwidth = head_bytes / head_seconds(model, demand.hidden)
-    expert_bytes = float(demand.expert_bytes.sum()) * demand.chosen
-    per_layer = max((rest - demand.rest_bytes / bandwidth) / demand.num_layers, 0.0)
-    # Where the rest moves faster than the head alone did, it is the rest that decoding consists of.
-    bandwidth = max(bandwidth, demand.rest_bytes / rest)
+    of_head = head_bytes / head_seconds(model, demand.hidden)
     machine = Machine(
         "this machine",
-        bandwidth,
-        expert_bytes / (whole - rest),
-        1e30,
-        per_layer,
+        # Where the rest moves faster than the head alone did, it is the rest that decoding consists of.
+        bytes_per_second=max(of_head, demand.rest_bytes / rest),
+        expert_bytes_per_second=float(demand.expert_bytes.sum()) * demand.chosen / (whole - rest),
+        operations_per_second=float("inf"),
+        layer_seconds=max((rest - demand.rest_bytes / of_head) / demand.num_layers, 0.0),
         source=f"measured here with {demand.num_layers} layers, {demand.num_moe_layers} of them MoE",
         cache_bytes_per_second=cache_speed(model, demand, rounds=rounds),
-        value_bytes=activation_type(expert_tensors(moe_layers(model)[0].experts)).size,
+        kind="CPU" if mx.default_device().type == mx.cpu else "Metal" if mx.metal.is_available() else "CUDA",
     )
-    prompt = random_tokens(model, prompt_tokens, seed=1)
     seconds = seconds_of_prompt(model, prompt, rounds)
     with record_routing(model) as trace:
         seconds_of_prompt(model, prompt, rounds=1)
     everything = np.ones((demand.num_moe_layers, 1, demand.num_experts), dtype=bool)
-    load = fullest_device(trace.experts, everything, prompt_tokens)
-    return fit_arithmetic(machine, demand, prompt_tokens, prompt_tokens / seconds, load)
+    load, speed = fullest_device(trace.experts, everything, prompt_tokens), prompt_tokens / seconds
+    return fit_arithmetic(machine, demand, prompt_tokens, speed, load)

@@ -7,8 +7,56 @@ that `model_analysis.py --measure` replaces on hardware that you have.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from .links import Link
-from .step import Machine
+
+# What weights and caches may take of a device's memory: (share, up to so many bytes, whose limit that is).
+# Metal: recommendedMaxWorkingSetSize, past which allocations fail. 2/3 on 8, 16 and 32 GB (llama.cpp issue 5207,
+# llama-cpp-python 687, ollama 434), 3/4 on 64 and 96 GB (llama.cpp 1870, 3213); newer systems grant more, e.g. 107.5 of
+# 128 GiB (antirez/ds4 893), and `sudo sysctl iogpu.wired_limit_mb=N` sets it. CUDA: vLLM's default for
+# gpu_memory_utilization. Without a GPU: assumed as CUDA's.
+USABLE = {
+    "Metal": ((2 / 3, 36e9, "Metal's limit for a GPU"), (3 / 4, float("inf"), "Metal's limit for a GPU")),
+    "CUDA": ((0.9, float("inf"), "vLLM's share of a GPU"),),
+    "CPU": ((0.9, float("inf"), "the rest for the system, assumed"),),
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Constants of one device; `source` says where they come from.
+
+    bytes_per_second         of weights, one token at a time, for all but the experts
+    expert_bytes_per_second  the same for experts (they are gathered, which may be slower)
+    operations_per_second    of large matrix products, two per multiplication and addition
+    layer_seconds            what a layer costs whatever its size: launches, synchronisation
+    memory_bytes             that the device has, 1 GB as 1e9 B
+    cache_bytes_per_second   of keys and values; 0: as weights (on a CPU they need no unpacking)
+    kind                     Metal, CUDA or CPU, see `USABLE`
+    """
+
+    name: str
+    bytes_per_second: float
+    expert_bytes_per_second: float
+    operations_per_second: float
+    layer_seconds: float
+    memory_bytes: float = float("inf")
+    source: str = ""
+    cache_bytes_per_second: float = 0.0
+    kind: str = "CPU"
+
+    @property
+    def usable(self) -> tuple[float, str]:
+        """(bytes for weights and caches, whose limit that is)."""
+        share, _, whose = next(row for row in USABLE[self.kind] if self.memory_bytes <= row[1])
+        return share * self.memory_bytes, whose
+
+    @property
+    def value_bytes(self) -> int:
+        """Of one activation that is sent: float32 on the CPU, 16 bits elsewhere."""
+        return 4 if self.kind == "CPU" else 2
+
 
 # Fitted on the two Qwen3-30B-A3B rows of mlx-lm's BENCHMARKS.md (64 GB M4 Max, mlx_lm.benchmark
 # -p 2048 -g 128): 4-bit 1753.9 prompt and 113.33 generated tokens/s, 8-bit 83.16 generated.
@@ -16,67 +64,53 @@ M4_MAX_BYTES = 473.1e9
 M4_MAX_LAYER_SECONDS = 99.05e-6
 M4_MAX_OPERATIONS = 11.04e12
 EFFICIENCY = M4_MAX_BYTES / 546e9  # of the vendor's bandwidth: 87%
-ARITHMETIC_EFFICIENCY = 0.4  # assumed, of NVIDIA's dense bf16 peak
 
 
-# What the system leaves to weights and caches: of Apple's unified memory 3/4 (Metal's recommendedMaxWorkingSetSize
-# was 74% of 16 GB in AlexsJones/llmfit 754, 84% of 128 GiB in antirez/ds4 890), of a GPU of its own 9/10 (vLLM's
-# default gpu_memory_utilization).
-APPLE, NVIDIA = 0.75, 0.9
+def _like_m4_max(name, bandwidth, operations, memory, kind, source):
+    source += "; efficiency and cost per layer assumed as on the M4 Max"
+    moved = bandwidth * EFFICIENCY
+    return Machine(name, moved, moved, operations, M4_MAX_LAYER_SECONDS, memory, source, kind=kind)
 
 
-def _apple(name, bandwidth, cores, memory, source):
-    moved, operations = bandwidth * EFFICIENCY, M4_MAX_OPERATIONS * cores / 40
-    words = f"{source}; efficiency and cost per layer assumed as on the M4 Max, arithmetic by GPU cores"
-    return Machine(name, moved, moved, operations, M4_MAX_LAYER_SECONDS, memory, words, usable=APPLE)
-
-
-def _nvidia(name, bandwidth, peak, source):
-    moved, operations = bandwidth * EFFICIENCY, peak * ARITHMETIC_EFFICIENCY
-    words = f"{source}; efficiency and cost per layer assumed as on the M4 Max, 40% of peak arithmetic assumed"
-    return Machine(name, moved, moved, operations, M4_MAX_LAYER_SECONDS, 80e9, words, usable=NVIDIA)
-
+_M4_MAX = "546 GB/s, 128 GB (Apple newsroom, 2024-10-30); fitted on mlx-lm's BENCHMARKS.md"
+_M2_ULTRA = "800 GB/s, 192 GB, 76 GPU cores (Apple newsroom, 2023-06-05), arithmetic by cores"
+_M3_ULTRA = "819 GB/s, 512 GB, 80 GPU cores (Apple newsroom, 2025-03-05), arithmetic by cores"
+_H100 = "3350 GB/s, 80 GB, 989 TFLOP/s dense (NVIDIA H100 datasheet), of which 40% assumed"
 
 MACHINES = {
-    "m4-max": Machine(
-        "Apple M4 Max",
-        M4_MAX_BYTES,
-        M4_MAX_BYTES,
-        M4_MAX_OPERATIONS,
-        M4_MAX_LAYER_SECONDS,
-        128e9,
-        "546 GB/s, 128 GB (Apple newsroom, 2024-10-30); fitted on mlx-lm's BENCHMARKS.md",
-        usable=APPLE,
-    ),
-    "m2-ultra": _apple("Apple M2 Ultra", 800e9, 76, 192e9, "800 GB/s, 192 GB, 76 cores (Apple newsroom, 2023-06-05)"),
-    "m3-ultra": _apple("Apple M3 Ultra", 819e9, 80, 512e9, "819 GB/s, 512 GB, 80 cores (Apple newsroom, 2025-03-05)"),
-    "a100": _nvidia("NVIDIA A100 SXM 80 GB", 2039e9, 312e12, "2039 GB/s, 312 TFLOP/s (NVIDIA A100 datasheet)"),
-    "h100": _nvidia("NVIDIA H100 SXM 80 GB", 3350e9, 989e12, "3350 GB/s, 989 TFLOP/s dense (NVIDIA H100 datasheet)"),
-}
+    "m4-max": Machine("Apple M4 Max", M4_MAX_BYTES, M4_MAX_BYTES, M4_MAX_OPERATIONS, M4_MAX_LAYER_SECONDS, 128e9,
+                      _M4_MAX, kind="Metal"),
+    "m2-ultra": _like_m4_max("Apple M2 Ultra", 800e9, M4_MAX_OPERATIONS * 76 / 40, 192e9, "Metal", _M2_ULTRA),
+    "m3-ultra": _like_m4_max("Apple M3 Ultra", 819e9, M4_MAX_OPERATIONS * 80 / 40, 512e9, "Metal", _M3_ULTRA),
+    "h100": _like_m4_max("NVIDIA H100 SXM 80 GB", 3350e9, 0.4 * 989e12, 80e9, "CUDA", _H100),
+}  # fmt: skip
 
 LINKS = {
     "ethernet-10g": (
         Link(300e-6, 1.25e9, "ring"),
-        "10 Gbit/s line rate; about 300 us a message over TCP as users of Mac clusters report",
+        "10 Gbit/s line rate; 300 us a message over TCP (NetworkChuck's cluster of Mac Studios, 2025)",
     ),
     "thunderbolt-jaccl": (
-        Link(25.5e-6, 8.05e9, "auto"),
+        Link(25.5e-6, 8.05e9, "auto", ports=4),
         "25.5 us for an all-sum of 4 kB, 8.05 GB/s at 64 MB between two M4 Pro"
-        " (github.com/omar-karray/mlx-jaccl-cluster)",
+        " (github.com/omar-karray/mlx-jaccl-cluster); a mesh of up to 5 (a Mac Studio with M4 Max has 4 Thunderbolt 5"
+        " ports), then a ring",
     ),
-    "nvlink-a100": (Link(6e-6, 246e9, "switch"), "300 GB/s a direction (A100 datasheet), share and latency as H100"),
     "nvlink-h100": (
-        Link(6e-6, 370e9, "switch"),
-        "370 GB/s a direction for applications (NVIDIA/nccl issue 1442), 6 us with 2 GPUs (issue 1259)",
+        Link(6e-6, 370e9, "switch", ports=7),
+        "370 GB/s a direction for applications (NVIDIA/nccl issue 1442), 6 us with 2 GPUs (issue 1259); 8 GPUs of one"
+        " machine at most",
     ),
-    "infiniband-ndr": (Link(5e-6, 50e9, "tree"), "400 Gbit/s a GPU (NVIDIA NDR); 5 us a step assumed"),
+    "infiniband-ndr": (
+        Link(5e-6, 50e9, "tree"),
+        "400 Gbit/s a GPU (NVIDIA NDR); 5 us a step of a tree over the network (NCCL's own model, tuning.cc)",
+    ),
 }
 
 USUAL_LINK = {
     "m4-max": "thunderbolt-jaccl",
     "m2-ultra": "ethernet-10g",  # Thunderbolt 4 has no RDMA
     "m3-ultra": "thunderbolt-jaccl",
-    "a100": "nvlink-a100",
     "h100": "nvlink-h100",
 }
 

@@ -21,31 +21,25 @@ PAYLOADS = (8192, 65536, 524288, 4194304)  # bytes
 def measure_link(backend: str, num_ranks: int = 2, timeout: float = 120) -> tuple[Link, list[tuple[int, float]]]:
     """(link fitted, [(payload bytes, seconds)]) of all-sums between local processes."""
     output = run_ranks(backend, num_ranks, [sys.executable, "-m", "expert_parallel.projection.link_probe"], timeout)
-    line = next((line for line in output.splitlines() if line.startswith('{"payloads"')), None)
-    if line is None:
-        raise ValueError(f"{num_ranks} ranks over {backend} said nothing")
-    measured = json.loads(line)
+    measured = next((json.loads(line) for line in output.splitlines() if line.startswith('{"size"')), {"size": 0})
     if measured["size"] != num_ranks:
         raise ValueError(f"{num_ranks} ranks over {backend} did not find each other: MLX does not load this backend")
-    rows = list(zip(measured["payloads"], measured["seconds"], strict=True))
-    return fit_link(measured["payloads"], measured["seconds"], num_ranks), rows
+    return fit_link(PAYLOADS, measured["seconds"], num_ranks), list(zip(PAYLOADS, measured["seconds"], strict=True))
 
 
-def main():
-    group = mx.distributed.init()
-    seconds = []
-    for payload in PAYLOADS:
-        x = mx.ones(payload // 4)
-        mx.eval(x, mx.distributed.all_sum(x, group=group))
-        times = []
-        for _ in range(30):
-            begin = time.perf_counter()
-            mx.eval(mx.distributed.all_sum(x, group=group))
-            times.append(time.perf_counter() - begin)
-        seconds.append(statistics.median(times))
-    if group.rank() == 0:
-        print(json.dumps({"payloads": PAYLOADS, "seconds": seconds, "size": group.size()}), flush=True)
+def all_sum_seconds(payload: int, group, repeats: int = 30) -> float:
+    """Median time of an all-sum of so many bytes, after a first one."""
+    x, times = mx.ones(payload // 4), []
+    mx.eval(x, mx.distributed.all_sum(x, group=group))
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        mx.eval(mx.distributed.all_sum(x, group=group))
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
 
 
 if __name__ == "__main__":
-    main()
+    ranks = mx.distributed.init()
+    seconds = [all_sum_seconds(payload, ranks) for payload in PAYLOADS]
+    if ranks.rank() == 0:
+        print(json.dumps({"size": ranks.size(), "seconds": seconds}), flush=True)

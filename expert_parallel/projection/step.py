@@ -5,7 +5,7 @@ Dimensions: T tokens, L MoE layers, E experts, k chosen, D devices, B sequences 
     a step =   fixed cost of every layer
              + all but the experts: bytes over memory bandwidth, or operations if those take longer
              + the experts of the fullest device, layer by layer, for all devices wait for it
-             + an all-sum per MoE layer: latency + bytes over the link's bandwidth
+             + an all-sum per MoE layer (reduce: H values a token): latency + bytes over the link's bandwidth
 """
 
 from __future__ import annotations
@@ -15,8 +15,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..serving import Serving
+from .hardware import Machine
+from .links import Link
 
-PREFILL_CHUNK = 2048  # tokens of a prompt that mlx-lm reads at a time
+PREFILL_CHUNK = 2048  # tokens of a prompt that mlx-lm reads in one step
+PARTS = {
+    "fixed": "fixed cost per layer",
+    "rest": "all but the experts",
+    "experts": "experts",
+    "latency": "latency of collectives",
+    "transfer": "bandwidth of collectives",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,37 +65,8 @@ class Demand:
 
     def attention_operations(self, first: int, last: int) -> float:
         """Operations of scores and weighted sums for the tokens at positions first..last-1 of a sequence."""
-        total = 0.0
-        for width, limit in self.attention:
-            seen = np.minimum(np.arange(first + 1, last + 1), limit or last)
-            total += 4.0 * width * seen.sum()
-        return total
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Constants of one device; `source` says where they come from.
-
-    bytes_per_second         of weights, one token at a time, for all but the experts
-    expert_bytes_per_second  the same for experts (they are gathered, which may be slower)
-    operations_per_second    of large matrix products, two per multiplication and addition
-    layer_seconds            what a layer costs whatever its size: launches, synchronisation
-    cache_bytes_per_second   of keys and values; 0: as weights (on a CPU they need no unpacking)
-    memory_bytes             that are built in
-    usable                   share of them that weights and caches may take; the rest is the system's
-    value_bytes              of one value that is summed over devices: 2 for bfloat16, 4 for float32 (a CPU)
-    """
-
-    name: str
-    bytes_per_second: float
-    expert_bytes_per_second: float
-    operations_per_second: float
-    layer_seconds: float
-    memory_bytes: float = float("inf")
-    source: str = ""
-    cache_bytes_per_second: float = 0.0
-    usable: float = 1.0
-    value_bytes: int = 2
+        seen = np.arange(first + 1, last + 1)
+        return sum(4.0 * width * np.minimum(seen, limit or last).sum() for width, limit in self.attention)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,29 +86,35 @@ def fullest_device(experts, held, batch: int = 1) -> Fullest:
 
     experts  [T, L, k] expert ids, T at least `batch`;  held  bool [L, D, E]
     """
-    experts, steps = np.asarray(experts, dtype=np.int64), len(experts) // batch
-    num_layers, num_devices, num_experts = held.shape
-    read, computed = np.zeros(num_layers), np.zeros(num_layers)
-    step = np.arange(steps)[:, None]
+    experts, (num_layers, devices, num_experts) = np.asarray(experts, dtype=np.int64), held.shape
+    steps = len(experts) // batch
+    rows, read, slots = np.arange(steps)[:, None] * devices, np.zeros(num_layers), np.zeros(num_layers)
+
+    def fullest(device):  # counted in all steps at once, for device d of step s under s D + d
+        return np.bincount(device.ravel(), minlength=steps * devices).reshape(steps, devices).max(axis=1).mean()
+
     for layer in range(num_layers):
         serving, chosen = Serving(held[layer]), experts[: steps * batch, layer].reshape(steps, -1)
-        device = np.stack([serving.devices(ids) for ids in chosen]) if serving.any_shared else serving.home[chosen]
-        slots, pairs = np.zeros((steps, num_devices)), np.zeros((steps, num_devices, num_experts), dtype=bool)
-        np.add.at(slots, (step, device), 1)
-        pairs[step, device, chosen] = True
-        computed[layer], read[layer] = slots.max(axis=1).mean(), pairs.sum(axis=2).max(axis=1).mean()
-    return Fullest(read, computed)
+        device = rows + np.stack([serving.devices(ids) for ids in chosen])  # [steps, batch k]
+        slots[layer], read[layer] = fullest(device), fullest(np.unique(device * num_experts + chosen) // num_experts)
+    return Fullest(read, slots)
 
 
-def even_load(demand: Demand, num_devices: int, tokens: int = 1) -> Fullest:
+def uniform_experts(num_tokens: int, num_layers: int, num_experts: int, top_k: int, seed: int = 0) -> np.ndarray:
+    """A trace [T, L, k] in which every expert is as likely as any other: what a perfect router would do."""
+    rank = np.random.default_rng(seed).random((num_tokens, num_layers, num_experts), dtype=np.float32)
+    return np.argpartition(rank, top_k - 1, axis=-1)[..., :top_k].astype(np.uint16)
+
+
+def even_load(demand: Demand, num_devices: int, batch: int = 1) -> Fullest:
     """Perfect balance: every device has a D-th of the slots (the mean that no device stays above)."""
-    slots = np.full(demand.num_moe_layers, tokens * demand.chosen / num_devices)
+    slots = np.full(demand.num_moe_layers, batch * demand.chosen / num_devices)
     return Fullest(np.minimum(slots, demand.num_experts / num_devices), slots)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of one step, by cause, and the tokens that it brings."""
+    """Seconds of one step, by cause (`PARTS`), and the tokens that it brings."""
 
     fixed: float
     rest: float
@@ -139,7 +125,7 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        return self.fixed + self.rest + self.experts + self.latency + self.transfer
+        return sum(getattr(self, part) for part in PARTS)
 
     @property
     def tokens_per_second(self) -> float:
@@ -148,87 +134,66 @@ class Estimate:
     @property
     def bottleneck(self) -> str:
         """The largest part."""
-        return NAMES[max(NAMES, key=lambda part: getattr(self, part))]
+        return PARTS[max(PARTS, key=lambda part: getattr(self, part))]
 
 
-NAMES = {
-    "fixed": "fixed cost per layer",
-    "rest": "all but the experts",
-    "experts": "experts",
-    "latency": "latency of collectives",
-    "transfer": "bandwidth of collectives",
-}
-
-
-def decode_step(
+def estimate(
     demand: Demand,
     machine: Machine,
-    num_devices: int = 1,
-    link=None,
+    devices: int = 1,
+    link: Link | None = None,
     load: Fullest | None = None,
+    *,
     context: int = 0,
+    tokens: int = 1,
     batch: int = 1,
     rest_share: float = 1.0,
 ) -> Estimate:
-    """One token for each of B sequences, over D equal devices.
+    """One step of B sequences over D machines of a kind with a link between them: decoding, or a chunk of a prompt.
 
-    link        anything with `all_sum_parts(payload, num_devices)`, see links.py
-    load        None: perfect balance
-    context     tokens in each sequence's cache
-    rest_share  part of all but the experts that one device does: 1 where replicated, about 1 / D where
-                mlx-lm shards it too (hybrid), which costs one more all-sum a layer
+    load             None: perfect balance
+    context, tokens  each sequence has so many tokens in its cache, and reads so many more; logits of the last
+    rest_share       part of all but the experts that one device does: 1 where replicated, about 1 / D where
+                     mlx-lm shards it too (hybrid), which costs one more all-sum a layer
     """
-    return _step(demand, machine, num_devices, link, load, [(context, context + 1)], batch, rest_share, head=batch)
-
-
-def prefill(
-    demand: Demand, machine: Machine, num_tokens: int, num_devices: int = 1, link=None, load: Fullest | None = None
-) -> Estimate:
-    """A prompt of T tokens, read in chunks of 2048. `load` is of one such chunk."""
-    starts = range(0, num_tokens, PREFILL_CHUNK)
-    chunks = [(start, min(start + PREFILL_CHUNK, num_tokens)) for start in starts]
-    return _step(demand, machine, num_devices, link, load, chunks, 1, 1.0, head=1)
-
-
-def _step(demand, machine, num_devices, link, load, chunks, batch, rest_share, head):
-    parts = np.zeros(5)
-    for first, last in chunks:
-        tokens = (last - first) * batch
-        there = load or even_load(demand, num_devices, tokens)
-        # 1. All but the experts: what is read, or computed if that takes longer.
-        read = demand.rest_bytes / machine.bytes_per_second
-        read += demand.cache_bytes(first) * batch / (machine.cache_bytes_per_second or machine.bytes_per_second)
-        products = (demand.rest_parameters - demand.head_parameters) * tokens + demand.head_parameters * head
-        operations = 2.0 * products + demand.attention_operations(first, last) * batch
-        rest = max(read, operations / machine.operations_per_second) * rest_share
-        # 2. The experts of the fullest device, the same way, layer by layer.
-        experts = np.maximum(
-            demand.expert_bytes * there.experts / machine.expert_bytes_per_second,
-            2.0 * demand.expert_parameters * there.slots / machine.operations_per_second,
-        ).sum()
-        # 3. All-sums of the weighted sums.
-        collectives = np.zeros(2)
-        if num_devices > 1:
-            once = np.array(link.all_sum_parts(tokens * demand.hidden * machine.value_bytes, num_devices))
-            collectives = once * (demand.num_moe_layers + (demand.num_layers if rest_share < 1 else 0))
-        parts += [machine.layer_seconds * demand.num_layers, rest, experts, *collectives]
-    return Estimate(*parts.tolist(), tokens=sum(last - first for first, last in chunks) * batch)
+    together, arithmetic = tokens * batch, machine.operations_per_second
+    load = load or even_load(demand, devices, together)
+    cache_speed = machine.cache_bytes_per_second or machine.bytes_per_second
+    read = demand.rest_bytes / machine.bytes_per_second + demand.cache_bytes(context) * batch / cache_speed
+    products = (demand.rest_parameters - demand.head_parameters) * together + demand.head_parameters * batch
+    operations = 2.0 * products + demand.attention_operations(context, context + tokens) * batch
+    experts = np.maximum(
+        demand.expert_bytes * load.experts / machine.expert_bytes_per_second,
+        2.0 * demand.expert_parameters * load.slots / arithmetic,
+    )
+    all_sums = demand.num_moe_layers + (demand.num_layers if rest_share < 1 else 0)
+    payload = together * demand.hidden * machine.value_bytes
+    latency, transfer = link.all_sum_parts(payload, devices) if devices > 1 else (0.0, 0.0)
+    return Estimate(
+        fixed=machine.layer_seconds * demand.num_layers,
+        rest=max(read, operations / arithmetic) * rest_share,
+        experts=float(experts.sum()),
+        latency=all_sums * latency,
+        transfer=all_sums * transfer,
+        tokens=together,
+    )
 
 
 def fit_arithmetic(machine: Machine, demand: Demand, tokens: int, speed: float, load: Fullest | None = None) -> Machine:
     """The machine with operations_per_second that a prompt's speed asks for, by bisection: more never take longer.
 
-    load  what one device did for this prompt, where it is known
-    ValueError where at this speed no time is left for arithmetic.
+    tokens, speed  of a prompt of one chunk, and how many of them a second
+    load           what one device did for this prompt, where it is known
     """
 
-    def seconds(operations):
-        return prefill(demand, replace(machine, operations_per_second=operations), tokens, load=load).seconds
+    def speed_with(operations):
+        faster = replace(machine, operations_per_second=operations)
+        return estimate(demand, faster, load=load, tokens=tokens).tokens_per_second
 
     low, high = 1e6, 1e18
-    if seconds(high) >= tokens / speed:
+    if speed_with(high) <= speed:
         raise ValueError(f"machine {machine.name}: at {speed:g} prompt tokens/s no time is left for arithmetic")
     for _ in range(100):
         middle = (low * high) ** 0.5
-        low, high = (middle, high) if seconds(middle) > tokens / speed else (low, middle)
+        low, high = (middle, high) if speed_with(middle) < speed else (low, middle)
     return replace(machine, operations_per_second=high)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from ..models.architecture import Architecture, Part, fewest_devices, fullest_device_bytes, hybrid_rest_bytes
 from ..models.configurations import Configuration
-from ..projection.step import Machine
 from .table import Figure, Table, facts, of_records, size
 
 
@@ -171,10 +170,9 @@ def memory(described: Architecture, devices: list[int], redundant: int = 0) -> l
     return [table, facts("No hybrid", {"from here on": why})] if why else [table]
 
 
-def fit(described: Architecture, devices: list[int], machine: Machine, context: int) -> Table:
-    """How many such devices hold weights and cache in what the system leaves them; what fewer of them lack."""
+def fit(described: Architecture, devices: list[int], device_bytes: float, context: int) -> Table:
+    """How many devices with so much for weights and cache hold them; what fewer of them lack."""
     weighed, cache = described.bytes, described.cache_bytes_at(context)
-    device_bytes = machine.memory_bytes * machine.usable
     needed = fewest_devices(weighed, device_bytes, besides=cache)
     least = fullest_device_bytes(weighed, weighed.num_experts) + cache
     lacking = {
@@ -185,6 +183,5 @@ def fit(described: Architecture, devices: list[int], machine: Machine, context: 
     also = {"fewest_devices": needed, "device_bytes": device_bytes, "cache_bytes": cache, "context": context,
             "smallest_device_bytes": least,
             "lacking": [{"devices": n, "lacks_bytes": lacks} for n, lacks in lacking.items()]}  # fmt: skip
-    items["room"] = f"{size(device_bytes)} of each ({machine.usable:.0%}; the rest is the system's)"
-    title = f"Devices of {size(machine.memory_bytes)}, with the cache of {context:,} tokens"
+    title = f"Devices of {size(device_bytes)}, with the cache of {context:,} tokens"
     return facts(title, items, section="fit", source="modelled", also=also)

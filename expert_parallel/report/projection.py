@@ -12,8 +12,8 @@ import numpy as np
 from ..models.architecture import Architecture, fullest_device_bytes
 from ..placing.strategies import place_experts
 from ..projection import step
+from ..projection.hardware import Machine
 from ..projection.links import Link
-from ..study.chance import uniform_experts
 from ..trace import RoutingTrace
 from .table import Table, facts, of_records, size
 
@@ -24,12 +24,12 @@ DEVICES = (1, 2, 4, 8, 16, 32, 64)
 class Setting:
     """What a model is projected onto, and with what routing.
 
-    devices    numbers of them; speed-ups are over one device whether it is among them or not
-    trace      real routing (L and k as the model's) instead of uniform
-    redundant  copies of its hottest experts per layer
+    devices    growing numbers of them
+    trace      real routing (L and k as the model's) instead of uniform; its slots are scaled to a longer prompt
+    redundant  copies of its hottest experts per layer, from two devices on
     """
 
-    machine: step.Machine
+    machine: Machine
     link: Link
     link_name: str
     link_source: str
@@ -38,19 +38,20 @@ class Setting:
     trace: RoutingTrace | None = None
     redundant: int = 0
 
+    def copies(self, num_devices: int) -> int:
+        return self.redundant if num_devices > 1 else 0
+
     def load(self, demand: step.Demand, num_devices: int, tokens: int) -> step.Fullest:
         """What the fullest device does in a step of `tokens`, by the trace, or by uniform routing of one like it."""
-        copies = self.redundant if num_devices > 1 else 0
-        strategy = "replicated" if copies else "contiguous"
         if self.trace is None:
-            experts = uniform_experts(max(2 * tokens, 512), 1, demand.num_experts, demand.chosen)
-            placement = place_experts(np.ones((1, demand.num_experts)), num_devices, strategy, redundant=copies)
-            found = step.fullest_device(experts, placement.held, tokens)
-            return step.Fullest(*(np.repeat(each, demand.num_moe_layers) for each in (found.experts, found.slots)))
-        placement = place_experts(self.trace.loads(), num_devices, strategy, redundant=copies)
-        length = min(tokens, len(self.trace))
-        found = step.fullest_device(self.trace.experts, placement.held, length)
-        return step.Fullest(found.experts, found.slots * tokens / length)
+            experts = step.uniform_experts(max(2 * tokens, 1024), 1, demand.num_experts, demand.chosen)
+            loads = np.ones((1, demand.num_experts))
+        else:
+            experts, loads = self.trace.experts, self.trace.loads()
+        copies, batch = self.copies(num_devices), min(tokens, len(experts))
+        placement = place_experts(loads, num_devices, "replicated" if copies else "contiguous", redundant=copies)
+        found, each = step.fullest_device(experts, placement.held, batch), np.ones(demand.num_moe_layers)
+        return step.Fullest(found.experts * each, found.slots * each * tokens / batch)
 
 
 def speed(tokens_per_second: float) -> str:
@@ -60,41 +61,24 @@ def speed(tokens_per_second: float) -> str:
 
 
 def projection(described: Architecture, setting: Setting, hybrid=None, section: str = "projection") -> list[Table]:
-    """Speed for each number of devices, where it is lost, and which number is the best of those that hold the model.
+    """Speed for each number of devices, where it is lost, and from which number on more do not pay.
 
     hybrid  {devices: bytes of the fullest one, all but the experts sharded too}, where that can be
+    Speed-ups are over one device, or over the fewest of those considered that hold the model.
     """
-    demand, machine, context = described.demand, setting.machine, setting.context
-    room, cache = machine.memory_bytes * machine.usable, described.cache_bytes_at(context)
-    alone = step.decode_step(demand, machine, load=setting.load(demand, 1, 1), context=context)
-    rows = []
-    for count in setting.devices:
-        over, load = (count, setting.link), setting.load(demand, count, 1)
-        decoded = step.decode_step(demand, machine, *over, load, context)
-        even = step.decode_step(demand, machine, *over, context=context)
-        chunk = setting.load(demand, count, step.PREFILL_CHUNK)
-        copies = setting.redundant if count > 1 else 0
-        row = {
-            "devices": count,
-            "fits": fullest_device_bytes(described.bytes, count, redundant=copies) + cache <= room,
-            "tokens_per_second": decoded.tokens_per_second,
-            "speed_up": alone.seconds / decoded.seconds,
-            "tokens_per_second_if_even": even.tokens_per_second,
-            "prompt_tokens_per_second": step.prefill(
-                demand, machine, step.PREFILL_CHUNK, *over, chunk
-            ).tokens_per_second,
-            "bottleneck": decoded.bottleneck,
-            "milliseconds": {part: 1e3 * getattr(decoded, part) for part in step.NAMES},
-        }
-        if count > 1 and (bytes_there := (hybrid or {}).get(count)):
-            share = (bytes_there - fullest_device_bytes(described.bytes, count, rest=0)) / described.bytes.rest
-            sharded = step.decode_step(demand, machine, *over, load, context, rest_share=share)
-            row["hybrid_tokens_per_second"] = sharded.tokens_per_second
-        rows.append(row)
-    best, why = best_number(rows)
+    (usable, whose), machine, hybrid = setting.machine.usable, setting.machine, hybrid or {}
+    of = {n: _figures(described, setting, n, hybrid.get(n)) for n in sorted({1, *setting.devices})}
+    base = next((row for row in of.values() if row["fits"]), None)
+    for row in of.values():
+        row["speed_up"] = row["tokens_per_second"] / base["tokens_per_second"] if row["fits"] else None
+    rows = [of[n] for n in setting.devices]
+    milliseconds, (best, words) = rows[0]["milliseconds"], best_number(rows, usable)
+    bound = 1e3 / (milliseconds["fixed"] + milliseconds["rest"])
     routing = "uniform" if setting.trace is None else setting.trace.model or "trace"
-    about = {"hardware": machine.name, "hardware_source": machine.source, "memory_bytes": room, "context": context}
-    about |= {"best_devices": best, "routing": routing, "link": setting.link_name, "link_source": setting.link_source}
+    also = {"hardware": machine.name, "hardware_source": machine.source, "context": setting.context,
+            "usable_bytes": usable, "best_devices": best, "speed_up_over": base and base["devices"],
+            "bound_tokens_per_second": bound, "routing": routing, "link": setting.link_name,
+            "link_source": setting.link_source}  # fmt: skip
     table = of_records(
         f"Projection (modelled): {machine.name}, {setting.link_name}, {routing} routing",
         "devices",
@@ -108,30 +92,61 @@ def projection(described: Architecture, setting: Setting, hybrid=None, section: 
         ("bottleneck", "most time goes to"),
         section=section,
         source="modelled",
-        also=about,
+        also=also,
     )
     items = {
-        "best number": why,
-        "context": f"{context:,} tokens before the one that is decoded (--context)",
+        "*": None if all(row["fits"] for row in rows) else "does not fit: what it would do with more memory",
+        "best number": words,
+        "bound": f"{speed(bound)} tokens/s, were experts and collectives free (hybrid aside)",
+        "differences": "of 12% or less say little: so far off were predictions on a CPU (BENCHMARKS.md)",
+        "speed-up": base and f"over {base['devices']}" + (", the fewest that hold it" if base["devices"] > 1 else ""),
+        "context": f"{setting.context:,} tokens before the one that is decoded (--context)",
+        "memory": f"{size(usable)} of {size(machine.memory_bytes)} for weights and cache ({whose})",
         "device": machine.source,
         "link": setting.link_source,
-        "*": None if all(row["fits"] for row in rows) else f"does not fit into {size(room)} ({machine.usable:.0%} of"
-        f" {size(machine.memory_bytes)}; the rest is the system's) with all but the experts on each device",
-    }  # fmt: skip
+    }
     return [table, facts("What it rests on", items)]
 
 
-def best_number(rows: list[dict]) -> tuple[int | None, str]:
-    """(number of devices that decodes fastest of those that hold the model, or None; what is to be said of it)."""
-    fitting = [row for row in rows if row["fits"]]
-    if not fitting:
-        return None, f"none: {rows[-1]['devices']} devices do not hold the model, nor do fewer"
-    best = max(fitting, key=lambda row: row["tokens_per_second"])  # the first of equals
-    count, more = best["devices"], [row for row in fitting if row["devices"] > best["devices"]]
-    at = f"{count} at {speed(best['tokens_per_second'])} tokens/s, {best['speed_up']:.2f}x one device"
-    if more:
-        slower = ", ".join(f"{row['devices']} at {speed(row['tokens_per_second'])}" for row in more[:2])
-        return count, f"{at}; more decode no faster ({slower})"
-    if len(fitting) > 1:
-        return count, f"{at}; the most considered, and speed still rises there"
-    return count, f"{at}; the only number considered that holds the model"
+def _figures(described, setting, count, hybrid_bytes) -> dict:
+    demand, machine, weighed = described.demand, setting.machine, described.bytes
+    where, load = (demand, machine, count, setting.link), setting.load(demand, count, 1)
+    decoded, chunk = step.estimate(*where, load, context=setting.context), step.PREFILL_CHUNK
+    read = step.estimate(*where, setting.load(demand, count, chunk), tokens=chunk)
+    needed = fullest_device_bytes(weighed, count, redundant=setting.copies(count))
+    needed += described.cache_bytes_at(setting.context)
+    row = {
+        "devices": count,
+        "bytes": needed,
+        "fits": needed <= machine.usable[0],
+        "tokens_per_second": decoded.tokens_per_second,
+        "tokens_per_second_if_even": step.estimate(*where, context=setting.context).tokens_per_second,
+        "prompt_tokens_per_second": read.tokens_per_second,
+        "bottleneck": decoded.bottleneck,
+        "milliseconds": {part: 1e3 * getattr(decoded, part) for part in step.PARTS},
+    }
+    if count > 1 and hybrid_bytes:
+        share = (hybrid_bytes - fullest_device_bytes(weighed, count, rest=0)) / weighed.rest
+        sharded = step.estimate(*where, load, context=setting.context, rest_share=share)
+        row["hybrid_tokens_per_second"] = sharded.tokens_per_second
+    return row
+
+
+def best_number(rows: list[dict], usable: float) -> tuple[int | None, str]:
+    """(number of devices that decodes fastest of those that hold the model, what the figures say of it)."""
+    fit, short = [row for row in rows if row["fits"]], [row for row in rows if not row["fits"]]
+    needs = short and f"{size(short[-1]['bytes'])} on the fullest of {short[-1]['devices']}, {size(usable)} are there"
+    if not fit:
+        return None, f"none of those considered holds the model: {needs}"
+    best = max(fit, key=lambda row: row["tokens_per_second"])  # the fewest of equals
+    earlier, later = fit[: fit.index(best)], fit[fit.index(best) + 1 :]
+    if later:
+        then = max(later, key=lambda row: row["tokens_per_second"])
+        words = f"more are no faster, {then['devices']} give {speed(then['tokens_per_second'])}"
+    elif earlier:
+        words = f"the most considered, and speed still rises: {earlier[-1]['devices']} give"
+        words += f" {speed(earlier[-1]['tokens_per_second'])}"
+    else:
+        words = "no other that holds the model was considered"
+    words = f"{best['devices']} with {speed(best['tokens_per_second'])} tokens/s; {words}"
+    return best["devices"], words + (f"; fewer do not hold it: {needs}" if short else "")

@@ -11,14 +11,9 @@ import math
 import numpy as np
 
 from ..balance import balancedness, routing_entropy
+from ..projection.step import uniform_experts
 
 SLOTS = 4_000_000  # random numbers per figure, at most; the more tokens, the less they scatter
-
-
-def uniform_experts(num_tokens: int, num_layers: int, num_experts: int, top_k: int, seed: int = 0) -> np.ndarray:
-    """A trace [T, L, k] in which every expert is as likely as any other: what a perfect router would do."""
-    rank = np.random.default_rng(seed).random((num_tokens, num_layers, num_experts), dtype=np.float32)
-    return np.argpartition(rank, top_k - 1, axis=-1)[..., :top_k].astype(np.uint16)
 
 
 def uniform_routing(num_tokens: int, top_k: int, held) -> dict[str, float]:

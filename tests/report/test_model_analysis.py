@@ -15,7 +15,7 @@ from expert_parallel.models.lazy import build_model, fill_randomly, shortened
 from expert_parallel.projection.constants import measure_machine, random_tokens, seconds_per_token, without_experts
 from expert_parallel.projection.link_probe import measure_link
 from expert_parallel.projection.links import Link
-from expert_parallel.projection.step import decode_step
+from expert_parallel.projection.step import estimate
 from expert_parallel.ranks.launch import rank_commands
 from expert_parallel.trace import RoutingTrace
 
@@ -68,7 +68,11 @@ def test_the_whole_report_takes_seconds_and_400_mb(name, tmp_path):
         assert rows[8]["replicated_rest_bytes"] == 16 * 48 * 2_654_208 + 873_459_712
         assert rows[8]["hybrid_bytes"] is None
         assert "4 heads" in figures["memory"]["hybrid_not_possible"]
-        assert figures["fit"]["fewest_devices"] == 1
+        assert figures["fit"]["fewest_devices"] == 2
+        assert (figures["fit"]["memory_bytes"], figures["fit"]["device_bytes"]) == (24e9, 16e9)  # Metal's limit
+        assert "So much of 24 GB is for weights and cache (Metal's limit for a GPU)." in printed
+        fits = {row["devices"]: row["fits"] for row in figures["projection"]["devices"]}
+        assert fits == {1: False, 2: True, 4: True, 8: True, 16: True, 32: True, 64: True}
         assert figures["projection"]["source"] == "modelled"
         first = figures["projection"]["devices"][0]
         assert sum(first["milliseconds"].values()) == pytest.approx(1e3 / first["tokens_per_second"], rel=1e-3)
@@ -125,7 +129,8 @@ def test_copies_and_odd_numbers_of_devices(tmp_path):
     assert rows[1] < rows[0]
     assert copied["memory"]["devices"][1]["with_copies_bytes"] > plain["memory"]["devices"][1]["replicated_rest_bytes"]
     refused(run_script(SCRIPT, "--devices", 2, "--redundant-experts", 400), "128 experts and 400 copies")
-    refused(run_script(SCRIPT, "--devices", 2, 129), "--devices [2, 129]", "1 to 128")
+    refused(run_script(SCRIPT, "--devices", 2, 129), "--devices [2, 129]", "1 to 128, the experts of a layer")
+    refused(run_script(SCRIPT, "--devices", 9, "--hardware", "h100"), "[9]", "1 to 8, what nvlink-h100 connects")
 
 
 def test_what_is_refused(tmp_path):
@@ -183,7 +188,7 @@ def test_constants_of_this_machine_explain_what_they_were_fitted_on():
     assert machine.bytes_per_second > 0
     assert machine.expert_bytes_per_second > 0
     token = seconds_per_token(model, random_tokens(model, 8), rounds=8).mean()
-    predicted = decode_step(described.demand, machine).seconds
+    predicted = estimate(described.demand, machine).seconds
     assert predicted == pytest.approx(token, rel=0.5)  # tests share their machine with others
 
 

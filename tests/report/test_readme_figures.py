@@ -5,7 +5,7 @@ from conftest import ROOT
 from expert_parallel.models.architecture import describe
 from expert_parallel.models.configurations import bundled_names, load_configuration
 from expert_parallel.projection.hardware import MACHINES
-from expert_parallel.projection.step import decode_step
+from expert_parallel.projection.step import estimate
 
 
 def rows_under(heading):
@@ -31,5 +31,5 @@ def test_predictions_for_quantisations_on_the_m4_max():
     configuration = load_configuration("qwen3-coder-30b")
     for bits, said, _ in rows:
         demand = describe(configuration, bits=int(bits)).demand
-        predicted = decode_step(demand, MACHINES["m4-max"], context=2048 + 64).tokens_per_second
+        predicted = estimate(demand, MACHINES["m4-max"], context=2048 + 64).tokens_per_second
         assert said == f"{predicted:.1f}"
