@@ -63,7 +63,7 @@ class StandIn(nn.Module):
 def moe_layers(model: nn.Module) -> list[MoELayer]:
     """The MoE layers of a model in the order of its forward pass.
 
-    Raises ValueError for a dense model, and where layers have different numbers of experts.
+    Raises ValueError for a dense model, for experts in a list, and where layers have different numbers of experts.
     """
     modules = dict(model.named_modules())
     paths = [path for path, m in modules.items() if isinstance(m, SwitchGLU | SwitchMLP) or _holds_experts(m)]
@@ -71,6 +71,8 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
     outer.sort(key=lambda path: [int(n) for n in re.findall(r"\d+", path)])
     layers = [MoELayer(path, modules[path.rpartition(".")[0]], path.rpartition(".")[2]) for path in outer]
     counts = sorted({num_experts(layer.experts) for layer in layers})
+    if listed := [path for path in modules if not layers and path.endswith(".experts.0")]:
+        raise ValueError(f"this model has its experts in a list ({min(listed)}, ...), which is not supported")
     if not layers:
         raise ValueError("this model has no Mixture-of-Experts layers: there is nothing to spread")
     if len(counts) > 1:

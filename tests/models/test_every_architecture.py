@@ -1,75 +1,110 @@
-"""Every MoE architecture that mlx-lm and transformers both know, tiny and random: spread it answers as before."""
+"""Every MoE architecture of the installed mlx-lm, tiny and random: spread, recorded, loaded and analysed."""
+
+import json
+import shutil
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten, tree_map_with_path
-from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.utils import _get_classes
-from test_published_configurations import as_transformers_4, moe_architectures, small, stock_runs
+from conftest import SHIPPED
+from mlx.utils import tree_flatten
+from mlx_lm.utils import quantize_model
+from tiny_architectures import answers, architectures, built, small
 
-from expert_parallel import place_experts, record_routing, shard_model
-from expert_parallel.layers import moe_layers, moe_shape
+from expert_parallel import load_sharded, place_experts, record_routing, shard_model
+from expert_parallel.layers import moe_layers, moe_shape, twin
+from expert_parallel.models.architecture import describe
+from expert_parallel.models.configurations import Configuration
 
-LARGEST = 20_000_000  # parameters; some configuration classes take no small sizes
-SLOW_OR_LARGE = "stock mlx-lm does not run it here, or its configuration class takes no small sizes"
-
-
-def configurations():
-    try:
-        return dict(moe_architectures())
-    except BaseException:  # without transformers: pytest's own skip
-        return {}
+LISTED = ["dbrx"]  # experts in a list, which mlx-lm runs one by one
+SPREAD = [name for name in architectures() if name not in LISTED]
 
 
-def built(name, kind, quantised):
-    """mlx-lm's model with random weights in float32; a skip where stock has none of it."""
-    try:
-        config = small(kind)
-    except Exception:
-        pytest.skip("its configuration class does not take our numbers together")
-    config = config if stock_runs(config) else as_transformers_4(config, kind)
-    if not stock_runs(config):
-        pytest.skip(SLOW_OR_LARGE)
-    model_class, arguments_class = _get_classes(config)
-    model = model_class(arguments_class.from_dict(config))
-    if sum(array.size for _, array in tree_flatten(model.parameters())) > LARGEST:
-        pytest.skip(SLOW_OR_LARGE)
-    mx.random.seed(0)
+@dataclass
+class Stock:
+    """What mlx-lm itself builds, and answers."""
 
-    def filled(_, array):
-        if not mx.issubdtype(array.dtype, mx.floating):
-            return array
-        return mx.random.normal(array.shape) * 0.1 if array.ndim > 1 else array.astype(mx.float32)
+    name: str
+    config: dict
+    model: nn.Module
+    answers: list
+    parameters: int
+    folder: object
 
-    model.update(tree_map_with_path(filled, model.parameters()))
-    if quantised:
-        can = lambda _, m: hasattr(m, "to_quantized") and m.weight.shape[-1] % 32 == 0  # noqa: E731
-        nn.quantize(model, group_size=32, bits=4, class_predicate=can)
-    model.set_dtype(mx.float32)
-    model.eval()
-    return model
+    @property
+    def arrays(self):
+        return dict(tree_flatten(self.model.parameters()))
 
 
-def answers(model):
-    cache = make_prompt_cache(model)
-    logits = [model(mx.array([tokens]), cache=cache) for tokens in ([1, 5, 9, 2, 7, 11, 3], [4])]
-    mx.eval(logits)
-    return logits
+def count(model) -> int:
+    """Parameters; of a packed matrix those that it stands for."""
+    packed = [module for module in model.modules() if "scales" in module]
+    stored = sum(array.size for _, array in tree_flatten(model.parameters()))
+    stored -= sum(array.size for module in packed for array in module.parameters().values())
+    return stored + sum(module.weight.size * 32 // module.bits for module in packed)
 
 
-@pytest.mark.parametrize("quantised", [False, True], ids=["float32", "4-bit"])
-@pytest.mark.parametrize("name", configurations())
-def test_every_architecture_is_bit_identical_when_spread(name, quantised):
-    model = built(name, configurations()[name], quantised)
-    expected = answers(model)
-    with record_routing(model) as trace:
-        answers(model)
-    assert len(trace) == 8
-    placement = place_experts(np.ones(moe_shape(model)), 3)
-    shard_model(model, placement)
+@pytest.fixture(scope="module", params=[f"{name}-{kind}" for name in SPREAD for kind in ("float32", "4-bit")])
+def stock(request, tmp_path_factory):
+    name, _, kind = request.param.partition("-")
+    config = small(name) | {"torch_dtype": "float32"}
+    model = built(name)
+    parameters = count(model)
+    if kind == "4-bit":
+        if "quantization" in config:
+            pytest.skip("packed already")
+        model, config = quantize_model(model, config, 32, 4)
+    folder = tmp_path_factory.mktemp(name)
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(config))
+    shutil.copy(SHIPPED / "tokenizer.json", folder)
+    about = json.loads((SHIPPED / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(about | {"chat_template": ""}))  # muse_spark wants one
+    yield Stock(name, config, model, answers(model), parameters, folder)
+    shutil.rmtree(folder)
+
+
+def assert_same(got, expected):
+    assert all(mx.array_equal(a, b, equal_nan=True) for a, b in zip(got, expected, strict=True))
+
+
+def test_spread_over_devices_it_answers_the_same_bits(stock):
+    model = twin(stock.model)
+    shard_model(model, place_experts(np.ones(moe_shape(model)), 3))
     for masked_up_to in (0, 10**6):
         for layer in moe_layers(model):
             layer.experts.masked_up_to = masked_up_to
-        assert all(mx.array_equal(a, b, equal_nan=True) for a, b in zip(answers(model), expected, strict=True))
+        assert_same(answers(model), stock.answers)
+
+
+def test_the_recorder_sees_every_token(stock):
+    with record_routing(stock.model) as trace:
+        assert_same(answers(stock.model), stock.answers)
+    chosen = 1 if stock.name == "llama4" else 2
+    assert trace.experts.shape == (8, moe_shape(stock.model)[0], chosen)
+    assert trace.prefill.tolist() == [True] * 7 + [False]
+
+
+def test_loaded_from_its_files_it_answers_the_same_bits(stock):
+    model, _ = load_sharded(stock.folder, 3)
+    assert_same(answers(model), stock.answers)
+
+
+def test_the_analysis_counts_what_is_loaded(stock):
+    found = describe(Configuration(stock.name, stock.config, folder=stock.folder))
+    assert found.whole.parameters == stock.parameters
+    assert found.whole.bytes == sum(array.nbytes for array in stock.arrays.values())
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_experts_in_a_list_are_refused_for_what_they_are(name):
+    model = built(name)
+    answers(model)
+    for ask in (
+        lambda: shard_model(model, place_experts([[1] * 8] * 2, 2)),
+        lambda: describe(Configuration(name, small(name))),
+    ):
+        with pytest.raises(ValueError, match=r"experts in a list \(transformer.blocks.0.ffn.experts.0, ...\)"):
+            ask()
