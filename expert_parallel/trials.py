@@ -38,40 +38,53 @@ def prove(path: str, whole: nn.Module, sharded) -> None:
         raise ValueError(f"{path}: its experts answer otherwise when they are spread; this kind is not supported")
 
 
-class Silent(StandIn):
-    """In place of experts: zeros of their shape, at no cost."""
+class Dummy(StandIn):
+    """In place of experts: random numbers as their outputs, those of several seeds summed; without any, zeros."""
 
-    def __init__(self, experts: nn.Module):
+    def __init__(self, experts: nn.Module, *seeds: int):
         nn.Module.__init__(self)
         object.__setattr__(self, "_experts", experts)  # no child: its arrays are not this module's
+        self._keys = [mx.random.key(seed) for seed in seeds]
 
     def replaced_module(self) -> nn.Module:
         return self._experts
 
     def __call__(self, x, indices):
-        return mx.zeros((*indices.shape, x.shape[-1]), x.dtype)
+        y = mx.zeros((*indices.shape, x.shape[-1]), x.dtype)
+        return sum((100 * mx.random.normal(y.shape, y.dtype, key=key) for key in self._keys), y)
 
 
-def block_adds(layer: MoELayer) -> np.ndarray | None:
-    """float32 [2, H]: what a block answers for two random tokens when its experts answer zero.
+def why_not_reduce(layer: MoELayer) -> str | None:
+    """What keeps ranks from summing a block's answers instead of its slots, None where nothing does: by trial.
 
-    That is what the block adds by itself, shared experts for example, with no sum over ranks. None where the block
-    cannot be asked alone.
+    When its experts answer zero so must the block (what else it adds, shared experts for example, would be summed once
+    per rank), and the sum of two outputs must give the sum of two answers.
     """
-    block, experts = layer.block, layer.experts
-    group = getattr(block, "sharding_group", None)
-    x = mx.random.normal((1, 2, hidden_size(experts)), key=mx.random.key(0))
+    experts, x = layer.experts, mx.random.normal((1, 2, hidden_size(layer.experts)), key=mx.random.key(0))
+    answers = []
     try:
-        layer.experts = Silent(experts)
-        if group is not None:
-            block.sharding_group = None
-        return np.array(block(x).astype(mx.float32))[0]
+        for seeds in ((), (1,), (2,), (1, 2)):
+            layer.experts = Dummy(experts, *seeds)
+            answers.append(np.array(layer.block(x).astype(mx.float32)))
     except Exception:  # blocks that want more than their tokens
-        return None
+        return "it cannot be asked without the rest of its model"
     finally:
         layer.experts = experts
-        if group is not None:
-            block.sharding_group = group
+    nothing, one, other, both = answers
+    if nothing.any():
+        return "it adds something that every rank has whole"
+    return None if np.abs(one + other - both).max() < 0.02 * np.abs(both).max() else "it does more than weigh and sum"
+
+
+def hook(block: nn.Module) -> None:
+    """mlx-lm's hook for a sum over ranks, in a block that has none: its answer is summed over `sharding_group`."""
+    kind = type(block)
+
+    def call(self, x):
+        y = kind.__call__(self, x)
+        return y if self.sharding_group is None else mx.distributed.all_sum(y, group=self.sharding_group)
+
+    block.__class__ = type(kind.__name__, (kind,), {"__call__": call, "sharding_group": None})
 
 
 def measure_masked(layers: list[MoELayer], group=None) -> int:

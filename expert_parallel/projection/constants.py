@@ -23,7 +23,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from ..layers import activation_type, expert_tensors, moe_layers
 from ..trace import record_routing, replaced
-from ..trials import Silent
+from ..trials import Dummy
 from .step import Demand, Machine, fit_arithmetic, fullest_device
 
 
@@ -32,7 +32,7 @@ def without_experts(model):
     """The model with experts that answer zeros while the block runs."""
     with ExitStack() as stack:
         for layer in moe_layers(model):
-            stack.enter_context(replaced(layer, {"experts": Silent(layer.experts)}))
+            stack.enter_context(replaced(layer, {"experts": Dummy(layer.experts)}))
         yield
 
 

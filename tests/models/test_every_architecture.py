@@ -11,15 +11,12 @@ import pytest
 from conftest import SHIPPED
 from mlx.utils import tree_flatten
 from mlx_lm.utils import quantize_model
-from tiny_architectures import answers, architectures, built, small
+from tiny_architectures import LISTED, SPREAD, answers, built, small
 
 from expert_parallel import load_sharded, place_experts, record_routing, shard_model
 from expert_parallel.layers import moe_layers, moe_shape, twin
 from expert_parallel.models.architecture import describe
 from expert_parallel.models.configurations import Configuration
-
-LISTED = ["dbrx"]  # experts in a list, which mlx-lm runs one by one
-SPREAD = [name for name in architectures() if name not in LISTED]
 
 
 @dataclass

@@ -116,7 +116,7 @@ MORE = {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
     },
     "deepseek_v2": {"rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}, "topk_method": "greedy"},
-    "deepseek_v41": {"o_groups": 2, "o_lora_rank": 32, "scoring_func": "sqrtsoftplus", "hc_mult": 2},
+    "deepseek_v41": {"o_groups": 2, "o_lora_rank": 32, "scoring_func": "sqrtsoftplus", "hc_mult": 4},
     "exaone_moe": {**TYPES, "is_moe_layer": [False, True, True]},
     "gemma4": TYPES | GEMMA4,
     "gemma4_text": TYPES | GEMMA4,
@@ -209,6 +209,11 @@ def architectures() -> list[str]:
         parts = re.compile(rf"^from \.({'|'.join(found)}) import|^from \. import .*\b({'|'.join(found)})\b", re.M)
         found |= {name for name, source in text.items() if parts.search(source)}
     return sorted(found, key=str.lower)
+
+
+LISTED = ["dbrx"]  # experts in a list, which mlx-lm runs one by one
+SPREAD = [name for name in architectures() if name not in LISTED]
+WAYS = {"gather": {"combine": "gather"}, "reduce": {"combine": "reduce"}, "hybrid": {"attention": "sharded"}}
 
 
 def small(name: str) -> dict:
