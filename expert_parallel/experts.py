@@ -21,7 +21,7 @@ from .layers import MoELayer, StandIn, expert_tensors, moe_layers, num_experts
 from .placement import Placement
 from .serving import Serving
 from .stores import InMemory, picked, rows_of
-from .trials import hook, measure_masked, prove, why_not_reduce
+from .trials import measure_masked, prove, sum_answers, why_not_reduce
 
 
 class ShardedExperts(StandIn):
@@ -202,19 +202,14 @@ def install(layer: MoELayer, sharded: ShardedExperts, group, combine: str) -> No
     block computes is split over ranks too, and only the block's sum completes it; else a trial says what is possible.
     ValueError where the sum that was asked for would count something once per rank, or lose it.
     """
-    if not is_rank(group):
-        layer.experts = sharded
-        return
     split = getattr(layer.block, "sharding_group", None) is not None
-    why = None if split else why_not_reduce(layer)
+    why = why_not_reduce(layer) if is_rank(group) and not split else None
     if why and combine == "reduce":
         raise ValueError(f'combine "reduce" is not possible for {layer.path}: its block was tried, {why}; use "gather"')
     if split and combine == "gather":
         raise ValueError(f'{layer.path} is in a block that mlx-lm has sharded, whose sum needs combine "reduce"')
     layer.experts = sharded
-    if why or combine == "gather":
+    if is_rank(group) and (why or combine == "gather"):
         sharded.group = group
-        return
-    if not hasattr(layer.block, "sharding_group"):
-        hook(layer.block)
-    layer.block.sharding_group = group
+    elif is_rank(group):
+        sum_answers(layer.block, group)

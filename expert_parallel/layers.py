@@ -70,7 +70,11 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
     Raises ValueError for a dense model, for experts in a list, and where layers have different numbers of experts.
     """
     modules = dict(model.named_modules())
-    paths = [path for path, m in modules.items() if isinstance(m, SwitchGLU | SwitchMLP) or _holds_experts(m)]
+    paths = [
+        path
+        for path, m in modules.items()
+        if isinstance(m, SwitchGLU | SwitchMLP) or getattr(m, "holds_experts", False)
+    ]
     outer = [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
     outer.sort(key=lambda path: [int(n) for n in re.findall(r"\d+", path)])
     layers = []
@@ -80,17 +84,13 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
         one_up = hasattr(above, "sharding_group") and not hasattr(owner, "sharding_group")
         layers.append(MoELayer(path, owner, name, above if one_up else owner))
     counts = sorted({num_experts(layer.experts) for layer in layers})
-    if listed := [path for path in modules if not layers and path.endswith(".experts.0")]:
-        raise ValueError(f"this model has its experts in a list ({min(listed)}, ...), which is not supported")
     if not layers:
+        if listed := [path for path in modules if path.endswith(".experts.0")]:
+            raise ValueError(f"this model has its experts in a list ({min(listed)}, ...), which is not supported")
         raise ValueError("this model has no Mixture-of-Experts layers: there is nothing to spread")
     if len(counts) > 1:
         raise ValueError(f"layers with different numbers of experts are not supported: {counts}")
     return layers
-
-
-def _holds_experts(module) -> bool:
-    return isinstance(module, StandIn) and module.holds_experts
 
 
 def moe_shape(model: nn.Module) -> tuple[int, int]:
@@ -101,7 +101,7 @@ def moe_shape(model: nn.Module) -> tuple[int, int]:
 
 def num_experts(experts: nn.Module) -> int:
     """E behind mlx-lm's module or what stands in its place."""
-    if _holds_experts(experts):
+    if getattr(experts, "holds_experts", False):
         return experts.num_experts
     return next(m.num_experts for _, m in _projections(experts))
 

@@ -5,7 +5,7 @@ Dimensions: k experts chosen per token, E experts, H hidden.
 
 from __future__ import annotations
 
-import time
+import timeit
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -42,12 +42,8 @@ class Dummy(StandIn):
     """In place of experts: random numbers as their outputs, those of several seeds summed; without any, zeros."""
 
     def __init__(self, experts: nn.Module, *seeds: int):
-        nn.Module.__init__(self)
-        object.__setattr__(self, "_experts", experts)  # no child: its arrays are not this module's
+        super().__init__(experts)
         self._keys = [mx.random.key(seed) for seed in seeds]
-
-    def replaced_module(self) -> nn.Module:
-        return self._experts
 
     def __call__(self, x, indices):
         y = mx.zeros((*indices.shape, x.shape[-1]), x.dtype)
@@ -76,15 +72,13 @@ def why_not_reduce(layer: MoELayer) -> str | None:
     return None if np.abs(one + other - both).max() < 0.02 * np.abs(both).max() else "it does more than weigh and sum"
 
 
-def hook(block: nn.Module) -> None:
-    """mlx-lm's hook for a sum over ranks, in a block that has none: its answer is summed over `sharding_group`."""
-    kind = type(block)
-
-    def call(self, x):
-        y = kind.__call__(self, x)
-        return y if self.sharding_group is None else mx.distributed.all_sum(y, group=self.sharding_group)
-
-    block.__class__ = type(kind.__name__, (kind,), {"__call__": call, "sharding_group": None})
+def sum_answers(block: nn.Module, group) -> None:
+    """From now on a block's answers are summed over ranks: by mlx-lm's hook `sharding_group`, or as by one."""
+    if not hasattr(block, "sharding_group"):
+        kind = type(block)
+        summed = lambda self, x: mx.distributed.all_sum(kind.__call__(self, x), group=self.sharding_group)  # noqa: E731
+        block.__class__ = type(kind.__name__, (kind,), {"__call__": summed})
+    block.sharding_group = group
 
 
 def measure_masked(layers: list[MoELayer], group=None) -> int:
@@ -118,11 +112,6 @@ def _measured_on(sharded) -> int:
     return most
 
 
-def _quickest(way, x, ids, rounds: int = 7) -> float:
+def _quickest(way, x, ids) -> float:
     """Seconds; what is built at the first call is not counted."""
-    seconds = []
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        mx.eval(way(x, ids))
-        seconds.append(time.perf_counter() - begin)
-    return min(seconds[1:])
+    return min(timeit.repeat(lambda: mx.eval(way(x, ids)), number=1, repeat=7)[1:])
