@@ -77,12 +77,8 @@ def fan_out(experts, held) -> np.ndarray:
     experts  [T, L, k] expert ids;  held  bool [L, D, E]
     A copy counts where its expert's first holder is: a lower bound would need the choice made at run time.
     """
-    experts = np.asarray(experts)
-    num_layers, num_devices, _ = held.shape
-    result = np.zeros(num_layers)
-    for layer in range(num_layers):
-        device = held[layer].argmax(axis=0)[experts[:, layer]]  # [T, k]
-        touched = np.zeros((len(device), num_devices), dtype=bool)
-        np.put_along_axis(touched, device, True, axis=1)
-        result[layer] = touched.sum(axis=1).mean() if len(device) else 0.0
-    return result
+    result = []
+    for home, chosen in zip(held.argmax(axis=1), np.moveaxis(np.asarray(experts), 1, 0), strict=True):
+        device = np.sort(home[chosen], axis=1)  # [T, k]
+        result.append((1 + (np.diff(device) > 0).sum(axis=1)).mean() if len(device) else 0.0)
+    return np.array(result)

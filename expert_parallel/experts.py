@@ -21,7 +21,7 @@ from .layers import MoELayer, StandIn, expert_tensors, moe_layers, num_experts
 from .placement import Placement
 from .serving import Serving
 from .stores import InMemory, picked, rows_of
-from .trials import block_adds, measure_masked, prove
+from .trials import measure_masked, prove, sum_answers, why_not_reduce
 
 
 class ShardedExperts(StandIn):
@@ -81,8 +81,8 @@ class ShardedExperts(StandIn):
                 places += mine
                 self.slots_served[n] += len(mine)
         # 3. Rows in their places; a row of zeros behind them stands for every slot of others.
-        if len(places) < ids.size:
-            parts.append(mx.zeros((1, x.shape[-1]), x.dtype))
+        if len(places) < ids.size:  # on a rank with no slot, too, what x needs of others is to be asked for
+            parts.append(mx.depends(mx.zeros((1, x.shape[-1]), x.dtype), x))
         at = [len(places)] * ids.size
         for row, slot in enumerate(places):
             at[slot] = row
@@ -199,25 +199,17 @@ def install(layer: MoELayer, sharded: ShardedExperts, group, combine: str) -> No
     """Put sharded experts into their block, and settle where ranks sum.
 
     mlx-lm's hook for it is the block's `sharding_group`. Where mlx-lm's own `shard()` has set it, whatever else the
-    block computes is split over ranks too, and only the block's sum completes it; where not, every rank has it whole.
+    block computes is split over ranks too, and only the block's sum completes it; else a trial says what is possible.
     ValueError where the sum that was asked for would count something once per rank, or lose it.
     """
-    block = layer.block
-    if not is_rank(group):
-        layer.experts = sharded
-        return
-    hooked, split = hasattr(block, "sharding_group"), getattr(block, "sharding_group", None) is not None
-    added = block_adds(layer)
+    split = getattr(layer.block, "sharding_group", None) is not None
+    why = why_not_reduce(layer) if is_rank(group) and not split else None
+    if why and combine == "reduce":
+        raise ValueError(f'combine "reduce" is not possible for {layer.path}: its block was tried, {why}; use "gather"')
+    if split and combine == "gather":
+        raise ValueError(f'{layer.path} is in a block that mlx-lm has sharded, whose sum needs combine "reduce"')
     layer.experts = sharded
-    adds = added is None or bool(np.abs(added).max() > 0)
-    can_reduce, can_gather = hooked and (split or not adds), not (split and adds)
-    if combine == "auto":
-        combine = "reduce" if can_reduce else "gather"
-    if combine == "reduce" and not can_reduce:
-        why = "every rank has its shared experts whole" if hooked else "mlx-lm has no hook for it in this architecture"
-        raise ValueError(f'combine "reduce" is not possible for {layer.path}: {why}; use "gather"')
-    if combine == "gather" and not can_gather:
-        raise ValueError(f'{layer.path} has sharded shared experts, whose sum needs combine "reduce"')
-    if hooked:
-        block.sharding_group = group if combine == "reduce" else None
-    sharded.group = group if combine == "gather" else None
+    if is_rank(group) and (why or combine == "gather"):
+        sharded.group = group
+    elif is_rank(group):
+        sum_answers(layer.block, group)

@@ -16,19 +16,23 @@ from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
 @dataclass
 class MoELayer:
-    """Where one MoE layer keeps its experts: attribute `name` of the `block` that routes to them, at `path`."""
+    """Where one MoE layer keeps its experts: attribute `name` of `owner`, at `path`.
+
+    block  that routes to them: the owner, or one level above it what has mlx-lm's hook for a sum over ranks
+    """
 
     path: str
-    block: nn.Module
+    owner: nn.Module
     name: str
+    block: nn.Module
 
     @property
     def experts(self) -> nn.Module:
-        return getattr(self.block, self.name)
+        return getattr(self.owner, self.name)
 
     @experts.setter
     def experts(self, module):
-        setattr(self.block, self.name, module)
+        setattr(self.owner, self.name, module)
 
     @property
     def number(self) -> int:
@@ -63,23 +67,30 @@ class StandIn(nn.Module):
 def moe_layers(model: nn.Module) -> list[MoELayer]:
     """The MoE layers of a model in the order of its forward pass.
 
-    Raises ValueError for a dense model, and where layers have different numbers of experts.
+    Raises ValueError for a dense model, for experts in a list, and where layers have different numbers of experts.
     """
     modules = dict(model.named_modules())
-    paths = [path for path, m in modules.items() if isinstance(m, SwitchGLU | SwitchMLP) or _holds_experts(m)]
+    paths = [
+        path
+        for path, m in modules.items()
+        if isinstance(m, SwitchGLU | SwitchMLP) or getattr(m, "holds_experts", False)
+    ]
     outer = [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
     outer.sort(key=lambda path: [int(n) for n in re.findall(r"\d+", path)])
-    layers = [MoELayer(path, modules[path.rpartition(".")[0]], path.rpartition(".")[2]) for path in outer]
+    layers = []
+    for path in outer:
+        at, _, name = path.rpartition(".")
+        owner, above = modules[at], modules[at.rpartition(".")[0]]
+        one_up = hasattr(above, "sharding_group") and not hasattr(owner, "sharding_group")
+        layers.append(MoELayer(path, owner, name, above if one_up else owner))
     counts = sorted({num_experts(layer.experts) for layer in layers})
     if not layers:
+        if listed := [path for path in modules if path.endswith(".experts.0")]:
+            raise ValueError(f"this model has its experts in a list ({min(listed)}, ...), which is not supported")
         raise ValueError("this model has no Mixture-of-Experts layers: there is nothing to spread")
     if len(counts) > 1:
         raise ValueError(f"layers with different numbers of experts are not supported: {counts}")
     return layers
-
-
-def _holds_experts(module) -> bool:
-    return isinstance(module, StandIn) and module.holds_experts
 
 
 def moe_shape(model: nn.Module) -> tuple[int, int]:
@@ -90,7 +101,7 @@ def moe_shape(model: nn.Module) -> tuple[int, int]:
 
 def num_experts(experts: nn.Module) -> int:
     """E behind mlx-lm's module or what stands in its place."""
-    if _holds_experts(experts):
+    if getattr(experts, "holds_experts", False):
         return experts.num_experts
     return next(m.num_experts for _, m in _projections(experts))
 

@@ -149,9 +149,9 @@ def record_routing(model: nn.Module, name: str = "", prompt_tokens: int | None =
     max_tokens     recording stops there (metadata "dropped_tokens" says how many came after)
 
     Of a batch (metadata "sequences": the most in one pass) the padding of shorter prompts is among the tokens, for a
-    router routes it as well; and a prompt's last token, which mlx-lm reads by itself, is one of decoding.
-    ValueError where layers choose different numbers of experts. Indices are kept as they are and read by the host now
-    and then: no wait per layer.
+    router routes it as well; a prompt's last token, which mlx-lm reads by itself, is one of decoding; and what a block
+    hands on is recorded: longcat_flash's zero experts, which it adds itself, as expert 0.
+    ValueError where layers choose different numbers of experts. The host reads indices now and then: no wait per layer.
     """
     layers = moe_layers(model)
     trace = RoutingTrace(np.zeros((0, len(layers), 0)), num_experts(layers[0].experts), model=name)
@@ -163,10 +163,9 @@ def record_routing(model: nn.Module, name: str = "", prompt_tokens: int | None =
         ):
             yield trace
     finally:
-        experts, prefill = notes.finish()
+        trace.experts, trace.prefill = notes.finish()
         if prompt_tokens is not None:
-            prefill = np.arange(len(experts)) < prompt_tokens
-        trace.experts, trace.prefill = experts, prefill
+            trace.prefill = np.arange(len(trace)) < prompt_tokens
         seen = {"dropped_tokens": notes.dropped, "sequences": notes.sequences if notes.sequences > 1 else 0}
         trace.metadata |= {name: count for name, count in seen.items() if count}
 

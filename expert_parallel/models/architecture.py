@@ -172,7 +172,9 @@ def _quantisation(model) -> str:
     kinds = Counter()
     for _, module in model.named_modules():
         if "scales" in module:
-            kinds[f"{module.bits}-bit {module.mode}, groups of {module.group_size}"] += array_bytes(module)
+            kinds[f"{module.bits}-bit {getattr(module, 'mode', 'affine')}, groups of {module.group_size}"] += (
+                array_bytes(module)
+            )
         else:
             for array in module.values():
                 if isinstance(array, mx.array):

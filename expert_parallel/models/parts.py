@@ -103,9 +103,11 @@ def parts_of(model, token: Token) -> dict[int | None, dict[str, Part]]:
     result, inside = {None: {}}, ()
     for number, layer in enumerate(model.layers):
         path = f"{paths[id(layer)]}."
-        experts = next((f"{m.path.removeprefix(path)}." for m in moe if m.path.startswith(path)), None)
+        found = next((m for m in moe if m.path.startswith(path)), None)
+        within = [f"{p}.".removeprefix(path) for p in ((found.path, paths[id(found.block)]) if found else ())]
+        experts, block = within or ("", "")
         attention, _ = token.attends.get(number, (None, None))
-        names = _names_in(layer, experts, attention, count)
+        names = _names_in(layer, experts, block, attention, count)
         result[number], inside = _summed(layer, names), (*inside, path)
     rows = max(m.weight.shape[0] for m in modules.values() if isinstance(m, nn.Embedding | nn.QuantizedEmbedding))
 
@@ -119,12 +121,12 @@ def parts_of(model, token: Token) -> dict[int | None, dict[str, Part]]:
     return result
 
 
-def _names_in(layer, experts: str | None, attention: str | None, count: int):
+def _names_in(layer, experts: str, block: str, attention: str | None, count: int):
     """A function from an array's path in a layer to the name of its part.
 
-    experts    path of the routed experts, ending in a dot; attention  name of the child that attends; count  E
+    experts, block  paths of the routed experts and of what routes to them, ending in a dot; "" where there are none
+    attention       name of the child that attends;  count  E
     """
-    block = f"{experts.rstrip('.').rpartition('.')[0]}." if experts and "." in experts.rstrip(".") else None
 
     def unit(path):
         """What an array belongs to as a whole: a child of the layer, or of the block within it."""

@@ -23,7 +23,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from ..layers import moe_layers
 from ..trace import record_routing
-from ..trials import Silent
+from ..trials import Dummy
 from .hardware import Machine
 from .step import Demand, fit_arithmetic, fullest_device
 
@@ -35,7 +35,7 @@ def without_experts(model):
     originals = [layer.experts for layer in layers]
     try:
         for layer in layers:
-            layer.experts = Silent(layer.experts)
+            layer.experts = Dummy(layer.experts)
         yield
     finally:
         for layer, experts in zip(layers, originals, strict=True):
