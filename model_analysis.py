@@ -11,15 +11,18 @@ measured, simulated or modelled.
 
 import argparse
 import logging
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-from expert_parallel.command import output
+from expert_parallel.command import options, output
 from expert_parallel.projection.hardware import LINKS, MACHINES, USUAL_LINK, find
 
 HERE = Path(__file__).resolve().parent
 BUNDLED = HERE / "expert_parallel" / "models" / "configs"
+# For --forward without prompts: code, prose and data that come with the project.
+OWN_TEXTS = {"code": __file__, "prose": str(HERE / "README.md"), "data": str(BUNDLED / "deepseek-v3.json")}
 
 
 def setup_arg_parser():
@@ -82,7 +85,8 @@ def run(args):
     # 1. What is in it
     configuration = load_configuration(args.model)
     read = {"the model": configuration.folder or configuration.file, "the trace": args.trace}
-    read |= {f"--prompt {path}": path for path in map(file_of, args.prompt or ()) if path}
+    prompts = options.titled(args.prompt or ())
+    read |= {f"the prompt {path}": path for path in prompts.values() if os.path.isfile(path)}  # noqa: PTH113
     output.check_outputs({"--json": args.json}, {what: path for what, path in read.items() if path})
     quantisation = {"bits": args.bits, "group_size": args.group_size, "mode": args.mode}
     described = describe(configuration, **quantisation)
@@ -129,7 +133,8 @@ def run(args):
         whole = checked["ok"]
         show(*checks.checkpoint(checked))
     if args.forward or args.prompt:
-        show(*forward_tables(args.model, texts_of(args.prompt), args.prompt_tokens))
+        texts = {title: options.text_of(prompt) for title, prompt in (prompts or OWN_TEXTS).items()}
+        show(*forward_tables(args.model, texts, args.prompt_tokens))
 
     if args.json:
         missing = dict.fromkeys(("fit", "this_machine", "checkpoint", "forward"))
@@ -151,35 +156,6 @@ def read_trace(path, described):
         shapes = ("{} layers, top-{} of {}".format(*shape) for shape in (found, wanted))
         raise ValueError("{} is of {}; the model has {}".format(path, *shapes))
     return trace
-
-
-def file_of(prompt):
-    """The file that a prompt names, with a title before it or without; None where it is the text itself."""
-    for value in (prompt, prompt.partition("=")[2]):
-        if 0 < len(value) < 1000 and Path(value).is_file():
-            return Path(value)
-    return None
-
-
-def texts_of(prompts):
-    """{name: text}; without prompts code, prose and data that come with the project."""
-    if not prompts:
-        files = {"code": Path(__file__), "prose": HERE / "README.md", "data": BUNDLED / "deepseek-v3.json"}
-        return {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
-    texts = {}
-    for number, prompt in enumerate(prompts, start=1):
-        name, separator, value = prompt.partition("=")
-        if not separator or not name.isidentifier() or len(name) > 12:
-            name, value = f"text {number}", prompt
-        if path := file_of(value):
-            try:
-                value = path.read_text(encoding="utf-8")
-            except UnicodeDecodeError:
-                raise ValueError(f"--prompt {value} is not UTF-8 text") from None
-        if not value.strip():
-            raise ValueError(f"--prompt {prompt!r} is empty")
-        texts[name] = value
-    return texts
 
 
 def forward_tables(name, texts, most):

@@ -145,21 +145,10 @@ def read_prompt(args, tokenizer, context: int | None, standard_input: str | None
     context         tokens that the model can look at, where it says so
     standard_input  for --prompt -
     """
-    text = args.prompt
-    if text is None:
+    if args.prompt is None:
         text = CHAT_PROMPT if tokenizer.has_chat_template and not args.ignore_chat_template else CODE_PROMPT
-    elif text == "-":
-        text = standard_input or ""
-    elif os.path.isfile(text):  # noqa: PTH113, pathlib's raises for a text too long for a file name
-        text = Path(text).read_text(encoding="utf-8", errors="surrogateescape")
-    elif os.path.isdir(text):  # noqa: PTH112
-        raise ValueError(f"--prompt {text} is a folder: give a file in it, a text, or - for standard input")
-    elif re.fullmatch(r"\S+\.(txt|md|py|json)", text):  # a model would answer the name of a file that is not there
-        raise ValueError(f"--prompt {text}: no such file (where this is a text, hand it over by standard input)")
-    if any("\ud800" <= letter <= "\udfff" or letter == "\0" for letter in text):
-        raise ValueError("the prompt is not UTF-8 text: give a text file, or convert it (iconv -t UTF-8)")
-    if not text.strip():
-        raise ValueError("the prompt is empty")
+    else:
+        text = text_of(args.prompt, standard_input)
     ids = _token_ids(text, tokenizer, args)
     if context and len(ids) >= context:
         raise ValueError(f"the prompt has {len(ids)} tokens, the model's context is {context}")
@@ -170,6 +159,34 @@ def read_prompt(args, tokenizer, context: int | None, standard_input: str | None
             f"--max-tokens {args.max_tokens} is cut to {room}: the prompt has {len(ids)} tokens, the context {context}"
         )
     return Prompt(ids, text, min(args.max_tokens, room), note)
+
+
+def text_of(prompt: str, standard_input: str | None = None) -> str:
+    """The text that a --prompt means: that of the file it names, of standard input (-), or itself."""
+    text = prompt
+    if prompt == "-":
+        text = standard_input or ""
+    elif os.path.isfile(prompt):  # noqa: PTH113, pathlib's raises for a text too long for a file name
+        text = Path(prompt).read_text(encoding="utf-8", errors="surrogateescape")
+    elif os.path.isdir(prompt):  # noqa: PTH112
+        raise ValueError(f"--prompt {prompt} is a folder: give a file in it, a text, or - for standard input")
+    elif re.fullmatch(r"\S+\.(txt|md|py|json)", prompt):  # a model would answer the name of a file that is not there
+        raise ValueError(f"--prompt {prompt}: no such file (where this is a text, hand it over by standard input)")
+    if any("\ud800" <= letter <= "\udfff" or letter == "\0" for letter in text):
+        raise ValueError("the prompt is not UTF-8 text: give a text file, or convert it (iconv -t UTF-8)")
+    if not text.strip():
+        raise ValueError("the prompt is empty")
+    return text
+
+
+def titled(prompts) -> dict[str, str]:
+    """{title: prompt} of several, each with a title before it (code=a.py) or without."""
+    found = {}
+    for number, prompt in enumerate(prompts, start=1):
+        title, separator, value = prompt.partition("=")
+        whole = not separator or not title.isidentifier() or len(title) > 12
+        found |= {f"text {number}": prompt} if whole else {title: value}
+    return found
 
 
 def _token_ids(text, tokenizer, args) -> list[int]:

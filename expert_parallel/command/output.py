@@ -83,7 +83,8 @@ def console(quiet: bool = False):
 
     if sys.stdout is None:  # started with >&-
         return Console(quiet=True, file=io.StringIO())
-    width = None if sys.stdout.isatty() else int(os.environ.get("COLUMNS") or 80)
+    columns = os.environ.get("COLUMNS", "")
+    width = None if sys.stdout.isatty() else int(columns) if columns.isdecimal() and int(columns) else 80
     return Reporting(quiet=quiet, width=width, highlight=False, markup=False, emoji=False)
 
 

@@ -5,11 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 from conftest import CONFIG, ROOT, SHIPPED, random_model, run_script
 
+import model_analysis
 from expert_parallel.models.configurations import Configuration
 from expert_parallel.models.lazy import build_model, fill_randomly, shortened
 from expert_parallel.projection.constants import measure_machine, random_tokens, seconds_per_token, without_experts
@@ -133,32 +135,47 @@ def test_copies_and_odd_numbers_of_devices(tmp_path):
     refused(run_script(SCRIPT, "--devices", 9, "--hardware", "h100"), "[9]", "1 to 8, what nvlink-h100 connects")
 
 
-def test_what_is_refused(tmp_path):
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """The script run inside this process, which saves its start."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, arguments)])
+        monkeypatch.chdir(ROOT)
+        with pytest.raises(SystemExit) as end:
+            model_analysis.main()
+        out, err = capsys.readouterr()
+        return types.SimpleNamespace(returncode=end.value.code, stdout=out, stderr=err)
+
+    return run
+
+
+def test_what_is_refused(here, tmp_path):
     dense = tmp_path / "dense"
     dense.mkdir()
     (dense / "config.json").write_text(json.dumps({**CONFIG, "mlp_only_layers": [0, 1, 2]}))
-    refused(run_script(SCRIPT, "--model", dense), "no Mixture-of-Experts")
+    refused(here("--model", dense), "no Mixture-of-Experts")
     (dense / "config.json").write_text(json.dumps({**CONFIG, "model_type": "abacus"}))
-    refused(run_script(SCRIPT, "--model", dense), "abacus")
-    refused(run_script(SCRIPT, "--model", "nobody/nothing"), "nobody/nothing")
-    refused(run_script(SCRIPT, "--hardware", "abacus"), "abacus", "m3-ultra")
-    refused(run_script(SCRIPT, "--forward"), "needs weights")
-    refused(run_script(SCRIPT, "--prompt", "x = 1"), "needs weights")
+    refused(here("--model", dense), "abacus")
+    refused(here("--model", "nobody/nothing"), "nobody/nothing")
+    refused(here("--hardware", "abacus"), "abacus", "m3-ultra")
+    refused(here("--forward"), "needs weights")
+    refused(here("--prompt", "x = 1"), "needs weights")
     (tmp_path / "prompt").write_bytes(b"\xff\xfe")
-    refused(run_script(SCRIPT, "--model", SHIPPED, "--prompt", tmp_path / "prompt", "--quiet"), "prompt is not UTF-8")
+    refused(here("--model", SHIPPED, "--prompt", tmp_path / "prompt", "--quiet"), "prompt is not UTF-8")
     dead = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}  # nobody listens there
     refused(run_script(SCRIPT, "--model", "nobody/nothing", **dead), "hub cannot be reached")
-    refused(run_script(SCRIPT, "--model", "models/typo"), "models/typo does not exist: no such folder")
-    refused(run_script(SCRIPT, "--model", ""), "name is empty")
-    refused(run_script(SCRIPT, "--json", tmp_path / "no" / "o.json"), "does not exist")
-    refused(run_script(SCRIPT, "--context", -1), "--context")
-    refused(run_script(SCRIPT, "--device-memory", 0), "--device-memory")
-    refused(run_script(SCRIPT, "--group-size", 0), "--group-size")
-    refused(run_script(SCRIPT, "--model", SHIPPED, "--group-size", 32), "give --bits")
+    refused(here("--model", "models/typo"), "models/typo does not exist: no such folder")
+    refused(here("--model", ""), "name is empty")
+    refused(here("--json", tmp_path / "no" / "o.json"), "does not exist")
+    refused(here("--context", -1), "--context")
+    refused(here("--device-memory", 0), "--device-memory")
+    refused(here("--group-size", 0), "--group-size")
+    refused(here("--model", SHIPPED, "--group-size", 32), "give --bits")
     (tmp_path / "t.npz").write_text("no")
-    refused(run_script(SCRIPT, "--trace", tmp_path / "t.npz"), "t.npz")
+    refused(here("--trace", tmp_path / "t.npz"), "t.npz")
     RoutingTrace(np.zeros((4, 4, 8), dtype=int) + np.arange(8), 128).save(tmp_path / "t.npz")
-    refused(run_script(SCRIPT, "--trace", tmp_path / "t.npz"), "4 layers", "48")
+    refused(here("--trace", tmp_path / "t.npz"), "4 layers", "48")
 
 
 # --- this machine -------------------------------------------------------------------------------
