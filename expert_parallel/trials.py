@@ -12,6 +12,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .layers import MoELayer, StandIn, activation_type, expert_tensors, hidden_size
+from .trace import replaced
 
 MASKED_GAIN = 1.1  # how much quicker masked must be: it holds a spare expert in each layer
 
@@ -56,16 +57,13 @@ def why_not_reduce(layer: MoELayer) -> str | None:
     When its experts answer zero so must the block (what else it adds, shared experts for example, would be summed once
     per rank), and the sum of two outputs must give the sum of two answers.
     """
-    experts, x = layer.experts, mx.random.normal((1, 2, hidden_size(layer.experts)), key=mx.random.key(0))
-    answers = []
+    x, answers = mx.random.normal((1, 2, hidden_size(layer.experts)), key=mx.random.key(0)), []
     try:
         for seeds in ((), (1,), (2,), (1, 2)):
-            layer.experts = Dummy(experts, *seeds)
-            answers.append(np.array(layer.block(x).astype(mx.float32)))
+            with replaced(layer, {"experts": Dummy(layer.experts, *seeds)}):
+                answers.append(np.array(layer.block(x).astype(mx.float32)))
     except Exception:  # blocks that want more than their tokens
         return "it cannot be asked without the rest of its model"
-    finally:
-        layer.experts = experts
     nothing, one, other, both = answers
     if nothing.any():
         return "it adds something that every rank has whole"

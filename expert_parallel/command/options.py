@@ -249,8 +249,10 @@ def make_placement(args, shape: tuple[int, int], ranks: int = 1):
     loads, coactivation = np.ones(shape), None
     if args.placement in BY_TRACE:
         if args.placement == "affinity":
-            coactivation = read_trace(args.placement_trace, shape[1]).experts
-        loads = read_loads(args.placement_trace, shape[1])
+            trace = read_trace(args.placement_trace, shape[1])
+            loads, coactivation = trace.loads(), trace.experts
+        else:
+            loads = read_loads(args.placement_trace, shape[1])
         if loads.shape != shape:
             raise ValueError(
                 f"{args.placement_trace} is of {list(loads.shape)} [layers, experts], the model {list(shape)}"

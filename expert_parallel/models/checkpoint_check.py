@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..checkpoint.opened import Checkpoint
-from ..checkpoint.tensors import checkpoint_tensors, index_problem, read_header
+from ..checkpoint.tensors import index_problem, read_header
 from .configurations import Configuration
 from .lazy import build_model
 from .memory import array_bytes
@@ -35,7 +35,6 @@ def check_checkpoint(configuration: Configuration) -> dict:
     predicted, loaded = _built(configuration), None
     if not problems:
         try:
-            checkpoint_tensors(folder)
             loaded = dict(tree_flatten(Checkpoint(folder).model.parameters()))
             problems += _misread(loaded, dict(tree_flatten(predicted.parameters())) if predicted else {})
         except (ValueError, OSError) as error:

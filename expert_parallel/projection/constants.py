@@ -14,7 +14,7 @@ by token, because tokens differ in how many experts the fullest device has.
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,7 +22,7 @@ import numpy as np
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from ..layers import moe_layers
-from ..trace import record_routing
+from ..trace import record_routing, replaced
 from ..trials import Dummy
 from .hardware import Machine
 from .step import Demand, fit_arithmetic, fullest_device
@@ -31,15 +31,10 @@ from .step import Demand, fit_arithmetic, fullest_device
 @contextmanager
 def without_experts(model):
     """The model with experts that answer zeros while the block runs."""
-    layers = moe_layers(model)
-    originals = [layer.experts for layer in layers]
-    try:
-        for layer in layers:
-            layer.experts = Dummy(layer.experts)
+    with ExitStack() as stack:
+        for layer in moe_layers(model):
+            stack.enter_context(replaced(layer, {"experts": Dummy(layer.experts)}))
         yield
-    finally:
-        for layer, experts in zip(layers, originals, strict=True):
-            layer.experts = experts
 
 
 def tables(model) -> list[nn.Module]:

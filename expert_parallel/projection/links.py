@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..serving import Serving
+
 
 def bytes_per_token(hidden: int, top_k: int, num_layers: int, value_bytes: int = 2, combine: str = "gather") -> int:
     """Payload of one token over all L MoE layers: what the all-sums add up.
@@ -33,34 +35,24 @@ def ring_traffic(payload: float, num_devices: int) -> float:
     return 2 * (num_devices - 1) / num_devices * payload
 
 
-def serving_devices(experts, held, home) -> np.ndarray:
-    """Device that serves each slot of one layer, [T, k], when tokens live on devices.
-
-    experts [T, k];  held bool [D, E];  home [T], the device a token lives on
-    A replica at home serves; else the replicas of an expert take turns over the tokens.
-    """
-    most = held.sum(axis=0).max()
-    turns = np.stack([np.resize(np.flatnonzero(column), most) for column in held.T])  # [E, most replicas]
-    away = turns[experts, np.arange(len(experts))[:, None] % most]
-    return np.where(held[home[:, None], experts], home[:, None], away)
-
-
 def traffic_matrix(experts, held, hidden: int, value_bytes: int = 2, home=None) -> np.ndarray:
     """Bytes sent from device i to device j to dispatch a trace's tokens, float [L, D, D]; modelled.
 
     experts  [T, L, k] expert ids;  held  bool [L, D, E]
     home     [T], device a token lives on; token t on device t mod D where None
-    A token goes once to a device, however many of its experts are there. The way back is the transpose. The
-    diagonal (what stays) is zero.
+    A token goes once to a device, however many of its experts are there, and nowhere for an expert that its home has;
+    replicas elsewhere take turns over the tokens. The way back is the transpose. The diagonal (what stays) is zero.
     """
     experts, held = np.asarray(experts, dtype=np.int64), np.asarray(held, dtype=bool)
     num_layers, num_devices, _ = held.shape
     tokens = np.arange(len(experts))
     home = tokens % num_devices if home is None else np.asarray(home)
     result = np.zeros((num_layers, num_devices, num_devices))
-    for layer in range(num_layers):
+    for layer, chosen in enumerate(experts.transpose(1, 0, 2)):
+        turns = Serving(held[layer]).turns
+        away = turns[tokens[:, None] % len(turns), chosen]
         visited = np.zeros((len(experts), num_devices), dtype=bool)
-        visited[tokens[:, None], serving_devices(experts[:, layer], held[layer], home)] = True
+        visited[tokens[:, None], np.where(held[layer, home[:, None], chosen], home[:, None], away)] = True
         np.add.at(result[layer], home, visited * float(hidden * value_bytes))
         np.fill_diagonal(result[layer], 0)
     return result

@@ -23,7 +23,6 @@ from ..trace import RoutingTrace
 from .table import Figure, Table, facts, of_records, shades, size
 
 PHASES = ("prefill", "decode")
-CHANCE = ("entropy", "hottest_over_mean", "never_used")
 
 
 def what_runs_where(name: str, config: dict, model, placement: Placement, ranks: int, reading, versions) -> Table:
@@ -98,8 +97,9 @@ def routing(trace: RoutingTrace, layer_numbers: list[int]) -> list[Table]:
             continue
         figures, chance = {figure.key: figure.value for figure in _routing_of(part)}, _by_chance(part)
         phases[name] = {"tokens": len(part), **figures, "uniform_simulated": chance}
-        means = [np.mean(figures[f"{key}_per_layer"]) for key in ("entropy", "hottest_over_mean", "unused_experts")]
-        rows += [(name, len(part), *means), ("if uniform", None, *(chance[key] for key in CHANCE))]
+        names = {"entropy": "entropy", "hottest_over_mean": "hottest_over_mean", "never_used": "unused_experts"}
+        means = {key: np.mean(figures[f"{of_layers}_per_layer"]) for key, of_layers in names.items()}
+        rows += [{"phase": name, "tokens": len(part), **means}, {"phase": "if uniform", **chance}]
     counts = {"num_experts": trace.num_experts, "top_k": top_k}
     counts["dropped_tokens"] = trace.metadata.get("dropped_tokens", 0)
     return [
@@ -114,23 +114,16 @@ def routing(trace: RoutingTrace, layer_numbers: list[int]) -> list[Table]:
             first=per_layer[2].value,
             order="the most skewed",
         ),
-        Table(
+        of_records(
             "Routing by phase (measured, means over layers; if uniform: simulated)",
-            [
-                Figure(None, label, column, show)
-                for (label, show), column in zip(
-                    (
-                        ("phase", "{}"),
-                        ("tokens", "{}"),
-                        ("entropy", "{:.3f}"),
-                        ("hottest / mean", "{:.2f}x"),
-                        ("never used", "{:.1f}"),
-                    ),
-                    zip(*rows, strict=True),
-                    strict=True,
-                )
-            ],
-            "routing",
+            None,
+            rows,
+            ("phase", "phase"),
+            ("tokens", "tokens"),
+            ("entropy", "entropy", "{:.3f}"),
+            ("hottest_over_mean", "hottest / mean", "{:.2f}x"),
+            ("never_used", "never used", "{:.1f}"),
+            section="routing",
             also={"source": "measured", **counts, **phases},
         ),
     ]

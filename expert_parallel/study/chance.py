@@ -1,7 +1,7 @@
 """Chance: what uniform routing would give for so many tokens, beside which a skew is to be read. Numpy only.
 
-A short run looks skewed whatever its router prefers: 17 tokens of top-8 can use 136 of 128 experts at most, and leave a
-third of them out. Dimensions: T tokens, L MoE layers, E experts, k chosen per token, D devices.
+A short run looks skewed whatever its router prefers: 17 tokens make 136 choices among 128 experts at top-8, and leave a
+third of the experts out. Dimensions: T tokens, L MoE layers, E experts, k chosen per token, D devices.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import numpy as np
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from ..placement import Placement
+from ..projection.constants import seconds_of
 from ..serving import Serving
 from ..stores import InMemory, rows_of
 from .remedies import Choices
@@ -49,9 +50,7 @@ def interleaved(works, rounds: int = PASSES) -> np.ndarray:
     seconds = np.zeros((len(works), rounds + 1))
     for turn in range(rounds + 1):
         for n, work in enumerate(works):
-            begin = time.perf_counter()
-            mx.eval(work())
-            seconds[n, turn] = time.perf_counter() - begin
+            seconds[n, turn] = seconds_of(work)
     return seconds[:, 1:]
 
 
