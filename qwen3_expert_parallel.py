@@ -143,7 +143,7 @@ def run(args, watchdog):
     per_rank, parity = gather_objects(group, cost.rank_figures(model, seconds)), None
     broken = None
     if any(gather_objects(group, mx.isnan(last.logprobs).any().item())):
-        broken = run.not_a_number(first_not_a_number(model, prompt.ids))
+        broken = run.not_a_number(first_not_a_number(model, prompt.ids + tokens))
     watchdog.limit(None)
     if verify:
         sequence = mx.array([prompt.ids + tokens])

@@ -38,8 +38,7 @@ def read_trace(path, num_experts: int | None = None) -> RoutingTrace:
         if isinstance(found, np.ndarray):
             raise ValueError("it has counts and no tokens: enough for --placement balanced and replicated alone")
         trace = found if isinstance(found, RoutingTrace) else found.trace(num_experts, Path(path).stem)
-        if num_experts not in (None, trace.num_experts):
-            raise ValueError(f"it is of {trace.num_experts} experts, not {num_experts}")
+        _check_experts(trace.num_experts, num_experts)
     return trace
 
 
@@ -47,12 +46,16 @@ def read_loads(path, num_experts: int | None = None) -> np.ndarray:
     """How often each expert was chosen, int [L, E]; of counts and of tokens, those too that some layer lacks."""
     with _naming(path):
         found = _read(path, num_experts)
-        loads = found if isinstance(found, np.ndarray) else found.loads()
-        if num_experts and loads.shape[1] < num_experts and isinstance(found, _Slots):
-            loads = np.pad(loads, [(0, 0), (0, num_experts - loads.shape[1])])
-        if num_experts not in (None, loads.shape[1]):
-            raise ValueError(f"it is of {loads.shape[1]} experts, not {num_experts}")
+        if isinstance(found, RoutingTrace):
+            found = found.loads()
+        loads = found.loads(num_experts) if isinstance(found, _Slots) else found
+        _check_experts(loads.shape[1], num_experts)
     return loads
+
+
+def _check_experts(count: int, wanted: int | None) -> None:
+    if wanted not in (None, count):
+        raise ValueError(f"it is of {count} experts, not {wanted}")
 
 
 @contextmanager
@@ -66,8 +69,11 @@ def _naming(path):
 
 def _read(path, num_experts) -> RoutingTrace | np.ndarray | _Slots:
     """By looking into the file: a trace, counts [L, E], or slots."""
-    if zipfile.is_zipfile(path) and "about.npy" in zipfile.ZipFile(path).namelist():
-        return RoutingTrace.load(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            own = "about.npy" in archive.namelist()
+        if own:
+            return RoutingTrace.load(path)
     return _recording(content_of(path), num_experts, Path(path).stem)
 
 
@@ -112,10 +118,15 @@ def _counts(table) -> np.ndarray:
 def _of_pairs(rows, num_experts) -> np.ndarray:
     """Counts of a CSV with a layer and an expert in each line, and how often, if not once."""
     layer, expert = ("layer", "expert") if "layer" in rows[0] else ("layer_id", "expert_id")
-    ids = np.array([[int(row[layer]), int(row[expert])] for row in rows])
-    layers, at = np.unique(ids[:, 0], return_inverse=True)
-    table = np.zeros((len(layers), max(num_experts or 0, ids[:, 1].max() + 1)), dtype=np.int64)
-    np.add.at(table, (at, ids[:, 1]), [int(row.get("count", 1)) for row in rows])
+    return _table([(int(row[layer]), int(row[expert]), int(row.get("count", 1))) for row in rows], num_experts)
+
+
+def _table(triples, num_experts: int | None) -> np.ndarray:
+    """int [L, E] of (layer, expert, how often); an expert below 0 is a slot that was left blank."""
+    layer, expert, often = np.array([triple for triple in triples if triple[1] >= 0], dtype=np.int64).reshape(-1, 3).T
+    layers, at = np.unique(layer, return_inverse=True)
+    table = np.zeros((len(layers), max(num_experts or 0, expert.max(initial=-1) + 1)), dtype=np.int64)
+    np.add.at(table, (at, expert), often)
     return table
 
 
@@ -147,17 +158,14 @@ class _Slots:
         if not self.layers:
             raise ValueError("it has no routing decisions in it")
 
-    def loads(self) -> np.ndarray:
-        pairs = [
-            (self.layers.index(layer), expert)
+    def loads(self, num_experts) -> np.ndarray:
+        triples = [
+            (layer, expert, 1)
             for of_layers in self.tokens.values()
             for layer, experts in of_layers.items()
             for expert in experts
         ]
-        layer, expert = np.array(pairs).T
-        table = np.zeros((len(self.layers), max(self.num_experts or 0, expert.max() + 1)), dtype=np.int64)
-        np.add.at(table, (layer, expert), 1)
-        return table
+        return _table(triples, self.num_experts or num_experts)
 
     def trace(self, num_experts, name) -> RoutingTrace:
         """Tokens that some layer lacks are dropped, and counted in metadata "incomplete_rows": llama.cpp computes the
@@ -172,7 +180,7 @@ class _Slots:
         }
         if not whole:
             raise ValueError(f"no token has decisions in all of its {len(self.layers)} layers")
-        trace = from_arrays([np.array(list(whole.values()))], num_experts or self.num_experts, name)
+        trace = from_arrays([np.array(list(whole.values()))], self.num_experts or num_experts, name)
         trace.prefill[:] = [len(token) == 3 and token[1] == 0 for token in whole]
         trace.metadata |= {"layers": self.layers, "incomplete_rows": len(self.tokens) - len(whole)}
         return trace

@@ -103,6 +103,23 @@ def test_tokens_that_a_layer_has_not_are_dropped_and_counted(tmp_path):
     assert loads[0].tolist() == COUNTS[0] and loads.sum() == 9 * 6 - 3
 
 
+def test_slots_that_were_left_blank_are_no_experts(tmp_path):
+    """-1 once counted as the last expert of the table."""
+    (tmp_path / "pairs.csv").write_text("layer,expert\n0,3\n0,-1\n1,2\n")
+    assert read_loads(tmp_path / "pairs.csv", 4).tolist() == [[0, 0, 0, 1], [0, 0, 1, 0]]
+    ids = {0: [1, 2], 1: [3, -1]}
+    lines = [{"type": "route", "req_id": "r", "token_idx": 0, "layer": l, "topk_ids": e} for l, e in ids.items()]
+    (tmp_path / "blank.jsonl").write_text(as_lines(*lines))
+    assert read_loads(tmp_path / "blank.jsonl", 4).tolist() == [[0, 1, 1, 0], [0, 0, 0, 1]]
+
+
+def test_the_number_of_experts_that_a_file_says_counts(tmp_path):
+    (tmp_path / "phone.csv").write_text(TOKENS["phone.csv"])
+    for read in (read_loads, read_trace):
+        with pytest.raises(ValueError, match="phone.csv: it is of 16 experts, not 32"):
+            read(tmp_path / "phone.csv", 32)
+
+
 def test_sglang_tensors_are_read_without_torch(tmp_path):
     torch = pytest.importorskip("torch")
     of_layers = torch.tensor(CHOSEN.astype(np.int64)).transpose(0, 1)  # no contiguous memory
