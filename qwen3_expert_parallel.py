@@ -141,14 +141,15 @@ def run(args, watchdog):
         for _ in range(TIMED_TOKENS):
             mx.eval(model(mx.array([tokens[-1:] or prompt.ids[-1:]]), cache=cache))
     per_rank, parity = gather_objects(group, cost.rank_figures(model, seconds)), None
-    broken = None
-    if any(gather_objects(group, mx.isnan(last.logprobs).any().item())):
-        broken = run.not_a_number(first_not_a_number(model, prompt.ids + tokens))
-    watchdog.limit(None)
+    broken = any(gather_objects(group, mx.isnan(last.logprobs).any().item()))
+    broken = run.not_a_number(first_not_a_number(model, prompt.ids + tokens)) if broken else None
+    sequence = mx.array([prompt.ids + tokens])
     if verify:
-        sequence = mx.array([prompt.ids + tokens])
+        heard()
         logits = model(sequence)
         mx.eval(logits)
+    watchdog.limit(None)  # from here on the others wait for rank 0, which works alone
+    if verify:
         if first:
             adapter = str(args.adapter_path) if args.adapter_path else None
             stock, _ = load(str(checkpoint.folder), adapter_path=adapter, lazy=True)
