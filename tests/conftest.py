@@ -1,10 +1,12 @@
 """Shared by all tests: the shipped model, tiny models of any configuration, real ranks."""
 
+import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import mlx.core as mx
@@ -76,6 +78,24 @@ def run_script(*arguments, timeout=240, stdin="", **environment):
         text=True,
         timeout=timeout,
     )
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """A script as a user runs it, but inside this process, which saves its start; a traceback fails the test."""
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        monkeypatch.chdir(ROOT)
+        status = 0
+        try:
+            importlib.import_module(script.removesuffix(".py")).main()
+        except SystemExit as end:
+            status = end.code
+        out, err = capsys.readouterr()
+        return types.SimpleNamespace(returncode=status, stdout=out, stderr=err)
+
+    return run
 
 
 def launch_command(backend, ranks, *arguments, tmp_path=None):

@@ -1,37 +1,22 @@
 """The scripts as a user meets them: what they print, write, and refuse."""
 
+import functools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import types
 
 import pytest
 from conftest import ROOT, SHIPPED, random_model, run_script, save_model
-
-import qwen3_expert_parallel
 
 SCRIPT = "qwen3_expert_parallel.py"
 
 
 @pytest.fixture
-def here(monkeypatch, capsys):
-    """The main script run inside this process, which saves its start; a traceback fails the test."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, arguments)])
-        monkeypatch.chdir(ROOT)
-        status = 0
-        try:
-            qwen3_expert_parallel.main()
-        except SystemExit as end:
-            status = end.code
-        out, err = capsys.readouterr()
-        return types.SimpleNamespace(returncode=status, stdout=out, stderr=err)
-
-    return run
+def here(run_here):
+    return functools.partial(run_here, SCRIPT)
 
 
 QUICK = ("--model", SHIPPED, "--max-tokens", 2, "--no-verify", "--quiet")

@@ -1,17 +1,16 @@
 """The analysis script as a user meets it: what it prints and writes, how fast, how large, and what it refuses."""
 
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
-import types
 
 import numpy as np
 import pytest
 from conftest import CONFIG, ROOT, SHIPPED, random_model, run_script
 
-import model_analysis
 from expert_parallel.models.configurations import Configuration
 from expert_parallel.models.lazy import build_model, fill_randomly, shortened
 from expert_parallel.projection.constants import measure_machine, random_tokens, seconds_per_token, without_experts
@@ -30,6 +29,11 @@ def refused(result, *words):
     assert len(lines) == 1, result.stderr
     for word in words:
         assert word in lines[0], lines[0]
+
+
+@pytest.fixture
+def here(run_here):
+    return functools.partial(run_here, SCRIPT)
 
 
 # The script as the main program, then its own peak: wait4 would report this test runner's, if that is larger.
@@ -106,22 +110,22 @@ def test_a_damaged_checkpoint_is_reported_with_status_1(tmp_path):
     assert "Traceback" not in result.stderr
 
 
-def test_quiet_prints_nothing_and_a_trace_changes_the_projection(tmp_path):
+def test_quiet_prints_nothing_and_a_trace_changes_the_projection(here, tmp_path):
     hot = np.tile(np.arange(8, dtype=np.uint16), (64, 4, 1))  # the same 8 experts for ever: all on device 0
     RoutingTrace(hot, 128, model="hot").save(tmp_path / "hot.npz")
-    common = (SCRIPT, "--model", SHIPPED, "--quiet", "--json")
-    assert run_script(*common, tmp_path / "a.json").stdout == ""
-    assert run_script(*common, tmp_path / "b.json", "--trace", tmp_path / "hot.npz").returncode == 0
+    common = ("--model", SHIPPED, "--quiet", "--json")
+    assert here(*common, tmp_path / "a.json").stdout == ""
+    assert here(*common, tmp_path / "b.json", "--trace", tmp_path / "hot.npz").returncode == 0
     even, skewed = (json.loads((tmp_path / f"{n}.json").read_text())["projection"]["devices"] for n in "ab")
     assert skewed[3]["tokens_per_second"] < even[3]["tokens_per_second"]
     assert skewed[3]["milliseconds"]["experts"] == pytest.approx(skewed[0]["milliseconds"]["experts"], rel=1e-3)
 
 
-def test_copies_and_odd_numbers_of_devices(tmp_path):
+def test_copies_and_odd_numbers_of_devices(here, tmp_path):
     """Copies cost memory and relieve the fullest device."""
-    common = (SCRIPT, "--model", SHIPPED, "--devices", 7, 3, "--json")
-    assert run_script(*common, tmp_path / "a.json").returncode == 0
-    result = run_script(*common, tmp_path / "b.json", "--redundant-experts", 32)
+    common = ("--model", SHIPPED, "--devices", 7, 3, "--json")
+    assert here(*common, tmp_path / "a.json").returncode == 0
+    result = here(*common, tmp_path / "b.json", "--redundant-experts", 32)
     assert result.returncode == 0, result.stderr
     assert "+32 copies" in result.stdout
     plain, copied = (json.loads((tmp_path / f"{n}.json").read_text()) for n in "ab")
@@ -130,24 +134,9 @@ def test_copies_and_odd_numbers_of_devices(tmp_path):
     rows = [figures["projection"]["devices"][1]["milliseconds"]["experts"] for figures in (plain, copied)]
     assert rows[1] < rows[0]
     assert copied["memory"]["devices"][1]["with_copies_bytes"] > plain["memory"]["devices"][1]["replicated_rest_bytes"]
-    refused(run_script(SCRIPT, "--devices", 2, "--redundant-experts", 400), "128 experts and 400 copies")
-    refused(run_script(SCRIPT, "--devices", 2, 129), "--devices [2, 129]", "1 to 128, the experts of a layer")
-    refused(run_script(SCRIPT, "--devices", 9, "--hardware", "h100"), "[9]", "1 to 8, what nvlink-h100 connects")
-
-
-@pytest.fixture
-def here(monkeypatch, capsys):
-    """The script run inside this process, which saves its start."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, arguments)])
-        monkeypatch.chdir(ROOT)
-        with pytest.raises(SystemExit) as end:
-            model_analysis.main()
-        out, err = capsys.readouterr()
-        return types.SimpleNamespace(returncode=end.value.code, stdout=out, stderr=err)
-
-    return run
+    refused(here("--devices", 2, "--redundant-experts", 400), "128 experts and 400 copies")
+    refused(here("--devices", 2, 129), "--devices [2, 129]", "1 to 128, the experts of a layer")
+    refused(here("--devices", 9, "--hardware", "h100"), "[9]", "1 to 8, what nvlink-h100 connects")
 
 
 def test_what_is_refused(here, tmp_path):
