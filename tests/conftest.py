@@ -17,6 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no tes
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "models" / "tiny-qwen3-moe"
+WITHOUT_TORCH = ROOT / "tests" / "without_torch"
 
 CONFIG = {
     "model_type": "qwen3_moe",
@@ -67,12 +68,21 @@ def save_model(model, folder, **changes):
     return folder
 
 
+def of_a_user(**names):
+    """Environment of a process as after `pip install -r requirements.txt`, so without torch.
+
+    torch is here for the oracles, and where it is transformers imports it: more than half of a script's start.
+    """
+    path = os.pathsep.join(filter(None, (str(WITHOUT_TORCH), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "COLUMNS": "80", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, **names}
+
+
 def run_script(*arguments, timeout=240, stdin="", **environment):
     """A script of the project as a user runs it."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, "COLUMNS": "80", "HF_HUB_OFFLINE": "1", **environment},
+        env=of_a_user(**environment),
         input=stdin,
         capture_output=True,
         text=True,
@@ -100,7 +110,7 @@ def run_here(monkeypatch, capsys):
 
 def launch_command(backend, ranks, *arguments, tmp_path=None):
     """(command, environment) pairs that start the ranks; one for MPI, one per rank for the ring."""
-    base = {**os.environ, "COLUMNS": "80", "HF_HUB_OFFLINE": "1"}
+    base = of_a_user()
     command = [sys.executable, *map(str, arguments)]
     if backend == "mpi":
         base |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}

@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHIPPED, run_script
+from conftest import ROOT, SHIPPED, of_a_user, run_script
 
 from expert_parallel import RoutingTrace
 from expert_parallel.command import output
@@ -73,7 +73,9 @@ def test_names_that_cannot_be_written(tmp_path):
 def test_output_that_is_closed_or_taken_in_part_gives_no_traceback(command, status, output, tmp_path):
     script = f"{sys.executable} model_analysis.py --model qwen1.5-moe-a2.7b --devices 1 2"
     command = command.format(script=script, file=tmp_path / "o.json")
-    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env=of_a_user(), capture_output=True, text=True, timeout=120
+    )
     assert (done.returncode, done.stdout) == (status, output), done.stderr
     assert len(done.stderr.splitlines()) == (status == 2)
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SHIPPED, random_model, run_script, save_model
+from conftest import ROOT, SHIPPED, of_a_user, random_model, run_script, save_model
 
 SCRIPT = "qwen3_expert_parallel.py"
 
@@ -240,13 +240,17 @@ def test_a_reader_that_closes_the_pipe_ends_it_in_silence(arguments):
     os.close(reading)
     with os.fdopen(writing, "w") as pipe:
         command = [sys.executable, SCRIPT, *map(str, QUICK[:-1]), *arguments]
-        result = subprocess.run(command, cwd=ROOT, stdout=pipe, stderr=subprocess.PIPE, text=True, timeout=120)
+        result = subprocess.run(
+            command, cwd=ROOT, env=of_a_user(), stdout=pipe, stderr=subprocess.PIPE, text=True, timeout=120
+        )
     assert (result.returncode, result.stderr) == (141, "")
 
 
 def test_standard_output_may_be_closed():
     command = f"{sys.executable} {SCRIPT} --max-tokens 2 --no-verify >&-"
-    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env=of_a_user(), capture_output=True, text=True, timeout=120
+    )
     assert (result.returncode, result.stderr) == (0, "")
 
 
@@ -269,7 +273,10 @@ def test_prompts_that_are_none(here, tmp_path, prompt, words):
 
 def test_closed_standard_input_is_an_empty_prompt():
     command = f"{sys.executable} {SCRIPT} --prompt - <&-"
-    refused(subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True), "prompt is empty")
+    refused(
+        subprocess.run(["bash", "-c", command], cwd=ROOT, env=of_a_user(), capture_output=True, text=True),
+        "prompt is empty",
+    )
 
 
 def test_more_tokens_than_the_context_holds_are_cut_and_that_is_said(here, tmp_path):
@@ -324,7 +331,7 @@ def test_an_interrupt_in_mid_answer_leaves_one_line_and_no_file(tmp_path):
     command = [sys.executable, SCRIPT, "--max-tokens", "490", "--json", tmp_path / "o.json", "--trace", tmp_path / "t"]
     heeded = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a job in the background ignores it
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes, **heeded)
+    process = subprocess.Popen(command, cwd=ROOT, env=of_a_user(), text=True, **pipes, **heeded)
     while "class Parser" not in process.stdout.readline():  # the answer begins after its prompt
         assert process.poll() is None, process.stderr.read()
     process.send_signal(signal.SIGINT)
