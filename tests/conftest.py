@@ -1,12 +1,14 @@
 """Shared by all tests: the shipped model, tiny models of any configuration, real ranks."""
 
 import importlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 import types
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import mlx.core as mx
@@ -90,20 +92,21 @@ def run_script(*arguments, timeout=240, stdin="", **environment):
     )
 
 
-@pytest.fixture
-def run_here(monkeypatch, capsys):
+@pytest.fixture(scope="session")
+def run_here():
     """A script as a user runs it, but inside this process, which saves its start; a traceback fails the test."""
 
     def run(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        monkeypatch.chdir(ROOT)
-        status = 0
-        try:
-            importlib.import_module(script.removesuffix(".py")).main()
-        except SystemExit as end:
-            status = end.code
-        out, err = capsys.readouterr()
-        return types.SimpleNamespace(returncode=status, stdout=out, stderr=err)
+        status, out, err = 0, io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+            patch.setattr(sys, "argv", [script, *map(str, arguments)])
+            patch.setenv("COLUMNS", "80")
+            patch.chdir(ROOT)
+            try:
+                importlib.import_module(script.removesuffix(".py")).main()
+            except SystemExit as end:
+                status = end.code
+        return types.SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())
 
     return run
 

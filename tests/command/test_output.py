@@ -164,8 +164,9 @@ SCRIPTS = {
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_json_alone_goes_to_standard_output_and_says_what_was_asked_for(script):
-    result = run_script(script, *SCRIPTS[script], "--json", "-")
+def test_json_alone_goes_to_standard_output_and_says_what_was_asked_for(run_here, script):
+    run = run_script if script == MAIN[0] else run_here
+    result = run(script, *SCRIPTS[script], "--json", "-")
     assert result.returncode == 0, result.stderr
     figures = json.loads(result.stdout, parse_constant=pytest.fail)  # nothing but JSON, and no NaN in it
     options, arguments = figures["options"], iter(map(str, SCRIPTS[script]))
@@ -178,10 +179,10 @@ def test_json_alone_goes_to_standard_output_and_says_what_was_asked_for(script):
 
 
 @pytest.mark.parametrize("name", ["[red]a.npz", "[[x]].npz", ":smile:.npz"])
-def test_names_of_files_are_shown_as_they_are(name, tmp_path):
+def test_names_of_files_are_shown_as_they_are(run_here, name, tmp_path):
     experts = np.random.default_rng(0).random((1100, 1, 16)).argsort(axis=2)[..., :4]
     RoutingTrace(experts, 16).save(tmp_path / name)
-    result = run_script("expert_parallel_poc.py", "--trace", tmp_path / name, "--hidden", 16, "--expert-width", 8)
+    result = run_here("expert_parallel_poc.py", "--trace", tmp_path / name, "--hidden", 16, "--expert-width", 8)
     assert result.returncode == 0, result.stderr
     assert f"{name}: recorded trace" in result.stdout
 

@@ -32,7 +32,7 @@ def refused(result, *words):
         assert word in lines[0], lines[0]
 
 
-def test_main_script_answers_reports_and_writes(tmp_path):
+def test_main_script_answers_reports_and_writes(here, tmp_path):
     files = {name: tmp_path / f"out.{name}" for name in ("json", "npz", "placement")}
     result = run_script(
         SCRIPT, "--model", SHIPPED, "--prompt", "import os\n", "--max-tokens", 8, "--devices", 3,
@@ -55,21 +55,19 @@ def test_main_script_answers_reports_and_writes(tmp_path):
     prompt, layers, top_k = figures["generation"]["prompt_tokens"], 4, 8
     assert sum(map(sum, figures["balance"]["device_loads"])) == (prompt + 8) * layers * top_k
     assert sorted(p.name for p in (tmp_path / "plots").iterdir()) == ["device_loads.png", "expert_loads.png"]
-    again = run_script(
-        SCRIPT, "--model", SHIPPED, "--prompt", "import os\n", "--max-tokens", 8, "--devices", 3, "--quiet",
+    again = here(
+        "--model", SHIPPED, "--prompt", "import os\n", "--max-tokens", 8, "--devices", 3, "--quiet",
         "--placement", files["placement"],
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
     assert again.stdout.strip() == figures["generation"]["text"].strip()
 
 
-def test_prompts_from_file_and_standard_input(tmp_path):
+def test_prompts_from_file_and_standard_input(here, tmp_path):
     (tmp_path / "prompt.txt").write_text("import sys\n")
     common = ("--model", SHIPPED, "--max-tokens", 4, "--quiet", "--no-verify")
-    answers = [
-        run_script(SCRIPT, *common, "--prompt", prompt, stdin="import sys\n").stdout
-        for prompt in ("import sys\n", tmp_path / "prompt.txt", "-")
-    ]
+    answers = [here(*common, "--prompt", prompt).stdout for prompt in ("import sys\n", tmp_path / "prompt.txt")]
+    answers.append(run_script(SCRIPT, *common, "--prompt", "-", stdin="import sys\n").stdout)
     assert answers[0]
     assert answers[0] == answers[1] == answers[2]
 

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHIPPED, run_script
+from conftest import ROOT, SHIPPED
 
 from expert_parallel import Placement
 from expert_parallel.formats.placements import read_placement
@@ -99,16 +99,16 @@ def test_what_is_refused(case, tmp_path):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_the_main_script_takes_them(tmp_path):
+def test_the_main_script_takes_them(run_here, tmp_path):
     table = [np.random.default_rng(l).permutation(128).tolist() for l in range(4)]
     (tmp_path / "vllm.json").write_text(json.dumps(table))
     line = ("--model", SHIPPED, "--max-tokens", 2, "--quiet", "--placement", tmp_path / "vllm.json", "--json", "-")
-    done = run_script("qwen3_expert_parallel.py", *line, "--devices", 4)
+    done = run_here("qwen3_expert_parallel.py", *line, "--devices", 4)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["parity"]["tokens_equal"] and document["placement"]["strategy"] == "vllm.json"
     assert document["placement"]["experts_per_device"] == [[32] * 4] * 4
-    done = run_script("qwen3_expert_parallel.py", *line)
+    done = run_here("qwen3_expert_parallel.py", *line)
     assert done.returncode == 2 and "say --devices" in done.stderr
 
 

@@ -84,9 +84,9 @@ def test_the_whole_report_takes_seconds_and_400_mb(name, tmp_path):
         assert sum(first["milliseconds"].values()) == pytest.approx(1e3 / first["tokens_per_second"], rel=1e-3)
 
 
-def test_the_shipped_model_with_text_and_files(tmp_path):
-    result = run_script(
-        SCRIPT, "--model", SHIPPED, "--prompt", "code=import os\nimport sys\n", "numbers=1, 2, 3, 4, 5, 6, 7",
+def test_the_shipped_model_with_text_and_files(here, tmp_path):
+    result = here(
+        "--model", SHIPPED, "--prompt", "code=import os\nimport sys\n", "numbers=1, 2, 3, 4, 5, 6, 7",
         "--prompt-tokens", 8, "--json", tmp_path / "o.json",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -100,11 +100,11 @@ def test_the_shipped_model_with_text_and_files(tmp_path):
     assert "How alike texts" in result.stdout
 
 
-def test_a_damaged_checkpoint_is_reported_with_status_1(tmp_path):
+def test_a_damaged_checkpoint_is_reported_with_status_1(here, tmp_path):
     folder = shutil.copytree(SHIPPED, tmp_path / "model")
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    result = run_script(SCRIPT, "--model", folder)
+    result = here("--model", folder)
     assert result.returncode == 1
     assert "truncated" in result.stdout
     assert "Traceback" not in result.stderr

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import SHIPPED, random_model, run_script
+from conftest import SHIPPED, random_model
 from printed import columns_of, facts_of, lines_of
 
 from expert_parallel import Placement, RoutingTrace, place_experts, shard_model
@@ -382,10 +382,10 @@ def test_what_runs_where_shows_a_strategy_as_it_is():
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(run_here, tmp_path_factory):
     """(what the main script printed, its JSON)."""
     path = tmp_path_factory.mktemp("run") / "o.json"
-    result = run_script(
+    result = run_here(
         "qwen3_expert_parallel.py", "--model", SHIPPED, "--prompt", "import os\n", "--max-tokens", 24, "--devices", 3,
         "--rebalance-every", 8, "--rebalance-horizon", 10**6, "--json", path,
     )  # fmt: skip
