@@ -32,9 +32,10 @@ WORDS = """words in the report:
   balancedness           mean device load over the fullest one's; 1 is even
   if uniform             what routing without any preference would give for as
                          many tokens: the level of chance
-  seen after             tokens until an expert chosen n times counts as hot
-  affinity's bound       how much fuller than balanced's its fullest device may
-                         be. It holds for the tokens that it was fitted on
+  loads that last        cosine of expert loads of fit and test; if shuffled:
+                         what the number of tokens alone costs
+  among copies           slots of the fullest device for other ways to deal them
+  affinity's bound       how much fuller than balanced's its fullest device is
   fit, test              balancedness on the tokens that a remedy was fitted on,
                          and on those that judge it
   fan-out                devices that a token is sent to

@@ -114,7 +114,7 @@ def run(args):
     trace = read_trace(args.trace, described)
     setting = projection.Setting(machine, wire, link, source, args.context, devices, trace, args.redundant_experts)
     hybrid = {row["devices"]: row["hybrid_bytes"] for row in needs[0].to_json()["devices"]}
-    show(*projection.projection(described, setting, hybrid))
+    show(*projection.projection(described, setting, hybrid), *projection.one_sequence(described, setting))
     if args.measure:
         here, links, measured = checks.machine(configuration, described, quantisation)
         show(measured)
@@ -137,7 +137,7 @@ def run(args):
         show(*forward_tables(args.model, texts, args.prompt_tokens))
 
     if args.json:
-        missing = dict.fromkeys(("fit", "this_machine", "checkpoint", "forward"))
+        missing = dict.fromkeys(("fit", "one_sequence", "this_machine", "checkpoint", "forward"))
         about = {"options": vars(args), "environment": table.environment()}
         output.write_json(args.json, table.sections(shown, **about, **missing))
     return 0 if whole else 1

@@ -250,6 +250,7 @@ def _placement(args, shape, layer_numbers, ranks):
 
     from ..formats.placements import read_placement
     from ..formats.traces import read_loads, read_trace
+    from ..placing.held_out import fitted_on
     from ..placing.strategies import place_experts
 
     if ranks > 1 and args.devices not in (None, ranks):
@@ -261,16 +262,19 @@ def _placement(args, shape, layer_numbers, ranks):
         if num_devices not in (None, placement.num_devices):
             raise ValueError(f"{args.placement} places {placement.num_devices} devices, this run has {num_devices}")
         return placement
-    loads, coactivation = np.ones(shape), None
-    if args.placement in BY_TRACE:
-        if args.placement == "affinity":
-            trace = read_trace(args.placement_trace, shape[1])
-            loads, coactivation = trace.loads(), trace.experts
-        else:
-            loads = read_loads(args.placement_trace, shape[1])
-        if loads.shape != shape:
-            raise ValueError(
-                f"{args.placement_trace} is of {list(loads.shape)} [layers, experts], the model {list(shape)}"
-            )
     num_devices = num_devices or min(8, shape[1])
-    return place_experts(loads, num_devices, args.placement, args.redundant_experts, coactivation=coactivation)
+    if args.placement not in BY_TRACE:
+        return place_experts(np.ones(shape), num_devices, args.placement)
+    try:
+        trace = read_trace(args.placement_trace, shape[1])
+    except ValueError:  # counts, or tokens that no layer has whole: enough for all but affinity
+        if args.placement == "affinity":
+            raise
+        trace = None
+    loads = read_loads(args.placement_trace, shape[1]) if trace is None else trace.loads()
+    if loads.shape != shape:
+        raise ValueError(f"{args.placement_trace} is of {list(loads.shape)} [layers, experts], the model {list(shape)}")
+    how = (num_devices, args.placement, args.redundant_experts)
+    if trace is None:
+        return place_experts(loads, *how)
+    return fitted_on(trace, lambda part: place_experts(part.loads(), *how, coactivation=part.experts))
