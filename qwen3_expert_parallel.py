@@ -1,15 +1,16 @@
-"""Run a Mixture-of-Experts model with its experts spread over devices, and report what that does.
+"""Run a Mixture-of-Experts model with its experts spread over devices, and
+report what that does.
 
     python qwen3_expert_parallel.py                       8 simulated devices
-    python qwen3_expert_parallel.py --prompt "def main():" --devices 4
-    python qwen3_expert_parallel.py --prompt text.txt --trace run.npz
+    python qwen3_expert_parallel.py --prompt text.txt --devices 4 --trace r.npz
         keep where the tokens of this run went, and place experts by it:
-    python qwen3_expert_parallel.py --placement balanced --placement-trace run.npz
+    python qwen3_expert_parallel.py --placement balanced --placement-trace r.npz
     python qwen3_expert_parallel.py --max-tokens 400 --rebalance-every 64
         move experts between devices while it answers
     mpirun -np 2 python qwen3_expert_parallel.py
         2 real ranks, half of the experts on each; the same over sockets:
-    mlx.launch -n 2 --backend ring --python "$(which python)" -- $PWD/qwen3_expert_parallel.py
+    mlx.launch -n 2 --backend ring --python $(which python) \\
+        -- $PWD/qwen3_expert_parallel.py
 
 Every figure says whether it is measured, simulated or modelled.
 """
