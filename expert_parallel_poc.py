@@ -1,14 +1,15 @@
-"""Skewed routing: what does it cost, and what helps? One MoE layer, no model needed.
+"""Skewed routing: what does it cost, and what helps? One MoE layer, no model.
 
-    python expert_parallel_poc.py                            five scenarios on 8 simulated devices
+    python expert_parallel_poc.py                    five scenarios on 8 devices
     python expert_parallel_poc.py --scenarios hot,drifting --devices 16
-    python expert_parallel_poc.py --trace trace.npz          a recorded trace: own or vLLM's
+    python expert_parallel_poc.py --trace trace.npz  recorded: own, vLLM's, ...
     python expert_parallel_poc.py --trace code.npz --test-trace prose.npz
 
-A layer with real (random) weights runs over D devices, each with its own experts and its own stream,
-and is checked against mlx-lm's layer and against a dense computation. Geometry: Qwen3-Coder's 128
-experts, top-8, at an eighth of its width. Remedies are fitted on the first half of the tokens and
-judged on the second, in batches of 256 that wait for their fullest device.
+A layer with real (random) weights runs over simulated devices, each with its
+own experts and stream, and is checked against mlx-lm's layer and against a
+dense computation. Qwen3-Coder's 128 experts, top-8, at an eighth of its width.
+Remedies are fitted on the first half of the tokens and judged on the second,
+in batches of 256 that wait for their fullest device.
 """
 
 import argparse
@@ -32,9 +33,10 @@ WORDS = """words in the report:
   balancedness           mean device load over the fullest one's; 1 is even
   if uniform             what routing without any preference would give for as
                          many tokens: the level of chance
-  seen after             tokens until an expert chosen n times counts as hot
-  affinity's bound       how much fuller than balanced's its fullest device may
-                         be. It holds for the tokens that it was fitted on
+  loads that last        cosine of expert loads of fit and test; if shuffled:
+                         what the number of tokens alone costs
+  among copies           slots of the fullest device for other ways to deal them
+  affinity's bound       how much fuller than balanced's its fullest device is
   fit, test              balancedness on the tokens that a remedy was fitted on,
                          and on those that judge it
   fan-out                devices that a token is sent to
@@ -57,7 +59,7 @@ def setup_arg_parser():
     parser = output.Parser(description=__doc__, epilog=WORDS, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--scenarios", metavar="LIST", help=f"of {', '.join(SCENARIOS)} (default: all; with --trace none)")
-    add("--trace", type=Path, metavar="FILE", help="recorded routing: .npz, or .npy [tokens, layers, k]")
+    add("--trace", type=Path, metavar="FILE", help="recorded routing, of any format in the README")
     add("--test-trace", type=Path, metavar="FILE", help="judge remedies on this trace, fitted on the other")
     add("--devices", type=int, default=8, help="simulated devices (default: 8)")
     add("--redundant-experts", type=int, metavar="R", help="copies of hot experts per layer (default: one per device)")

@@ -1,12 +1,13 @@
-"""What is in a Mixture-of-Experts model, what it needs, and what it would do on your hardware.
+"""What is in a Mixture-of-Experts model, what it needs, and what it would do on
+your hardware.
 
-    python model_analysis.py                                       Qwen3-Coder-30B, without its weights
-    python model_analysis.py --model deepseek-v3 --device-memory 512 --hardware m3-ultra
+    python model_analysis.py            Qwen3-Coder-30B, without its weights
+    python model_analysis.py --model deepseek-v3 --hardware m3-ultra
     python model_analysis.py --model path/or/hub-id --bits 8 --context 131072
-    python model_analysis.py --model models/tiny-qwen3-moe --forward --prompt "def main():"
+    python model_analysis.py --model models/tiny-qwen3-moe --forward
 
---model takes a bundled name, a folder, a config.json or a hub id. Every figure says whether it is
-measured, simulated or modelled.
+--model takes a bundled name, a folder, a config.json or a hub id. Every figure
+says whether it is measured, simulated or modelled.
 """
 
 import argparse
@@ -35,12 +36,7 @@ def setup_arg_parser():
     add("--mode", default="affine", choices=("affine", "mxfp4", "nvfp4", "mxfp8"), help="of the quantisation")
     add("--context", type=int, default=2048, help="tokens in the cache (default: 2048)")
     add("--devices", type=int, nargs="+", metavar="N", help="numbers of devices to consider (default: 1 2 4 ... 64)")
-    add(
-        "--device-memory",
-        type=float,
-        metavar="GB",
-        help="built into each device, instead of --hardware's: how many hold it?",
-    )
+    add("--device-memory", type=float, metavar="GB", help="of each device, not --hardware's: how many hold the model?")
     add("--redundant-experts", type=int, default=0, metavar="R", help="extra copies per layer")
     add("--hardware", default="m4-max", help=f"project onto: {', '.join(MACHINES)} (default: m4-max)")
     add("--link", help=f"between devices: {', '.join(LINKS)}")
@@ -114,7 +110,7 @@ def run(args):
     trace = read_trace(args.trace, described)
     setting = projection.Setting(machine, wire, link, source, args.context, devices, trace, args.redundant_experts)
     hybrid = {row["devices"]: row["hybrid_bytes"] for row in needs[0].to_json()["devices"]}
-    show(*projection.projection(described, setting, hybrid))
+    show(*projection.projection(described, setting, hybrid), *projection.one_sequence(described, setting))
     if args.measure:
         here, links, measured = checks.machine(configuration, described, quantisation)
         show(measured)
@@ -137,7 +133,7 @@ def run(args):
         show(*forward_tables(args.model, texts, args.prompt_tokens))
 
     if args.json:
-        missing = dict.fromkeys(("fit", "this_machine", "checkpoint", "forward"))
+        missing = dict.fromkeys(("fit", "one_sequence", "this_machine", "checkpoint", "forward"))
         about = {"options": vars(args), "environment": table.environment()}
         output.write_json(args.json, table.sections(shown, **about, **missing))
     return 0 if whole else 1

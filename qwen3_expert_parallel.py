@@ -1,15 +1,16 @@
-"""Run a Mixture-of-Experts model with its experts spread over devices, and report what that does.
+"""Run a Mixture-of-Experts model with its experts spread over devices, and
+report what that does.
 
     python qwen3_expert_parallel.py                       8 simulated devices
-    python qwen3_expert_parallel.py --prompt "def main():" --devices 4
-    python qwen3_expert_parallel.py --prompt text.txt --trace run.npz
+    python qwen3_expert_parallel.py --prompt text.txt --devices 4 --trace r.npz
         keep where the tokens of this run went, and place experts by it:
-    python qwen3_expert_parallel.py --placement balanced --placement-trace run.npz
+    python qwen3_expert_parallel.py --placement balanced --placement-trace r.npz
     python qwen3_expert_parallel.py --max-tokens 400 --rebalance-every 64
         move experts between devices while it answers
     mpirun -np 2 python qwen3_expert_parallel.py
         2 real ranks, half of the experts on each; the same over sockets:
-    mlx.launch -n 2 --backend ring --python "$(which python)" -- $PWD/qwen3_expert_parallel.py
+    mlx.launch -n 2 --backend ring --python $(which python) \\
+        -- $PWD/qwen3_expert_parallel.py
 
 Every figure says whether it is measured, simulated or modelled.
 """
@@ -92,7 +93,8 @@ def run(args, watchdog):
         checkpoint = Checkpoint(folder, args.adapter_path, args.trust_remote_code)
         tokenizer, config = checkpoint.tokenizer(), checkpoint.config
         prompt = options.read_prompt(args, tokenizer, config.get("max_position_embeddings"), typed)
-        placement = options.make_placement(args, checkpoint.shape, ranks)
+        numbers = [layer.number for layer in checkpoint.layers]
+        placement = options.make_placement(args, checkpoint.shape, numbers, ranks)
         verify = checkpoint.folder.resolve() == finding.SHIPPED if args.verify is None else args.verify
         same |= {"mlx": versions["mlx"], "mlx-lm": versions["mlx_lm"], "config": config, "verify": verify}
         same |= {options.option(name): value for name, value in vars(args).items() if name not in OWN_OPTIONS}
@@ -161,7 +163,6 @@ def run(args, watchdog):
     # 5. One report: for programs, and for people.
     if not first:
         return
-    numbers = [layer.number for layer in checkpoint.layers]
     stock_speed = parity.to_json()["stock_tokens_per_second"] if parity else None
     tables = [table for table in (broken, parity) if table]
     tables += [*run.routing(trace, numbers), *run.balance(trace, changes, numbers)]
@@ -174,18 +175,18 @@ def run(args, watchdog):
         about = {"name": name, "config": config, "environment": versions}
         missing = dict.fromkeys(("parity", "not_a_number", "rebalancing", "ranks"))
         document = {"model": about, "environment": versions, "options": vars(args), **missing}
-        write_files(args, table.sections([where, *tables], **document), trace, changes[-1][1])
+        write_files(args, table.sections([where, *tables], **document), trace, changes[-1][1], numbers)
     finally:  # a disk that is full takes no file; the report is still there to read
         for part in filter(lambda part: part.title, tables):
             console.print()
             console.print(part)
 
 
-def write_files(args, document, trace, placement):
+def write_files(args, document, trace, placement, numbers):
     if args.trace:
         trace.save(args.trace)
     if args.save_placement:
-        placement.save(args.save_placement)
+        placement.save(args.save_placement, args.placement_format, numbers)
     if args.plots:
         from expert_parallel.report.plots import load_map, save_plots
 

@@ -10,6 +10,7 @@ _WHERE = {
     "balancedness": "balance",
     "load_sharded": "checkpoint.loading",
     "place_experts": "placing.strategies",
+    "rebalance_experts": "placing.eplb",
     "record_routing": "trace",
     "shard_model": "experts",
 }

@@ -3,11 +3,13 @@
 Dimensions: T tokens, k experts chosen per token, S = T k slots, E experts, D devices.
 
     an expert with one holder   leaves no choice
-    replicas                    level the devices of this step (`devices`), or take turns (`turns`)
+    replicas                    level the devices of this step as far as can be (`devices`), or take turns (`turns`)
     no holder that is alive     nobody, D: the slot's output is zero
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 
@@ -29,24 +31,67 @@ class Serving:
         holders = [np.flatnonzero(column) if column.any() else [self.nobody] for column in held.T]
         self.turns = np.stack([np.resize(each, max(replicas.max(), 1)) for each in holders], axis=1)
 
-    def devices(self, experts: np.ndarray) -> np.ndarray:
-        """The device of each slot, for expert ids of any shape.
+    def devices(self, experts: np.ndarray, greedy: bool = False) -> np.ndarray:
+        """The device of each slot, for expert ids of any shape; the fullest has as few slots as any choice can give it.
 
-        Slots of replicated experts, the most wanted expert first, go to its emptiest holders in this step.
+        greedy  leave it at the first choice, by which it is a few percent fuller (BENCHMARKS.md)
         """
-        device = self.home[experts]
         if not self.any_shared:
-            return device
-        flat, expert_of = device.reshape(-1), experts.reshape(-1)
-        open_slots = self.shared[expert_of]
-        load = np.bincount(flat[~open_slots], minlength=len(self.held) + 1)
-        found, counts = np.unique(expert_of[open_slots], return_counts=True)
-        for expert in found[np.argsort(-counts, kind="stable")]:
-            slots, holders = np.flatnonzero(expert_of == expert), np.flatnonzero(self.held[:, expert])
-            share = level(load[holders], len(slots))
-            flat[slots] = np.repeat(holders, share)
+            return self.home[experts]
+        flat = experts.reshape(-1)
+        given = self._least_loaded(np.bincount(flat, minlength=self.held.shape[1]))
+        if not greedy:
+            self._improve(given)
+        device = np.empty(flat.shape, dtype=np.int64)
+        every = np.tile(np.arange(self.nobody + 1), len(self.home))
+        device[np.argsort(flat, kind="stable")] = np.repeat(every, given.T.reshape(-1))
+        return device.reshape(experts.shape)
+
+    def _least_loaded(self, wanted) -> np.ndarray:
+        """int [D + 1, E]: slots of each expert [E] by device; the most wanted replicated one first, to its emptiest."""
+        given = np.zeros((self.nobody + 1, len(self.home)), dtype=np.int64)
+        alone = np.flatnonzero(~self.shared & (wanted > 0))
+        given[self.home[alone], alone] = wanted[alone]
+        load, open_to_choice = given.sum(axis=1), np.flatnonzero(self.shared & (wanted > 0))
+        for expert in open_to_choice[np.argsort(-wanted[open_to_choice], kind="stable")]:
+            holders = np.flatnonzero(self.held[:, expert])
+            share = level(load[holders], wanted[expert])
+            given[holders, expert] = share
             load[holders] += share
-        return flat.reshape(experts.shape)
+        return given
+
+    def _improve(self, given) -> None:
+        """Slots by device and expert changed until the fullest device has as few as can be.
+
+        A slot of the fullest device goes to another holder, one of that holder's to a third, and so on to a device with
+        two slots fewer. Where no such chain is left the maximum is the least possible (cost-reducing paths: Harvey et
+        al., Semi-Matchings for Bipartite Graphs and Load Balancing, 2003).
+        """
+        given, load = given[:-1], given[:-1].sum(axis=1)
+        while chain := self._chain(given, load):
+            for giver, taker in pairwise(chain):
+                expert = np.argmax((given[giver] > 0) & self.held[taker])
+                given[giver, expert] -= 1
+                given[taker, expert] += 1
+            load[chain[0]] -= 1
+            load[chain[-1]] += 1
+
+    def _chain(self, given, load) -> list[int]:
+        """Devices from the fullest to one with two slots fewer, each with a slot for the next; [] if there is none."""
+        takes = (given > 0).astype(np.float32) @ self.held.T > 0  # [D, D]: giver, taker
+        fullest = int(load.argmax())
+        before, reached = {fullest: None}, [fullest]
+        for giver in reached:
+            for taker in np.flatnonzero(takes[giver]).tolist():
+                if taker not in before:
+                    before[taker] = giver
+                    reached.append(taker)
+                    if load[taker] <= load[fullest] - 2:
+                        chain = [taker]
+                        while chain[-1] != fullest:
+                            chain.append(before[chain[-1]])
+                        return chain[::-1]
+        return []
 
 
 def level(load: np.ndarray, amount: int) -> np.ndarray:

@@ -9,6 +9,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "expert_parallel"
 ROOMS = {path.name for path in PACKAGE.iterdir() if path.is_dir() and any(path.glob("*.py"))}
+ASKED_BY_THE_CORE = {"placement.py": {"formats"}}  # inside its two functions: what files look like
 FROM_ABOVE = {"report": {"report"}, "command": {"command"}, "study": {"report", "study"}}  # room: who may import it
 
 
@@ -25,8 +26,8 @@ def rooms_imported(path):
 def test_imports_point_down(path):
     room = path.relative_to(PACKAGE).parts[0] if path.parent != PACKAGE else None
     imported = set(rooms_imported(path)) - {room}
-    assert room or not imported, f"the core imports {imported}"
-    assert not [name for name in imported if room not in FROM_ABOVE.get(name, ROOMS)]
+    assert room or imported <= ASKED_BY_THE_CORE.get(path.name, set()), f"the core imports {imported}"
+    assert not [name for name in imported if room and room not in FROM_ABOVE.get(name, ROOMS)]
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 300
 
 

@@ -21,6 +21,7 @@ CHAT_PROMPT = "Write a Python function that returns the n-th Fibonacci number."
 CODE_PROMPT = "class Parser:\n    def parse(self, text):\n        if not text:"
 BY_TRACE = ("balanced", "replicated", "affinity")
 STRATEGIES = ("contiguous", "round-robin", *BY_TRACE)
+PLACEMENT_FORMATS = ("vllm", "vllm-ranks", "vllm-ascend", "sglang", "tensorrt-llm")  # besides this project's own
 OUTPUTS = ("trace", "save_placement", "json")  # files, each with an option of its own
 
 
@@ -76,7 +77,9 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     add("--timeout", type=float, default=300, metavar="SECONDS",
         help="with several ranks: until one that waits for others gives up (default: 300)")
     add("--trace", type=Path, metavar="FILE", help="save the routing trace, .npz")
-    add("--save-placement", type=Path, metavar="FILE", help="save the placement as JSON")
+    add("--save-placement", type=Path, metavar="FILE", help="save the placement")
+    add("--placement-format", choices=PLACEMENT_FORMATS, metavar="FORMAT",
+        help=f"of --save-placement: {', '.join(PLACEMENT_FORMATS)} (default: JSON of this project)")
     add("--plots", type=Path, metavar="DIR", help="save pictures of the loads, two .png")
     add("--json", type=Path, metavar="FILE", help="save all figures; - for standard output, and then nothing else")
     add("--quiet", action="store_true", help="print the answer alone")
@@ -224,17 +227,30 @@ def check_placement(args) -> None:
             raise ValueError(f"--placement {args.placement}: neither {', '.join(STRATEGIES)} nor a file")
         if args.redundant_experts:
             raise ValueError(f"--redundant-experts is of no use with {args.placement}, which names the copies itself")
+    if args.placement_format and not args.save_placement:
+        raise ValueError("--placement-format needs --save-placement FILE")
 
 
-def make_placement(args, shape: tuple[int, int], ranks: int = 1):
+def make_placement(args, shape: tuple[int, int], layer_numbers=None, ranks: int = 1):
     """The Placement that was asked for, by strategy or from a file, for a model of (L, E).
 
     One process has as many devices as are asked for, as the file says, else 8, or as many as there are experts.
+    layer_numbers  [L] of the MoE layers, for files that count all layers
+    Raises ValueError, also where --placement-format cannot say what it is.
     """
+    from ..formats.placements import text_of
+
+    placement = _placement(args, shape, layer_numbers, ranks)
+    text_of(placement, args.placement_format, layer_numbers)
+    return placement
+
+
+def _placement(args, shape, layer_numbers, ranks):
     import numpy as np
 
     from ..formats.placements import read_placement
     from ..formats.traces import read_loads, read_trace
+    from ..placing.held_out import fitted_on
     from ..placing.strategies import place_experts
 
     if ranks > 1 and args.devices not in (None, ranks):
@@ -242,20 +258,23 @@ def make_placement(args, shape: tuple[int, int], ranks: int = 1):
     num_devices = ranks if ranks > 1 else args.devices
     check_placement(args)
     if args.placement not in STRATEGIES:
-        placement = read_placement(args.placement, *shape, num_devices)
+        placement = read_placement(args.placement, *shape, num_devices, layer_numbers)
         if num_devices not in (None, placement.num_devices):
             raise ValueError(f"{args.placement} places {placement.num_devices} devices, this run has {num_devices}")
         return placement
-    loads, coactivation = np.ones(shape), None
-    if args.placement in BY_TRACE:
-        if args.placement == "affinity":
-            trace = read_trace(args.placement_trace, shape[1])
-            loads, coactivation = trace.loads(), trace.experts
-        else:
-            loads = read_loads(args.placement_trace, shape[1])
-        if loads.shape != shape:
-            raise ValueError(
-                f"{args.placement_trace} is of {list(loads.shape)} [layers, experts], the model {list(shape)}"
-            )
     num_devices = num_devices or min(8, shape[1])
-    return place_experts(loads, num_devices, args.placement, args.redundant_experts, coactivation=coactivation)
+    if args.placement not in BY_TRACE:
+        return place_experts(np.ones(shape), num_devices, args.placement)
+    try:
+        trace = read_trace(args.placement_trace, shape[1])
+    except ValueError:  # counts, or tokens that no layer has whole: enough for all but affinity
+        if args.placement == "affinity":
+            raise
+        trace = None
+    loads = read_loads(args.placement_trace, shape[1]) if trace is None else trace.loads()
+    if loads.shape != shape:
+        raise ValueError(f"{args.placement_trace} is of {list(loads.shape)} [layers, experts], the model {list(shape)}")
+    how = (num_devices, args.placement, args.redundant_experts)
+    if trace is None:
+        return place_experts(loads, *how)
+    return fitted_on(trace, lambda part: place_experts(part.loads(), *how, coactivation=part.experts))

@@ -1,44 +1,52 @@
-"""Placements of other engines, by what is in the file.
+"""Placements in files: of this project and of other engines, recognised by what is in them; and written as they are.
 
 Dimensions: L MoE layers, E experts, D devices, S slots over all devices (physical experts).
 
-    this project's own             `Placement.load`
-    physical to logical [L, S]     vLLM's initial_expert_map_path, SGLang's --init-expert-location (JSON, .pt), EPLB's
-                                   phy2log (.npy), TensorRT-LLM's initial_global_assignments (YAML); one list for all
-    expert to device [L, E]        vLLM's expert_to_ep_rank, tables of 0 and 1 for CPU and GPU
-    devices' experts               vllm-ascend's expert_map_path (JSON)
-    expert to local row [L, D, E]  vllm-ascend's expert map (.pth), -1 where a device has it not
+                                    read                                              written as
+    this project's own              JSON, see own.py                                  (default)
+    physical to logical [L, S]      vLLM's initial_expert_map_path (JSON)             vllm
+                                    SGLang's --init-expert-location (JSON, .pt)       sglang
+                                    TensorRT-LLM's initial_global_assignments (YAML)  tensorrt-llm
+                                    EPLB's phy2log (.npy)
+    expert to device [L, E]         vLLM's expert_to_ep_rank                          vllm-ranks
+                                    tables of 0 and 1 for CPU and GPU
+    devices' experts                vllm-ascend's expert_map_path (JSON)              vllm-ascend
+    expert to local row [L, D, E]   vllm-ascend's expert map (.pth), -1: not here
+
+Slots are dealt out to devices in equal parts, in order; a list [S] is for all layers. Two copies of an expert on one
+device are one here.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
+import yaml
 
+from ..files import written_whole
 from ..placement import Placement
+from . import own
 from .content import content_of
 
 
-def read_placement(path, num_layers: int, num_experts: int, num_devices: int | None = None) -> Placement:
-    """A placement for a model of (L, E), of any of the formats above.
-
-    num_devices  D; files that only list slots do not say it
-    Raises ValueError naming the file, with the numbers that do not fit.
-    """
+def read_placement(path, num_layers=None, num_experts=None, num_devices=None, layer_numbers=None) -> Placement:
+    """See `Placement.load`."""
     try:
         content = content_of(path)
     except Exception as error:  # zipfile, numpy, json, yaml, os, ... each have their own
         raise ValueError(f"cannot read placement file {path}: {' '.join(str(error).split())}") from None
-    if isinstance(content, dict) and ("every_layer" in content or "layers" in content):
-        return Placement.load(path, num_layers, num_experts)
     try:
-        return Placement(_held(content, num_layers, num_experts, num_devices), Path(path).name)
-    except (ValueError, TypeError, KeyError, IndexError) as error:
+        if isinstance(content, dict) and ("every_layer" in content or "layers" in content):
+            held = own.held_of(content, num_layers, num_experts)
+            return Placement(held, str(content.get("strategy", "custom")), content.get("metadata", {}))
+        return Placement(_held(content, num_layers, num_experts, num_devices, layer_numbers), Path(path).name)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise ValueError(f"placement file {path}: {error}") from None
 
 
-def _held(content, num_layers, num_experts, num_devices) -> np.ndarray:
+def _held(content, num_layers, num_experts, num_devices, layer_numbers) -> np.ndarray:
     """bool [L, D, E]."""
     # 1. Who has what, said device by device.
     if isinstance(content, dict) and "layer_list" in content:
@@ -46,23 +54,37 @@ def _held(content, num_layers, num_experts, num_devices) -> np.ndarray:
         where = [np.repeat(np.arange(len(layer)), list(map(len, layer))) for layer in layers]
         return _marked(where, list(map(np.concatenate, layers)), len(layers[0]), num_layers, num_experts)
     if isinstance(content, np.ndarray) and content.ndim == 3:
-        if content.shape[::2] != (num_layers, num_experts):
-            raise ValueError(f"it is of {content.shape[::2]} [layers, experts], the model {(num_layers, num_experts)}")
+        for name, wanted, found in (("layers", num_layers, len(content)), ("experts", num_experts, content.shape[2])):
+            if wanted not in (None, found):
+                raise ValueError(f"it is of {found} {name}, the model of {wanted}")
         return content >= 0
     # 2. A table, or one list for all layers: the expert of each slot, or the device of each expert.
-    table = content
-    for key in ("physical_to_logical_map", "initial_global_assignments", "expert_to_ep_rank"):
-        if isinstance(content, dict) and key in content:
-            table = content[key]
+    table, of_devices = content, None
+    if isinstance(content, dict):
+        content = content.get("moe_config", content)
+        content = content.get("load_balancer", content)
+        num_devices = num_devices or content.get("ep_size")
+        of_devices = "expert_to_ep_rank" in content
+        for key in ("physical_to_logical_map", "initial_global_assignments", "expert_to_ep_rank"):
+            table = content.get(key, table)
     if isinstance(table, dict) and table and all(str(layer).isdecimal() for layer in table):  # {layer: its slots}
         table = [table[layer] for layer in sorted(table, key=int)]
     table = np.asarray(table)
-    if table.dtype.kind not in "iu" or table.ndim not in (1, 2):
-        raise ValueError('expected slots [layers, slots], or {"every_layer": ...} (see expert_parallel/formats)')
-    table = np.broadcast_to(table, (num_layers, len(table))) if table.ndim == 1 else table
-    slots = all(set(range(num_experts)) <= set(row.tolist()) for row in table)
-    if not slots and table.shape[1] == num_experts:  # the device of each expert
-        return _marked(table, [np.arange(num_experts)] * len(table), table.max() + 1, num_layers, num_experts)
+    if table.dtype.kind not in "iu" or table.ndim not in (1, 2) or not table.size:
+        raise ValueError('expected an object with either "every_layer" or "layers", or slots [layers, slots]')
+    if table.ndim == 1:
+        if num_layers is None:
+            raise ValueError("it has one list for all layers and does not say how many there are")
+        table = np.broadcast_to(table, (num_layers, len(table)))
+    if layer_numbers is not None and num_layers is not None and len(table) > max(*layer_numbers, num_layers):
+        table = table[list(layer_numbers)]  # it has a row for the dense layers too
+    if num_experts is None:
+        num_experts = table.shape[1] if of_devices else int(table.max()) + 1
+    if of_devices is None:  # nothing but numbers: who has every expert in each row lists slots
+        slots = all(set(range(num_experts)) <= set(row.tolist()) for row in table)
+        of_devices = not slots and table.shape[1] == num_experts
+    if of_devices:
+        return _marked(table, [np.arange(table.shape[1])] * len(table), table.max() + 1, num_layers, num_experts)
     if num_devices is None or table.shape[1] % num_devices:
         known = "say --devices" if num_devices is None else f"{num_devices} devices do not divide them"
         raise ValueError(f"it lists {table.shape[1]} slots a layer and not how many devices have them: {known}")
@@ -72,12 +94,86 @@ def _held(content, num_layers, num_experts, num_devices) -> np.ndarray:
 
 def _marked(devices, experts, num_devices, num_layers, num_experts) -> np.ndarray:
     """held with a mark for each pair, layer by layer; ValueError for numbers that are none of the model's."""
-    if len(experts) != num_layers:
+    num_experts = max(map(np.max, experts)) + 1 if num_experts is None else num_experts
+    if num_layers not in (None, len(experts)):
         raise ValueError(f"it has {len(experts)} layers, the model has {num_layers} MoE layers")
-    held = np.zeros((num_layers, num_devices, num_experts), dtype=bool)
+    held = np.zeros((len(experts), num_devices, num_experts), dtype=bool)
     for layer, (where, what) in enumerate(zip(devices, experts, strict=True)):
         lowest, highest = min(np.min(where), np.min(what)), np.max(what)
         if lowest < 0 or highest >= num_experts:
             raise ValueError(f"layer {layer}: expert {highest if lowest >= 0 else lowest} is none of {num_experts}")
         held[layer, where, what] = True
     return held
+
+
+# --- writing --------------------------------------------------------------------------------------------------
+
+
+def write_placement(placement: Placement, path, format: str | None = None, layer_numbers=None) -> None:
+    """See `Placement.save`."""
+    text = text_of(placement, format, layer_numbers)
+    with written_whole(path) as file:
+        file.write(text)
+
+
+def text_of(placement: Placement, format: str | None = None, layer_numbers=None) -> str:
+    """What the file says; ValueError where its format cannot say it."""
+    if format not in (None, *WRITERS):
+        raise ValueError(f"unknown placement format {format!r}: choose {', '.join(WRITERS)}")
+    numbers = range(placement.num_layers) if layer_numbers is None else list(layer_numbers)
+    document = WRITERS[format](placement, numbers) if format else own.document_of(placement)
+    if format == "tensorrt-llm":
+        return yaml.safe_dump(document, sort_keys=False, default_flow_style=None)
+    return json.dumps(document, indent=None if format else 1) + "\n"
+
+
+def slots_of(placement: Placement) -> np.ndarray:
+    """Expert of each slot, int [L, S], device after device; ValueError where devices differ in slots."""
+    counts = placement.held.sum(axis=2)
+    if (counts != counts[0, 0]).any():
+        layer, device = np.argwhere(counts != counts[0, 0])[0]
+        raise ValueError(
+            f"layer {layer}: device {device} holds {counts[layer, device]} experts, device 0 of layer 0 holds"
+            f" {counts[0, 0]}; this format needs as many everywhere: --redundant-experts can fill up"
+        )
+    return np.nonzero(placement.held)[2].reshape(placement.num_layers, -1)
+
+
+def _sglang(placement, numbers) -> dict:
+    """A row for each of the model's layers; those of dense ones are not looked at."""
+    slots = slots_of(placement)
+    table = np.tile(np.arange(slots.shape[1]) % placement.num_experts, (max(numbers) + 1, 1))
+    table[list(numbers)] = slots
+    return {"physical_to_logical_map": table.tolist()}
+
+
+def _tensorrt_llm(placement, numbers) -> dict:
+    slots = slots_of(placement)
+    assignments = dict(zip(numbers, slots.tolist(), strict=True))
+    return {"num_slots": slots.shape[1], "initial_global_assignments": assignments, "layer_updates_per_iter": 0}
+
+
+def _vllm_ascend(placement, _) -> dict:
+    slots_of(placement)  # it reads a table of devices alike
+    layers = [
+        [{"device_id": d, "device_expert": placement.experts_on(l, d)} for d in range(placement.num_devices)]
+        for l in range(placement.num_layers)
+    ]
+    layers = [{"layer_id": l, "device_count": len(each), "device_list": each} for l, each in enumerate(layers)]
+    return {"moe_layer_count": placement.num_layers, "layer_list": layers}
+
+
+def _vllm_ranks(placement, _) -> dict:
+    if (most := placement.copies.max()) > 1:
+        layer, expert = np.argwhere(placement.copies == most)[0]
+        raise ValueError(f"layer {layer}: expert {expert} is on {most} devices; this format can say one of each")
+    return {"expert_to_ep_rank": placement.held.argmax(axis=1).tolist()}
+
+
+WRITERS = {
+    "vllm": lambda placement, _: slots_of(placement).tolist(),
+    "vllm-ranks": _vllm_ranks,
+    "vllm-ascend": _vllm_ascend,
+    "sglang": _sglang,
+    "tensorrt-llm": _tensorrt_llm,
+}

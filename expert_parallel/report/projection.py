@@ -12,6 +12,7 @@ import numpy as np
 from ..models.architecture import Architecture, fullest_device_bytes
 from ..placing.strategies import place_experts
 from ..projection import step
+from ..projection.ceiling import break_even, ceiling, expected_fullest
 from ..projection.hardware import Machine
 from ..projection.links import Link
 from ..trace import RoutingTrace
@@ -130,6 +131,62 @@ def _figures(described, setting, count, hybrid_bytes) -> dict:
         sharded = step.estimate(*where, load, context=setting.context, rest_share=share)
         row["hybrid_tokens_per_second"] = sharded.tokens_per_second
     return row
+
+
+BATCHES = (1, 8, 32, 128)  # sequences at once
+
+
+def one_sequence(described: Architecture, setting: Setting) -> list[Table]:
+    """The most that devices can give one sequence, what a link takes of it, and what more sequences at once change."""
+    demand, machine, link = described.demand, setting.machine, setting.link
+    alone = {batch: _estimate(demand, setting, 1, batch) for batch in BATCHES}
+    rows = [_at_most(demand, setting, count, alone) for count in setting.devices if count > 1]
+    if not rows:
+        return []
+    bound, payload = alone[1].seconds / (alone[1].fixed + alone[1].rest), demand.hidden * machine.value_bytes
+    all_sum = sum(link.all_sum_parts(payload, rows[0]["devices"]))
+    routing = "uniform" if setting.trace is None else setting.trace.model or "trace"
+    table = of_records(
+        f"One sequence at most (modelled): {machine.name}, {routing} routing",
+        "devices",
+        rows,
+        ("devices", "devices"),
+        ("ceiling_if_even", "if even", "{:.2f}x"),
+        ("fullest_experts", f"of {demand.chosen}", "{:.2f}"),
+        ("ceiling", "at most", "{:.2f}x"),
+        ("break_even_seconds", "break-even", lambda seconds: f"{1e6 * seconds:.0f} us"),
+        *((f"speed_up_{batch}", f"{batch}", "{:.2f}x") for batch in BATCHES),
+        section="one_sequence",
+        source="modelled",
+        note=f"Speed over one device. If even, at most: were all-sums free; of {demand.chosen}: experts of a token that"
+        f" the fullest device has; break-even: an all-sum that takes so long eats the gain ({payload:,} bytes over"
+        f" {rows[0]['devices']} devices: {1e6 * all_sum:.0f} us, {setting.link_name}); 1 to {BATCHES[-1]}: with this"
+        f" link, for so many sequences at once. No number of devices gives more than {bound:.2f}x:"
+        f" {1 / bound:.0%} of a token's time is not the experts.",
+        also={"bound": bound, "link": setting.link_name, "link_all_sum_seconds": all_sum, "routing": routing},
+    )
+    return [table]
+
+
+def _estimate(demand, setting, count, batch) -> step.Estimate:
+    load = setting.load(demand, count, batch)
+    return step.estimate(demand, setting.machine, count, setting.link, load, context=setting.context, batch=batch)
+
+
+def _at_most(demand, setting, count, alone) -> dict:
+    machine, context, load = setting.machine, setting.context, setting.load(demand, count, 1)
+    if setting.trace is None and not setting.copies(count):  # exactly, then
+        parts = [len(part) for part in np.array_split(np.arange(demand.num_experts), count)]
+        each = np.full(demand.num_moe_layers, expected_fullest(parts, demand.num_experts, demand.chosen))
+        load = step.Fullest(each, each)
+    return {
+        "devices": count,
+        "ceiling_if_even": ceiling(demand, machine, count, context=context),
+        "fullest_experts": float(load.experts.mean()),
+        "ceiling": ceiling(demand, machine, count, load, context),
+        "break_even_seconds": break_even(demand, machine, count, load, context),
+        **{f"speed_up_{n}": one.seconds / _estimate(demand, setting, count, n).seconds for n, one in alone.items()},
+    }
 
 
 def best_number(rows: list[dict], usable: float) -> tuple[int | None, str]:

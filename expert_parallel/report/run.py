@@ -175,6 +175,7 @@ def balance(trace: RoutingTrace, changes: list[tuple[int, Placement]], layer_num
                "{:.3f}"),
         Figure("fan_out", "devices touched per token (fan-out)", np.mean(touched), "{:.2f}", beside=uniform),
     ]  # fmt: skip
+    whole += _fitted(first.metadata, trace.experts.shape[2])
     phases = {}
     for name in PHASES:
         of_phase = [(each, part.phase(name)) for each, part in parts]
@@ -198,6 +199,21 @@ def balance(trace: RoutingTrace, changes: list[tuple[int, Placement]], layer_num
             **least_balanced,
         ),
     ]
+
+
+def _fitted(metadata: dict, top_k: int) -> list[Figure]:
+    """What a placement by load was fitted on, and what could be expected of it (`placing.held_out.fitted_on`)."""
+    names = ("fitted_tokens", "fitted_top_k", "balancedness_fitted", "balancedness_unseen")
+    tokens, its_k, there, unseen = (metadata.get(name) for name in names)
+    if not all(isinstance(value, int | float) for value in (tokens, its_k, there)):
+        return []
+    other = "" if its_k == top_k else f" of top-{its_k}, not {top_k}"
+    figures = [Figure("balancedness_fitted_simulated", f"placement fitted on {tokens} tokens{other}", there,
+                      "{:.3f} on those (simulated)")]  # fmt: skip
+    if isinstance(unseen, int | float):
+        how = "{:.3f} (simulated: first half fits, second judges)"
+        figures.append(Figure("balancedness_expected_simulated", "to expect on unseen tokens", unseen, how))
+    return figures
 
 
 def _uniform_balance(part: RoutingTrace, placement: Placement) -> Figure:

@@ -10,6 +10,7 @@ from ..placing.copies import lower_bound
 from ..placing.strategies import place_experts
 from ..projection.links import Link, traffic_matrix
 from ..study.chance import uniform_routing
+from ..study.learning import CLOSE, among_copies, enough_tokens, learning_curve, stability
 from ..study.phases import MEASURED, PASSES, Phases, SmallLayer, given, interleaved, run_phases, slowest_device_work
 from ..study.remedies import BATCH, Choices, compare
 from ..study.scenarios import hot_experts, tokens_until_hot
@@ -25,7 +26,7 @@ def study(
 
     x           [512, H], tokens of the timed passes
     preference  [512, E], what is added to their logits; None: the choices of evenly spaced test tokens are used
-    The timed layer is that with the least even contiguous devices.
+    The timed layer is that with the least even contiguous devices; with a trace the last table is a learning curve.
     """
     # 1. One pass over contiguous devices, timed part by part.
     loads = test.loads()
@@ -41,8 +42,8 @@ def study(
     # 2. Every remedy, fitted on one part of the tokens and judged on the other; slowest devices are timed in turn.
     per_slot = sum(phases.device_seconds) / sum(phases.device_slots)
     costs = Costs(layer.expert_bytes, link.bytes_per_second, per_slot, link.latency_seconds, side_by_side=True)
-    remedies, works = [], []
-    for outcome in compare(fit, test, num_devices, redundant, costs):
+    remedies, works, outcomes = [], [], compare(fit, test, num_devices, redundant, costs)
+    for outcome in outcomes:
         mine, share = outcome.choices.part(rows), 1.0 if outcome.choices.kept is None else outcome.choices.kept.mean()
         kept = None if mine.kept is None else mine.kept[:, worst]
         slots = share * MEASURED * layer.top_k / num_devices / outcome.balancedness_fit_per_layer[worst]
@@ -54,17 +55,24 @@ def study(
         remedy["slowest_device_seconds_measured"] = float(np.median(seconds))
         remedy["slowest_device_seconds_spread"] = [seconds.min(), seconds.max()]
 
-    # 3. Both as tables. Without copies the hottest expert has company: other slots, at best of the coldest experts.
+    # 3. What a placement learnt, and how slots are dealt among copies.
+    curve = learning_curve(fit, test, num_devices, redundant)
+    about = {"tokens_fit": len(fit.experts), "tokens_test": len(test.experts), "layer": worst, "passes": PASSES}
+    about |= {"enough_tokens_simulated": enough_tokens(curve), "stability_simulated": stability(fit, test)}
+    replicated = next(outcome for outcome in outcomes if outcome.remedy == "replicated").placement
+    about["over_optimum_simulated"] = among_copies(replicated.held, test.batches()) if redundant else None
+
+    # 4. All as tables. Without copies the hottest expert has company: other slots, at best of the coldest experts.
     company = np.sort(loads, axis=1)[:, : loads.shape[1] // num_devices - 1].sum(axis=1)
     least = np.maximum(lower_bound(loads, num_devices), loads.max(axis=1) + company)
     bound = (loads.sum(axis=1) / num_devices / least).mean()
     parts, hot = layer_parts(phases, link, traffic), hot_figures(fit, num_devices)
     off = differences(layer, x, wish, y, experts)
-    about = {"tokens_fit": len(fit.experts), "tokens_test": len(test.experts), "layer": worst, "passes": PASSES}
     batch = min(BATCH, len(test.experts))
     about["balancedness_if_uniform_simulated"] = uniform_routing(batch, layer.top_k, placement.held[0])["balancedness"]
     hot["uniform_simulated"] = uniform_routing(len(fit.experts), layer.top_k, placement.held[0])["hottest_over_mean"]
-    return [_overview(device_loads, off, phases, parts, bound, hot, remedies, about), _remedies(remedies)]
+    tables = [_overview(device_loads, off, phases, parts, bound, hot, remedies, about), _remedies(remedies)]
+    return tables if preference is not None else [*tables, _learning(curve, bool(redundant))]
 
 
 def _overview(device_loads, off, phases, parts, bound, hot, remedies, about) -> Table:
@@ -89,6 +97,10 @@ def _overview(device_loads, off, phases, parts, bound, hot, remedies, about) -> 
         Figure(None, "hottest expert", hottest, hottest_text,
                beside=Figure(None, "uniform", hot["uniform_simulated"], "{:.2f}x", "simulated")),
         Figure(None, "seen after", hottest and hottest["tokens_until_seen"], f"{{}} tokens: {hot['rule']}"),
+        Figure(None, "loads that last", about["stability_simulated"], "cosine {0[cosine]:.3f} of both parts;"
+               " {0[cosine_if_shuffled]:.3f} if shuffled (simulated)"),
+        Figure(None, "enough to fit on", about, enough_text),
+        Figure(None, "among copies", about["over_optimum_simulated"], among_copies_text),
         Figure("proposed", "proposed", plan, proposed_text),
         Figure(None, "affinity's bound", apart, "+{0[balance_bound]:.0%}; {0[fullest_over_balanced_fit]:+.1%} where"
                " fitted, {0[fullest_over_balanced_test]:+.1%} on the test"),
@@ -116,6 +128,31 @@ def _remedies(remedies: list[dict]) -> Table:
         section="",
         note=f"measured: median of {PASSES} passes in turn with the others' (quickest-slowest)",
     )
+
+
+def _learning(curve: list[dict], copies: bool) -> Table:
+    return of_records(
+        f"Tokens that a placement was fitted on ({'replicated' if copies else 'balanced'}; balancedness, simulated)",
+        "learning_curve",
+        curve,
+        ("tokens", "tokens"),
+        ("balancedness_fit", "fit", "{:.3f}"),
+        ("balancedness_test", "test", "{:.3f}"),
+        section="",
+        note=f"fit: on these tokens, the first ones; test: on all of the others, batches of {BATCH}",
+    )
+
+
+def enough_text(about: dict) -> str:
+    enough, all_of_them = about["enough_tokens_simulated"], about["tokens_fit"]
+    if enough == all_of_them:
+        return f"not seen: all {enough} tokens gain more than {CLOSE} over a part (simulated)"
+    return f"{enough} tokens of {all_of_them}: more gain at most {CLOSE} (simulated)"
+
+
+def among_copies_text(over: dict) -> str:
+    rest = ", ".join(f"{name} {times:.2f}" for name, times in over.items())
+    return f"fullest device over the optimum (taken): {rest} (simulated)"
 
 
 def hottest_text(hot: dict) -> str:

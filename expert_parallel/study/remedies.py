@@ -21,11 +21,12 @@ from ..placing.affinity import coactivation
 from ..placing.strategies import place_experts
 from ..router.bias import fit_bias
 from ..router.capacity import expert_capacity, limit_slots
+from ..serving import Serving
 from .traces import fit_and_test, without_warm_up
 
 BATCH = 256  # tokens that pass a layer together
 CAPACITY = 1.25  # factor of the limit per expert and batch
-LEAST_TRACED, MOST_TRACED = 1024, 65_536  # tokens; longer traces are thinned, whole batches
+LEAST_TRACED, MOST_TRACED = 64, 65_536  # tokens; longer traces are thinned, whole batches
 MOST_LOOKS = 16  # of rebalancing, over all test tokens
 
 
@@ -191,9 +192,18 @@ def _against_bound(placement, balanced, fit, test):
     return {"balance_bound": placement.metadata["balance_bound"], **over}
 
 
+def device_slots(placement: Placement, batch: Choices) -> np.ndarray:
+    """[L, D]; slots of each device in a batch, those of copies dealt out as a run does it."""
+    if placement.copies.max() == 1:
+        return placement.device_loads(batch.loads())
+    dealt = [Serving(held).devices(batch.experts[:, l]) for l, held in enumerate(placement.held)]
+    return np.stack([np.bincount(device.reshape(-1), minlength=placement.num_devices) for device in dealt])
+
+
 def _judge(remedy, placement, fit, test, price):
-    fitted = np.concatenate([placement.device_loads(batch.loads()) for batch in fit.batches()])
-    device_loads = np.concatenate([placement.device_loads(batch.loads()) for batch in test.batches()])
+    fitted, device_loads = (
+        np.concatenate([device_slots(placement, batch) for batch in part.batches()]) for part in (fit, test)
+    )
     experts = test.experts
     if test.kept is not None:  # a dropped slot goes nowhere: as if the token had asked for a kept expert twice
         some = np.take_along_axis(experts, test.kept.argmax(axis=2)[..., None], axis=2)

@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 from conftest import ROOT, SHIPPED
 
-from expert_parallel import Placement
-from expert_parallel.formats.placements import read_placement
+from expert_parallel import Placement, place_experts
+from expert_parallel.formats.placements import WRITERS, read_placement
 
 CASES = ROOT.parent / "shared" / "cases" / "16-placement-imports"
 RANDOM = np.random.default_rng(3)
@@ -75,6 +76,87 @@ def test_a_table_of_two_kinds_of_device(tmp_path):
     assert placement.experts_on(0, 1) == list(range(1, 16, 2))
 
 
+@pytest.mark.parametrize("copies", [0, 8])
+@pytest.mark.parametrize("format", [None, *WRITERS])
+def test_what_is_written_is_read_again(format, copies, tmp_path):
+    """Layers that differ, copies; of the main script's own search."""
+    loads = np.random.default_rng(1).zipf(1.5, (3, 16))
+    placement = place_experts(loads, 4, "replicated" if copies else "balanced", copies)
+    path = tmp_path / "placement"
+    if copies and format == "vllm-ranks":
+        with pytest.raises(ValueError, match=r"layer \d: expert \d+ is on \d devices; this format can say one of each"):
+            placement.save(path, format)
+        assert not path.exists()
+        return
+    placement.save(path, format)
+    assert Placement.load(path, num_devices=4) == placement
+    assert Placement.load(path, 3, 16, 4) == placement
+    with pytest.raises(ValueError, match="3 layers, the model has 4"):
+        Placement.load(path, 4, 16, 4)
+
+
+def test_what_other_engines_read_in_them(tmp_path):
+    """The fields that they look for, and who answers which slot, spelt out for two layers of four experts."""
+    placement = Placement(np.array([[[1, 0, 0, 1], [0, 1, 1, 0]], [[1, 1, 0, 0], [0, 0, 1, 1]]], dtype=bool))
+    slots = [[0, 3, 1, 2], [0, 1, 2, 3]]
+    read = {}
+    for format in WRITERS:
+        placement.save(tmp_path / format, format, layer_numbers=[1, 3])
+        text = (tmp_path / format).read_text()
+        read[format] = yaml.safe_load(text) if format == "tensorrt-llm" else json.loads(text)
+    assert read["vllm"] == slots
+    assert read["vllm-ranks"] == {"expert_to_ep_rank": [[0, 1, 1, 0], [0, 0, 1, 1]]}
+    assert read["sglang"]["physical_to_logical_map"][1::2] == slots  # layers 0 and 2 are dense
+    assert len(read["sglang"]["physical_to_logical_map"]) == 4
+    assignments = {1: slots[0], 3: slots[1]}
+    wanted = {"num_slots": 4, "initial_global_assignments": assignments, "layer_updates_per_iter": 0}
+    assert read["tensorrt-llm"] == wanted
+    ascend = read["vllm-ascend"]
+    assert ascend["moe_layer_count"] == 2
+    assert [layer["layer_id"] for layer in ascend["layer_list"]] == [0, 1]  # MoE layers, counted from 0
+    assert {layer["device_count"] for layer in ascend["layer_list"]} == {2}
+    assert ascend["layer_list"][0]["device_list"][1] == {"device_id": 1, "device_expert": [1, 2]}
+    for format in WRITERS:
+        assert Placement.load(tmp_path / format, 2, 4, 2, layer_numbers=[1, 3]) == placement
+
+
+def test_uneven_slots(tmp_path):
+    """10 experts on 4 devices: 3, 3, 2, 2. Lists of slots cannot say so; what says device by device can."""
+    placement = place_experts(np.ones((2, 10)), 4)
+    for format in WRITERS:
+        if format == "vllm-ranks":
+            placement.save(tmp_path / format, format)
+            assert Placement.load(tmp_path / format, 2, 10) == placement
+            continue
+        with pytest.raises(ValueError, match="layer 0: device 2 holds 2 experts, device 0 of layer 0 holds 3"):
+            placement.save(tmp_path / format, format)
+        assert not (tmp_path / format).exists()
+    filled = place_experts(np.ones((2, 10)), 4, "replicated", 2)
+    filled.save(tmp_path / "vllm", "vllm")
+    assert Placement.load(tmp_path / "vllm", 2, 10, 4) == filled
+    ragged = {"layer_list": [{"device_list": [{"device_expert": [0, 1]}, {"device_expert": [2]}]}]}
+    (tmp_path / "ragged").write_text(json.dumps(ragged))
+    assert Placement.load(tmp_path / "ragged").held.tolist() == [[[True, True, False], [False, False, True]]]
+
+
+def test_keys_of_layers_as_text_and_a_whole_configuration(tmp_path):
+    """YAML of TensorRT-LLM, its layers as strings in any order, inside the engine's own options."""
+    layers = "".join(f'      "{l}": {row.tolist()}\n' for l, row in reversed(list(enumerate(SLOTS))))
+    text = (
+        "moe_config:\n  backend: WIDEEP\n  load_balancer:\n    num_slots: 16\n    initial_global_assignments:\n"
+        + layers
+    )
+    (tmp_path / "llm.yaml").write_text(text)
+    assert Placement.load(tmp_path / "llm.yaml", 3, 16, 4) == held(DEVICES)
+    (tmp_path / "ep.yaml").write_text(text + "    ep_size: 4\n")
+    assert Placement.load(tmp_path / "ep.yaml") == held(DEVICES)
+
+
+def test_unknown_formats_are_named(tmp_path):
+    with pytest.raises(ValueError, match="unknown placement format 'trt': choose vllm, vllm-ranks, .*tensorrt-llm"):
+        held(DEVICES).save(tmp_path / "p", "trt")
+
+
 BAD = {
     "more slots than devices take": (json.dumps(SLOTS.tolist()), 3, "16 slots a layer .* 3 devices do not divide"),
     "no number of devices": (json.dumps(SLOTS.tolist()), None, "not how many devices have them: say --devices"),
@@ -83,7 +165,7 @@ BAD = {
     "an expert below 0": (json.dumps([[*range(16), -1, -2]] * 3), 2, "expert -2 is none of 16"),
     "an expert that is nowhere": (json.dumps([[0] * 20] * 3), 4, "expert 1 is on no device"),
     "rows of different lengths": (json.dumps([[0, 1], [0]]), 4, "placement file"),
-    "words": (json.dumps({"strategy": "x"}), 4, r"expected slots \[layers, slots\]"),
+    "words": (json.dumps({"strategy": "x"}), 4, r"or slots \[layers, slots\]"),
     "nothing": ("", 4, "placement file"),
     "no text": (b"\xff\xfe\x00", 4, "cannot read placement file"),
 }
@@ -110,6 +192,19 @@ def test_the_main_script_takes_them(run_here, tmp_path):
     assert document["placement"]["experts_per_device"] == [[32] * 4] * 4
     done = run_here("qwen3_expert_parallel.py", *line)
     assert done.returncode == 2 and "say --devices" in done.stderr
+
+
+def test_the_main_script_writes_them(run_here, tmp_path):
+    asked = ("--model", SHIPPED, "--max-tokens", 2, "--quiet", "--no-verify", "--save-placement", tmp_path / "out")
+    done = run_here("qwen3_expert_parallel.py", *asked, "--placement-format", "tensorrt-llm", "--devices", 4)
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load((tmp_path / "out").read_text())["initial_global_assignments"][3] == list(range(128))
+    again = ("--model", SHIPPED, "--max-tokens", 2, "--quiet", "--no-verify", "--placement", tmp_path / "out")
+    assert run_here("qwen3_expert_parallel.py", *again, "--devices", 4).returncode == 0
+    done = run_here("qwen3_expert_parallel.py", *asked, "--placement-format", "vllm", "--devices", 3)
+    assert done.returncode == 2 and "needs as many everywhere" in done.stderr and len(done.stderr.splitlines()) == 1
+    done = run_here("qwen3_expert_parallel.py", "--placement-format", "vllm")
+    assert done.returncode == 2 and "--placement-format needs --save-placement" in done.stderr
 
 
 @pytest.mark.skipif(not CASES.exists(), reason="the cases do not lie beside the project")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from expert_parallel import place_experts
 from expert_parallel.balance import balancedness_per_layer
 from expert_parallel.placing.copies import count_copies, device_loads, lower_bound, replicate
+from expert_parallel.placing.eplb import rebalance_experts as drop_in
 from expert_parallel.placing.search import longest_first, swap_search, within_nodes
 
 # EPLB's README: the example, and what it prints for it.
@@ -20,6 +21,10 @@ WEIGHT = np.array(
 )
 PHY2LOG = [[5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1], [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1]]
 LOGCNT = [[1, 2, 1, 1, 2, 2, 1, 1, 1, 1, 2, 1], [1, 2, 1, 1, 1, 2, 2, 1, 2, 1, 1, 1]]
+
+
+# FlashLB's published example (vllm-ascend pull request 3042): 8 experts, 8 devices of 2 slots.
+FLASHLB = np.array([[600, 560, 120, 120, 20, 10, 10, 10]])
 
 
 def check_promises(placement, num_slots):
@@ -52,6 +57,49 @@ def test_the_oracle_prints_what_eplb_prints():
     hierarchical = balancedness_per_layer(eplb_device_loads(WEIGHT, 4, 8, num_groups=4, num_nodes=2))
     assert hierarchical == pytest.approx([0.828, 0.805], abs=5e-4)
     assert balancedness_per_layer(eplb_device_loads(WEIGHT, 4, 8)) == pytest.approx([0.932, 0.840], abs=5e-4)
+
+
+def test_the_example_of_flashlb():
+    placement = place_experts(FLASHLB, 8, "replicated", redundant=8)
+    check_promises(placement, 16)
+    fullest = placement.device_loads(FLASHLB).max()
+    assert fullest == pytest.approx(196.67, abs=0.005)
+    assert fullest < 205  # FlashLB's own, and:
+    assert eplb_device_loads(FLASHLB, 8, 8).max() == pytest.approx(232, abs=0.5)
+    assert fullest >= lower_bound(FLASHLB, 8, 8)[0]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([(8, 12, 4, 1, 1), (16, 24, 8, 4, 2), (12, 16, 8, 4, 2)]))
+def test_the_drop_in_for_eplb(seed, numbers):
+    num_experts, num_replicas, num_gpus, num_groups, num_nodes = numbers
+    weight = np.random.default_rng(seed).integers(1, 1000, (3, num_experts))
+    arguments = (weight, num_replicas, num_groups, num_nodes, num_gpus)
+    slots, where, copies = drop_in(*arguments)
+    theirs, counts = rebalance_experts(*arguments)
+    assert (slots.shape, copies.shape) == (theirs.shape, counts.shape)
+    assert where.shape == (3, num_experts, copies.max())
+    for layer in range(3):
+        for expert in range(num_experts):
+            mine = where[layer, expert]
+            count = copies[layer, expert]
+            assert sorted(mine[:count]) == np.flatnonzero(slots[layer] == expert).tolist()
+            assert (mine[count:] == -1).all()
+            devices = mine[:count] // (num_replicas // num_gpus)
+            assert len(set(devices)) == count  # never two copies on one GPU
+            if num_nodes > 1:
+                of_group = slots[layer] // (num_experts // num_groups) == expert // (num_experts // num_groups)
+                assert len(set(np.flatnonzero(of_group) // (num_replicas // num_nodes))) == 1
+
+
+def test_the_drop_in_on_eplbs_own_example():
+    slots, where, copies = drop_in(WEIGHT, 16, 4, 2, 8)
+    load = np.take_along_axis(WEIGHT / copies, slots, axis=1).reshape(2, 8, 2).sum(axis=2).max(axis=1)
+    assert (load <= eplb_device_loads(WEIGHT, 4, 8, 4, 2).max(axis=1) + 1e-9).all()
+    assert drop_in(np.zeros((1, 4)), 4, 1, 1, 2)[2].tolist() == [[1, 1, 1, 1]]  # nothing counted yet
+    for numbers, message in (((14, 1, 1, 8), "14 replicas do not divide over 8"), ((8, 1, 1, 8), "fewer than the 12")):
+        with pytest.raises(ValueError, match=message):
+            drop_in(WEIGHT, *numbers)
 
 
 def test_replicated_on_the_eplb_example():

@@ -296,3 +296,49 @@ def test_speed_ups_are_over_one_device_though_it_was_not_asked_for(described):
     all_of_them, only_two = (report(described, setting_of(devices=n))[0] for n in ([1, 2], [2]))
     assert only_two["devices"] == all_of_them["devices"][1:]
     assert only_two["speed_up_over"] == 1
+
+
+# --- a single sequence ----------------------------------------------------------------------------------------
+
+
+def test_one_sequence_by_plain_arithmetic(described):
+    """Every column of "One sequence at most", of fullest devices that are counted and drawn here."""
+    table = projection.one_sequence(described, setting_of(devices=[1, 2, 8]))[0]
+    figures, printed = sections([table])["one_sequence"], str(table)
+    cache = CACHE * CONTEXT / BANDWIDTH
+    fixed, rest, expert = LAYERS * PER_LAYER, REST / BANDWIDTH + cache, LAYERS * EXPERT / BANDWIDTH
+    one = fixed + rest + CHOSEN * expert
+    assert figures["bound"] == pytest.approx(one / (fixed + rest), rel=1e-3)
+    assert f"more than {one / (fixed + rest):.2f}x: {(fixed + rest) / one:.0%}" in " ".join(printed.split())
+    random = np.random.default_rng(5)
+    for row, devices in zip(figures["devices"], (2, 8), strict=True):
+        home = np.stack([random.permutation(EXPERTS)[:CHOSEN] * devices // EXPERTS for _ in range(6000)])
+        fullest = (home[:, :, None] == np.arange(devices)).sum(axis=1).max(axis=1).mean()
+        assert row["fullest_experts"] == pytest.approx(fullest, rel=0.02)
+        at_most = fixed + rest + row["fullest_experts"] * expert
+        assert row["ceiling_if_even"] == pytest.approx(one / (fixed + rest + CHOSEN / devices * expert), rel=1e-3)
+        assert row["ceiling"] == pytest.approx(one / at_most, rel=1e-3)
+        assert row["break_even_seconds"] == pytest.approx((one - at_most) / LAYERS, rel=2e-3)
+        steps = 1 if devices <= PORTS + 1 else 2 * (devices - 1)
+        all_sum = steps * LATENCY + (1 if devices == 2 else 2 * (devices - 1) / devices) * HIDDEN * 2 / WIRE
+        assert row["speed_up_1"] == pytest.approx(one / (at_most + LAYERS * all_sum), rel=0.02)
+        assert row["speed_up_8"] > row["speed_up_1"]
+    columns = columns_of(printed, "One sequence at most", 2)
+    assert columns["devices"] == ("2", "8")
+    formats = {"if even": "{ceiling_if_even:.2f}x", "of 8": "{fullest_experts:.2f}", "at most": "{ceiling:.2f}x"}
+    formats |= {str(count): f"{{speed_up_{count}:.2f}}x" for count in (1, 8, 32, 128)}
+    for label, shown in formats.items():
+        assert columns[label] == tuple(shown.format(**row) for row in figures["devices"])
+    assert columns["break-even"] == tuple(f"{1e6 * row['break_even_seconds']:.0f} us" for row in figures["devices"])
+    assert table.source == "modelled" and "(modelled)" in printed
+
+
+def test_one_sequence_with_a_trace_and_alone(described, trace):
+    assert projection.one_sequence(described, setting_of(devices=[1])) == []
+    skewed = projection.one_sequence(described, setting_of(devices=[4], trace=trace))[0].to_json()
+    uniform = projection.one_sequence(described, setting_of(devices=[4]))[0].to_json()
+    assert skewed["routing"] == "skewed" and uniform["routing"] == "uniform"
+    home = trace.experts.astype(int) // 32
+    fullest = (home[..., None] == np.arange(4)).sum(axis=2).max(axis=2).mean()
+    assert skewed["devices"][0]["fullest_experts"] == pytest.approx(fullest)
+    assert skewed["devices"][0]["ceiling"] < uniform["devices"][0]["ceiling"]

@@ -15,6 +15,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from witness import positive
 from witness_runs import CONFIG, HORIZON, MOVING, OVER_RANKS, PROMPT, RUNS, STOP, TIMED, WEIGHTS, E, K, L, run_of
 
+from expert_parallel import place_experts  # what is judged; how well it does is counted here
+
 HIDDEN, VOCABULARY = CONFIG["hidden_size"], CONFIG["vocab_size"]
 
 
@@ -96,7 +98,25 @@ def test_routing(run):
 
 def test_balance(run):
     expected = witness.balance(run.chosen, run.prefill, run.history, E)
+    if "placement_trace" in run.asked:
+        expected |= fitted(run)
     assert not witness.differences(run.document["balance"], expected)
+
+
+def fitted(run):
+    """What the placement promised: on the tokens it was fitted on, and one of their first half on their second."""
+    chosen, _ = witness.read_trace(run.asked["placement_trace"])
+    half, loads = len(chosen) // 2, [[0] * E for _ in range(L)]
+    for token in chosen[:half]:
+        for layer, experts in enumerate(token):
+            for expert in experts:
+                loads[layer][expert] += 1
+    found = place_experts(loads, len(run.history[0][1][0]), run.asked["placement"], run.asked["redundant_experts"])
+    held = [[found.experts_on(layer, device) for device in range(found.num_devices)] for layer in range(L)]
+    return {
+        "balancedness_fitted_simulated": witness.evenness(witness.loads_of(chosen, run.history))[1],
+        "balancedness_expected_simulated": witness.evenness(witness.loads_of(chosen[half:], [(0, held)]))[1],
+    }
 
 
 def test_memory(run):

@@ -141,6 +141,11 @@ def test_balance_over_all_layers(run):
         "balancedness, aggregate (vLLM)": f"{figures['balancedness_aggregate']:.3f}",
         "devices touched per token (fan-out)": f"{figures['fan_out']:.2f}{beside}",
     }
+    if "placement_trace" in run.asked:
+        tokens = len(witness.read_trace(run.asked["placement_trace"])[0])
+        there, unseen = (figures[f"balancedness_{name}_simulated"] for name in ("fitted", "expected"))
+        expected[f"placement fitted on {tokens} tokens"] = f"{there:.3f} on those (simulated)"
+        expected["to expect on unseen tokens"] = f"{unseen:.3f} (simulated: first half fits, second judges)"
     for name in ("prefill", "decode"):
         phase = figures["phases"][name]
         line = f"balancedness in {name} ({phase['tokens']} tokens)"

@@ -75,6 +75,29 @@ def test_what_is_printed_is_what_json_says(hot):
     assert facts["seen after"] == f"{hottest['tokens_until_seen']} tokens: {rule}"
 
 
+def test_what_was_learnt_in_print_and_json(hot):
+    text, figures, fit, test = hot
+    facts = facts_of(text, f"{D} contiguous devices")
+    counts = np.zeros((2, E))
+    for n, part in enumerate((fit, test)):
+        for token in part.experts[:, 0].tolist():
+            for expert in token:
+                counts[n][expert] += 1
+    cosine = counts[0] @ counts[1] / (counts[0] @ counts[0] * (counts[1] @ counts[1])) ** 0.5
+    found = figures["stability_simulated"]
+    assert found["cosine"] == pytest.approx(cosine) and 0.98 < found["cosine_if_shuffled"] < 1
+    shuffled = f"{found['cosine_if_shuffled']:.3f} if shuffled (simulated)"
+    assert facts["loads that last"] == f"cosine {cosine:.3f} of both parts; {shuffled}"
+    enough = figures["enough_tokens_simulated"]
+    assert enough in (16, 64, 256) and facts["enough to fit on"].startswith(f"{enough} tokens of 1024: more gain at")
+    over = figures["over_optimum_simulated"]
+    rest = ", ".join(f"{name} {over[name]:.2f}" for name in ("least loaded", "by turns", "shared equally"))
+    assert sorted(facts["among copies"].split(": ")[1].removesuffix(" (simulated)").split(", ")) == sorted(
+        rest.split(", ")
+    )
+    assert "learning_curve" not in figures
+
+
 def test_remedies_in_print_and_json(hot):
     text, figures, *_ = hot
     title = "Remedies (balancedness and fan-out simulated; ms of the slowest device)"

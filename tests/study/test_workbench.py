@@ -244,10 +244,10 @@ def choices_of(num_tokens, top_k, num_experts=16):
 @pytest.mark.parametrize(
     ("experts", "message"),
     [
-        (np.zeros((0, 2, 4)), "0 tokens, at least 1024"),
+        (np.zeros((0, 2, 4)), "0 tokens, at least 64"),
         (np.zeros((3000, 0, 4)), "0 tokens after 3000 warm-up rows"),
-        (np.full((3000, 2, 4), 3), "0 tokens after 3000 warm-up rows, all alike, at least 1024"),
-        (choices_of(10, 4), "10 tokens, at least 1024"),
+        (np.full((3000, 2, 4), 3), "0 tokens after 3000 warm-up rows, all alike, at least 64"),
+        (choices_of(10, 4), "10 tokens, at least 64"),
     ],
 )
 def test_traces_with_nothing_to_judge(experts, message, tmp_path, monkeypatch, capsys):

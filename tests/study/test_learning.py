@@ -1,0 +1,85 @@
+"""What a placement learns from a trace: against loads counted here, and cases whose answer is known."""
+
+import numpy as np
+import pytest
+
+from expert_parallel import Placement, place_experts
+from expert_parallel.balance import balancedness
+from expert_parallel.study.learning import among_copies, enough_tokens, learning_curve, stability
+from expert_parallel.study.remedies import BATCH, Choices, device_slots
+
+E, K, L = 32, 4, 2
+
+
+def skewed(tokens, seed, favourites=0):
+    """Choices of tokens that prefer some experts, the same ones for the same `favourites`."""
+    wish = np.random.default_rng(favourites).normal(size=(L, E))
+    noise = np.random.default_rng(seed).gumbel(size=(tokens, L, E))
+    return Choices(np.argsort(-(wish + noise), axis=2)[..., :K], E)
+
+
+def by_hand(placement, batches):
+    """Sum of means over sum of maxima; copies dealt out evenly by trying every device for each slot in turn."""
+    means = maxima = 0.0
+    for batch in batches:
+        for l in range(L):
+            load = np.zeros(placement.num_devices)
+            for expert in batch.experts[:, l].reshape(-1):
+                load[placement.devices_of(l, expert)[0]] += 1
+            means, maxima = means + load.mean(), maxima + load.max()
+    return means / maxima
+
+
+def test_the_learning_curve_without_copies():
+    fit, test = skewed(300, 1), skewed(600, 2)
+    curve = learning_curve(fit, test, 4, 0)
+    assert [row["tokens"] for row in curve] == [18, 75, 300]
+    for row in curve:
+        part = fit.part(slice(row["tokens"]))
+        placement = place_experts(part.loads(), 4, "balanced")
+        assert row["balancedness_fit"] == pytest.approx(by_hand(placement, part.batches()))
+        assert row["balancedness_test"] == pytest.approx(by_hand(placement, test.batches()))
+    assert curve[0]["balancedness_fit"] > curve[0]["balancedness_test"]
+    assert curve[-1]["balancedness_test"] > curve[0]["balancedness_test"]
+
+
+def test_the_learning_curve_with_copies():
+    fit, test = skewed(300, 1), skewed(600, 2)
+    row = learning_curve(fit, test, 4, 8)[-1]
+    placement = place_experts(fit.loads(), 4, "replicated", 8)
+    slots = [device_slots(placement, batch) for batch in test.batches()]
+    assert [int(of_batch.sum()) for of_batch in slots] == [BATCH * L * K, BATCH * L * K, (600 - 2 * BATCH) * L * K]
+    assert row["balancedness_test"] == pytest.approx(balancedness(np.concatenate(slots), "aggregate"))
+    assert row["balancedness_test"] > learning_curve(fit, test, 4, 0)[-1]["balancedness_test"]
+
+
+@pytest.mark.parametrize(
+    ("worth", "enough"),
+    [([0.5, 0.7, 0.9], 3), ([0.5, 0.895, 0.9], 2), ([0.9, 0.7, 0.9], 1), ([0.9, 0.88, 0.9], 1), ([0.8, 0.9, 0.7], 2)],
+)
+def test_how_many_tokens_are_enough(worth, enough):
+    assert enough_tokens([{"tokens": n + 1, "balancedness_test": w} for n, w in enumerate(worth)]) == enough
+
+
+def test_loads_of_the_same_kind_last_and_of_another_do_not():
+    same = stability(skewed(2000, 1), skewed(2000, 2))
+    other = stability(skewed(2000, 1), skewed(2000, 2, favourites=1))
+    assert same["cosine"] == pytest.approx(same["cosine_if_shuffled"], abs=0.005) and same["cosine"] > 0.99
+    assert other["cosine"] < 0.9 < other["cosine_if_shuffled"]
+
+
+def test_ways_to_deal_slots_by_hand():
+    """Expert 0 is on both devices, 1 on the first alone. Slots 0 0 0 1 1 and again: the first has two beforehand."""
+    held = Placement(np.array([[[1, 1], [1, 0]]], dtype=bool)).held
+    experts = np.array([0, 1, 0, 1, 0])[:, None, None]
+    # The optimum is 3 (of 5 slots); by turns, every other slot to the second device: 0, 2, 4 are the first's, too.
+    over = among_copies(held, [Choices(experts, 2)])
+    assert over == pytest.approx({"least loaded": 1.0, "by turns": 5 / 3, "shared equally": 3.5 / 3})
+
+
+def test_no_way_beats_the_optimum():
+    fit, test = skewed(300, 1), skewed(600, 2)
+    held = place_experts(fit.loads(), 4, "replicated", 8).held
+    over = among_copies(held, test.batches())
+    assert min(over["least loaded"], over["by turns"]) >= 1
+    assert over["shared equally"] > 0.99  # parts of slots: below the optimum by less than one slot

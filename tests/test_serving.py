@@ -1,0 +1,127 @@
+"""Who answers which slot: by hand, by property, against every possible choice, and against scipy's linear programme."""
+
+import itertools
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linprog
+
+from expert_parallel import place_experts
+from expert_parallel.serving import Serving, level
+
+# Devices 0 and 1 have expert 0; 1 and 2 have expert 1; expert 2 is on device 0 alone, nobody has expert 3.
+HELD = np.array([[1, 0, 1, 0], [1, 1, 0, 0], [0, 1, 0, 0]], dtype=bool)
+
+
+def loads(device, num_devices):
+    return np.bincount(device.reshape(-1), minlength=num_devices + 1)[:num_devices]
+
+
+@st.composite
+def problems(draw, most_slots=9):
+    """(held, experts [T, k]): up to 4 devices, 5 experts, some with copies and at times one that nobody has."""
+    devices, experts = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    held = random.random((devices, experts)) < draw(st.sampled_from([0.2, 0.5, 0.8]))
+    lost = ~held.any(axis=0)
+    keep = random.random(experts) < 0.9
+    held[random.integers(devices), lost & keep] = True
+    return held, random.integers(experts, size=(draw(st.integers(1, most_slots)), 1))
+
+
+def least_by_trying(held, experts):
+    """Slots on the fullest device, the least of all choices."""
+    holders = [np.flatnonzero(held[:, e]) for e in experts.reshape(-1) if held[:, e].any()]
+    return min(np.bincount(choice, minlength=len(held)).max() for choice in itertools.product(*holders))
+
+
+def test_by_hand():
+    serving = Serving(HELD)
+    assert serving.home.tolist() == [0, 1, 0, 3]
+    # Two slots of expert 2 on device 0; expert 0's three go to device 1, then expert 1's two to the empty device 2.
+    experts = np.array([[2, 0], [2, 0], [1, 0], [1, 3]])
+    assert serving.devices(experts, greedy=True).tolist() == [[0, 1], [0, 1], [2, 1], [2, 3]]
+    # Two of expert 0's: the second goes where fewer are by then.
+    assert serving.devices(np.array([0, 0])).tolist() == [0, 1]
+
+
+def test_one_holder_leaves_no_choice():
+    serving = Serving(np.eye(4, dtype=bool))
+    experts = np.array([[3, 1], [1, 1]])
+    assert not serving.any_shared
+    assert serving.devices(experts, greedy=True).tolist() == serving.devices(experts).tolist() == experts.tolist()
+
+
+def test_holders_take_turns():
+    held = np.array([[1, 1, 0, 1], [0, 1, 1, 1], [0, 0, 0, 1]], dtype=bool)
+    assert Serving(held).turns.T.tolist() == [[0, 0, 0], [0, 1, 0], [1, 1, 1], [0, 1, 2]]
+    assert Serving(HELD).turns.T.tolist() == [[0, 1], [1, 2], [0, 0], [3, 3]]  # nobody is D
+
+
+@pytest.mark.parametrize(
+    ("load", "amount", "share"),
+    [([5, 1, 2], 4, [0, 3, 1]), ([5, 1, 2], 9, [1, 4, 4]), ([3, 3], 1, [1, 0]), ([0, 7], 3, [3, 0]), ([2], 5, [5])],
+)
+def test_level_by_hand(load, amount, share):
+    given = level(np.array(load), amount)
+    assert sorted((np.array(load) + given).tolist()) == sorted((np.array(load) + share).tolist())
+    assert given.sum() == amount and (given >= 0).all()
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems())
+def test_every_slot_has_a_holder_and_the_optimum_is_one(problem):
+    held, experts = problem
+    serving = Serving(held)
+    for device in (serving.devices(experts, greedy=True), serving.devices(experts)):
+        assert device.shape == experts.shape
+        for of_slot, expert in zip(device.reshape(-1), experts.reshape(-1), strict=True):
+            assert held[of_slot, expert] if held[:, expert].any() else of_slot == len(held)
+    if held.any(axis=0)[experts].any():
+        greedy, best = (loads(one, len(held)).max() for one in (serving.devices(experts, greedy=True), device))
+        assert best == least_by_trying(held, experts) <= greedy
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems(most_slots=30))
+def test_a_replicated_experts_slots_lie_level(problem):
+    """Of one expert no holder gets a slot while another holder is two below it before that expert came."""
+    held, experts = problem
+    shared = np.flatnonzero(held.sum(axis=0) > 1)
+    if len(shared):
+        only = np.full((7, 1), shared[0])
+        got = loads(Serving(held).devices(only, greedy=True), len(held))[held[:, shared[0]]]
+        assert got.sum() == 7 and got.max() - got.min() <= 1
+
+
+def test_the_optimum_against_a_linear_programme():
+    """64 tokens, top-8 of 128 experts, 32 copies on 8 devices: with scipy's bound, and in about a millisecond."""
+    random = np.random.default_rng(0)
+    weights = random.zipf(1.6, 128).clip(max=200)
+    held = place_experts(weights[None], 8, "replicated", 32).held[0]
+    serving, seconds = Serving(held), []
+    for _ in range(12):
+        experts = np.stack([random.choice(128, 8, replace=False, p=weights / weights.sum()) for _ in range(64)])
+        begin = time.perf_counter()
+        best = loads(serving.devices(experts), 8)
+        seconds.append(time.perf_counter() - begin)
+        assert best.sum() == experts.size
+        assert best.max() == int(np.ceil(least_by_programme(held, experts) - 1e-6))
+        assert best.max() <= loads(serving.devices(experts, greedy=True), 8).max()
+    assert np.median(seconds) < 0.02  # about 1 ms; BENCHMARKS.md has it measured
+
+
+def least_by_programme(held, experts):
+    """min t: every expert's slots dealt out among its holders in parts, no device above t."""
+    counts = np.bincount(experts.reshape(-1), minlength=held.shape[1])
+    pairs = np.argwhere(held)  # (device, expert) of each variable; the last variable is t
+    dealt = np.zeros((held.shape[1], len(pairs) + 1))
+    above = np.zeros((len(held), len(pairs) + 1))
+    for n, (device, expert) in enumerate(pairs):
+        dealt[expert, n], above[device, n] = 1, 1
+    above[:, -1] = -1
+    cost = np.append(np.zeros(len(pairs)), 1)
+    return linprog(cost, above, np.zeros(len(held)), dealt, counts, method="highs").fun
