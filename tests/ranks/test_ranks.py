@@ -51,7 +51,7 @@ BY_HAND = {  # of 8 experts, copies among them
     3: ["0-3", "3-5", "6,7,0"],
     8: ["7", "6", "5", "4", "3", "2", "1,0", "0"],
 }
-COPIES = {2: ["0-79", "48-127"], 3: ["0-127", "42-127", "85-127"]}  # of the shipped model's 128
+COPIES = {2: ["0-111", "16-127"], 3: ["0-127", "42-127", "85-127"]}  # of the shipped model's 128
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +75,9 @@ def cases_of(ranks):
         "replicated": ("--model", "{hf}", *replicated),
         "hybrid": ("--model", "{4bit}" if ranks == 2 else "{float32}", "--attention", "sharded"),
     }
-    if ranks == 2:
+    if ranks <= 3:
         cases["contiguous"] = ("--model", "{4bit}")
+    if ranks == 2:
         cases["sampled"] = ("--model", "{4bit}", "--temp", "0.8", "--seed", "7", "--max-tokens", "16")
         cases["copies"] = (*shipped, "--placement", "{copies}")
         cases["rebalanced"] = (*moving, "--combine", "gather")
@@ -132,7 +133,7 @@ def test_every_way_to_spread_says_what_stock_says(backend, ranks, models, tmp_pa
             assert figures["ranks"][0]["rest_bytes"] < rest * 0.8
         if name == "copies":  # share the slots
             slots = [sum(rank["slots_computed_per_layer"]) for rank in figures["ranks"]]
-            assert abs(slots[0] - slots[1]) < 0.2 * sum(slots)
+            assert abs(slots[0] - slots[1]) < 0.1 * sum(slots), slots  # by the first holder alone: 0.8
 
 
 def test_tensor_parallelism_cannot_split_the_shipped_model_over_eight_ranks():
