@@ -378,6 +378,15 @@ def test_what_runs_where_shows_a_strategy_as_it_is():
     }  # fmt: skip
 
 
+def test_chance_is_that_of_the_first_layers_devices():
+    """Layer 0 is even, layer 1 has all experts but one on device 0: what uniform routing would give differs."""
+    held = np.zeros((2, 2, 16), dtype=bool)
+    held[0, 0, :8] = held[0, 1, 8:] = held[1, 0, :15] = held[1, 1, 15:] = True
+    trace = RoutingTrace(np.tile(np.arange(4), (50, 2, 1)), 16)
+    figures = sections(run.balance(trace, [(0, Placement(held))], [0, 1]))["balance"]
+    assert figures["balancedness_if_uniform_simulated"] > 0.8  # of layer 1: 0.53
+
+
 # --- all of it --------------------------------------------------------------------------------------------------
 
 
