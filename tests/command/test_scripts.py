@@ -341,7 +341,7 @@ def test_an_interrupt_in_mid_answer_leaves_one_line_and_no_file(tmp_path):
 @pytest.mark.parametrize(("dtype", "value"), [("float32", 4), ("float16", 2), ("keep", 2)])
 def test_communication_follows_the_dtype_of_the_run(here, tmp_path, dtype, value):
     """The report counted 4 bytes a value on every CPU, whatever --dtype said; the shipped model is bfloat16."""
-    result = here(*QUICK[:2], "--max-tokens", 2, "--dtype", dtype, "--json", tmp_path / "o.json")
+    result = here(*QUICK[:2], "--prompt", "a", "--max-tokens", 2, "--dtype", dtype, "--json", tmp_path / "o.json")
     figures = json.loads((tmp_path / "o.json").read_text())
     assert figures["communication"]["value_bytes"] == value
     assert figures["communication"]["bytes_per_token"] == 4 * 256 * value  # layers, hidden
