@@ -13,8 +13,9 @@ from expert_parallel.command import options
 from expert_parallel.formats.placements import WRITERS
 from expert_parallel.models.architecture import describe, fullest_device_bytes
 from expert_parallel.models.configurations import bundled_names, load_configuration
-from expert_parallel.projection.hardware import MACHINES
+from expert_parallel.projection.hardware import LINKS, MACHINES
 from expert_parallel.projection.step import estimate
+from expert_parallel.report import projection
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -99,3 +100,12 @@ def test_commands_are_understood(script, words):
 def test_every_format_of_placements_is_named():
     row = next(line for line in TEXT.splitlines() if "--save-placement FILE" in line)
     assert set(WRITERS) <= set(re.findall(r"`([\w-]+)`", row)) and tuple(WRITERS) == options.PLACEMENT_FORMATS
+
+
+def test_what_a_single_sequence_gains():
+    described = describe(load_configuration("qwen3-coder-30b"))
+    link, source = LINKS["thunderbolt-jaccl"]
+    setting = projection.Setting(MACHINES["m4-max"], link, "thunderbolt-jaccl", source, 2048, (1, 2, 4, 8))
+    lines = str(projection.one_sequence(described, setting)[0]).splitlines()
+    assert "\n".join(lines[:5]) in TEXT
+    assert "more than 1.32x" in " ".join(" ".join(lines).split())
