@@ -80,7 +80,8 @@ def run(args):
 
     # 1. What is in it
     configuration = load_configuration(args.model)
-    read = {"the model": configuration.folder or configuration.file, "the trace": args.trace}
+    alone = configuration.bundled or Path(args.model).expanduser().is_file()
+    read = {"the model": configuration.file if alone else configuration.file.parent, "the trace": args.trace}
     prompts = options.titled(args.prompt or ())
     read |= {f"the prompt {path}": path for path in prompts.values() if os.path.isfile(path)}  # noqa: PTH113
     output.check_outputs({"--json": args.json}, {what: path for what, path in read.items() if path})

@@ -8,6 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def part_of(path: Path) -> Path:
+    """Where a file is written until it is whole: beside it, or beside the target of a link."""
+    path = Path(os.path.realpath(path))
+    return path.with_name(f"{path.name}.{os.getpid()}.part")
+
+
 @contextmanager
 def written_whole(path, mode: str = "w"):
     """A file to write into, which takes its place under its name when the block ends well: a reader never sees half.
@@ -18,7 +24,7 @@ def written_whole(path, mode: str = "w"):
     path = Path(path)
     straight = path.exists() and not path.is_file()
     path = path if straight else Path(os.path.realpath(path))  # a link stays, its target is replaced
-    beside = path if straight else path.with_name(f"{path.name}.{os.getpid()}.part")
+    beside = path if straight else part_of(path)
     try:
         with beside.open(mode) as file:
             yield file

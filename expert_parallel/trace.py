@@ -5,6 +5,7 @@ Dimensions: T tokens, L MoE layers, E experts, k chosen per token.
 
 from __future__ import annotations
 
+import io
 import json
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -79,8 +80,10 @@ class RoutingTrace:
         """One .npz file: the arrays, and the rest as JSON in it. Small numbers take a byte: 7 times as fast."""
         small = self.experts.astype(np.uint8) if self.num_experts <= 256 else self.experts
         about = {"format": FORMAT, "num_experts": self.num_experts, "model": self.model, "metadata": self.metadata}
+        archive = io.BytesIO()  # a pipe or a device cannot be gone back in, as zip files want it
+        np.savez_compressed(archive, experts=small, prefill=self.prefill, about=json.dumps(about))
         with written_whole(path, "wb") as file:
-            np.savez_compressed(file, experts=small, prefill=self.prefill, about=json.dumps(about))
+            file.write(archive.getbuffer())
 
     @staticmethod
     def load(path) -> RoutingTrace:

@@ -113,7 +113,7 @@ def check_files(args, model_folder) -> None:
     if args.plots:
         pictures = [args.plots / f"{name}_loads.png" for name in ("expert", "device")]
         outputs |= {f"--plots ({path.name})": path for path in (pictures if args.plots.is_dir() else [args.plots])}
-    inputs = {"the model": model_folder}
+    inputs = {"the model": model_folder} | ({"the adapter": args.adapter_path} if args.adapter_path else {})
     named = {"the prompt": args.prompt, "the placement": args.placement, "the trace": args.placement_trace}
     inputs |= {what: path for what, path in named.items() if path and os.path.isfile(path)}  # noqa: PTH113
     check_outputs(outputs, inputs)
