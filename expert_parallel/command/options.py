@@ -235,6 +235,7 @@ def make_placement(args, shape: tuple[int, int], layer_numbers=None, ranks: int 
     """The Placement that was asked for, by strategy or from a file, for a model of (L, E).
 
     One process has as many devices as are asked for, as the file says, else 8, or as many as there are experts.
+    Metadata "notes" has lines for the user about the file.
     layer_numbers  [L] of the MoE layers, for files that count all layers
     Raises ValueError, also where --placement-format cannot say what it is.
     """
@@ -249,7 +250,7 @@ def _placement(args, shape, layer_numbers, ranks):
     import numpy as np
 
     from ..formats.placements import read_placement
-    from ..formats.traces import read_loads, read_trace
+    from ..formats.traces import notes_of, read_loads, read_trace
     from ..placing.held_out import fitted_on
     from ..placing.strategies import place_experts
 
@@ -277,4 +278,7 @@ def _placement(args, shape, layer_numbers, ranks):
     how = (num_devices, args.placement, args.redundant_experts)
     if trace is None:
         return place_experts(loads, *how)
-    return fitted_on(trace, lambda part: place_experts(part.loads(), *how, coactivation=part.experts))
+    placement = fitted_on(trace, lambda part: place_experts(part.loads(), *how, coactivation=part.experts))
+    if notes := notes_of(trace, args.placement_trace.name):
+        placement.metadata["notes"] = notes
+    return placement

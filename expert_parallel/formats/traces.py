@@ -24,10 +24,14 @@ import numpy as np
 from ..placement import check_loads
 from ..trace import RoutingTrace
 from .content import content_of
+from .warm_up import without_warm_up
+
+LEFT_OUT = {"warm_up_rows": "warm-up rows, all alike", "incomplete_rows": "tokens that some layer lacks"}
+LEFT_OUT |= {"blank_rows": "tokens with blank choices"}
 
 
 def read_trace(path, num_experts: int | None = None) -> RoutingTrace:
-    """The tokens of a recording.
+    """The tokens of a recording, without its warm-up rows; metadata says what was left out (`notes_of`).
 
     num_experts  E, where the file does not say; None: the highest expert that occurs, plus one, and the metadata's
                  "num_experts_guessed" says so
@@ -37,9 +41,32 @@ def read_trace(path, num_experts: int | None = None) -> RoutingTrace:
         found = _read(path, num_experts)
         if isinstance(found, np.ndarray):
             raise ValueError("it has counts and no tokens: enough for --placement balanced and replicated alone")
-        trace = found if isinstance(found, RoutingTrace) else found.trace(num_experts, Path(path).stem)
+        trace = _tokens(found if isinstance(found, RoutingTrace) else found.trace(num_experts, Path(path).stem))
         _check_experts(trace.num_experts, num_experts)
     return trace
+
+
+def read_trace_for(path, num_layers: int, top_k: int, num_experts: int) -> RoutingTrace:
+    """`read_trace` for a model of so many MoE layers and chosen experts; ValueError if it is of another."""
+    trace = read_trace(path, num_experts)
+    found, wanted = (*trace.experts.shape[1:], trace.num_experts), (num_layers, top_k, num_experts)
+    if found != wanted:
+        shapes = ("{} layers, top-{} of {}".format(*shape) for shape in (found, wanted))
+        raise ValueError("{} is of {}; the model has {}".format(path, *shapes))
+    return trace
+
+
+def notes_of(trace: RoutingTrace, name: str) -> list[str]:
+    """What was left out of a trace that was read, a line each; name of the file."""
+    counts = {what: trace.metadata.get(key) for key, what in LEFT_OUT.items()}
+    return [f"{name}: left out {count} {what}" for what, count in counts.items() if count]
+
+
+def _tokens(trace: RoutingTrace) -> RoutingTrace:
+    without = without_warm_up(trace)
+    if not without.experts.size:
+        raise ValueError(f"it has no tokens{f' but {len(trace)} warm-up rows, all alike' if len(trace) else ''}")
+    return without
 
 
 def read_loads(path, num_experts: int | None = None) -> np.ndarray:
@@ -47,7 +74,7 @@ def read_loads(path, num_experts: int | None = None) -> np.ndarray:
     with _naming(path):
         found = _read(path, num_experts)
         if isinstance(found, RoutingTrace):
-            found = found.loads()
+            found = _tokens(found).loads()
         loads = found.loads(num_experts) if isinstance(found, _Slots) else found
         _check_experts(loads.shape[1], num_experts)
     return loads

@@ -14,7 +14,7 @@ from expert_parallel.moving.plan import Costs
 from expert_parallel.projection.links import Link
 from expert_parallel.report.workbench import hot_figures, layer_parts, proposed
 from expert_parallel.study.phases import Phases, SmallLayer, interleaved, run_phases, slowest_device_work
-from expert_parallel.study.remedies import BATCH, Choices, capacity_choices, compare, learn_bias
+from expert_parallel.study.remedies import BATCH, Choices, capacity_choices, compare, fit_and_test, learn_bias
 from expert_parallel.study.scenarios import SCENARIOS, preferences
 
 SMALL = ("--hidden", 32, "--expert-width", 16, "--tokens", 2048, "--experts", 32, "--top-k", 4)
@@ -136,6 +136,16 @@ def test_a_batch_waits_for_its_fullest_device():
     assert found["round-robin"].balancedness_test == pytest.approx(1.0)
 
 
+def test_fit_and_test_parts():
+    trace = RoutingTrace(np.arange(20).reshape(10, 1, 2), 20)
+    fit, test = fit_and_test(trace, 0.7)
+    assert np.array_equal(np.concatenate([fit.experts, test.experts]), trace.experts)
+    assert len(fit) == 7
+    for share in (0, 1, 0.01):
+        with pytest.raises(ValueError, match="both parts need tokens"):
+            fit_and_test(trace, share)
+
+
 def test_capacity_per_batch_and_learned_bias():
     choices = gumbel_choices(preferences("hot", 1024, 32), 4)
     limited = capacity_choices(choices, 1.25, reroute=True)
@@ -244,9 +254,13 @@ def choices_of(num_tokens, top_k, num_experts=16):
 @pytest.mark.parametrize(
     ("experts", "message"),
     [
-        (np.zeros((0, 2, 4)), "0 tokens, at least 64"),
-        (np.zeros((3000, 0, 4)), "0 tokens after 3000 warm-up rows"),
-        (np.full((3000, 2, 4), 3), "0 tokens after 3000 warm-up rows, all alike, at least 64"),
+        (np.zeros((0, 2, 4)), "it has no tokens"),
+        (np.zeros((3000, 0, 4)), "it has no tokens but 3000 warm-up rows"),
+        (np.full((3000, 2, 4), 3), "it has no tokens but 3000 warm-up rows, all alike"),
+        (
+            np.concatenate([np.full((3000, 2, 4), 3), choices_of(40, 4)]),
+            "40 tokens, at least 64 are needed (the file: left out 3000 warm-up rows, all alike)",
+        ),
         (choices_of(10, 4), "10 tokens, at least 64"),
     ],
 )
