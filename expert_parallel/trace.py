@@ -91,13 +91,16 @@ class RoutingTrace:
         try:
             with np.load(path, allow_pickle=False) as file:
                 about = json.loads(str(file["about"]))
-                if about.get("format") != FORMAT:
-                    raise ValueError(f"its format is {about.get('format')!r}, not {FORMAT!r}")
+                if about["format"] != FORMAT:
+                    raise ValueError(f"its format is {about['format']!r}, not {FORMAT!r}")
+                for name, kind in {"num_experts": int, "model": str, "metadata": dict}.items():
+                    if type(about[name]) is not kind:
+                        raise ValueError(f"its {name} is {about[name]!r}, which is no {kind.__name__}")
                 arrays = file["experts"], file["prefill"]
             return RoutingTrace(arrays[0], about["num_experts"], arrays[1], about["model"], about["metadata"])
         except Exception as error:  # zipfile, numpy, json and os each have their own
             words = "it is no routing trace, which --trace and RoutingTrace.save write"
-            why = words if "pickle" in str(error) or isinstance(error, KeyError) else error
+            why = words if "pickle" in str(error) or isinstance(error, KeyError | TypeError) else error
             raise ValueError(f"cannot read routing trace {path}: {why}") from None
 
 
