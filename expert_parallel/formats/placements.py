@@ -40,7 +40,7 @@ def read_placement(path, num_layers=None, num_experts=None, num_devices=None, la
     try:
         if isinstance(content, dict) and ("every_layer" in content or "layers" in content):
             held = own.held_of(content, num_layers, num_experts)
-            return Placement(held, str(content.get("strategy", "custom")), content.get("metadata", {}))
+            return Placement(held, str(content.get("strategy", "custom")), own.metadata_of(content, held))
         return Placement(_held(content, num_layers, num_experts, num_devices, layer_numbers), Path(path).name)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise ValueError(f"placement file {path}: {error}") from None
