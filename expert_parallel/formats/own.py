@@ -49,6 +49,15 @@ def _experts(entry) -> list[int]:
     return experts
 
 
+def counts_in(document: dict, *names: str) -> dict[str, int]:
+    """Those of the named counts that a file says; ValueError for one that is none."""
+    said = {name: document[name] for name in names if name in document}
+    for name, count in said.items():
+        if type(count) is not int or count < 1:
+            raise ValueError(f'"{name}" is {count!r}, not a count from 1 up')
+    return said
+
+
 def held_of(document, num_layers: int | None, num_experts: int | None) -> np.ndarray:
     """bool [L, D, E] that a file's JSON describes; ValueError says what is wrong with it."""
     # 1. Layers of devices of experts.
@@ -56,10 +65,7 @@ def held_of(document, num_layers: int | None, num_experts: int | None) -> np.nda
         raise ValueError('expected an object with either "every_layer" or "layers"')
     if document.get("format", FORMAT) != FORMAT:
         raise ValueError(f"its format is {document['format']!r}, not {FORMAT!r}")
-    said = {name: document[name] for name in ("num_layers", "num_devices", "num_experts") if name in document}
-    for name, count in said.items():
-        if type(count) is not int or count < 1:
-            raise ValueError(f'"{name}" is {count!r}, not a count from 1 up')
+    said = counts_in(document, "num_layers", "num_devices", "num_experts")
     layers = document.get("layers")
     if layers is None:
         if not (count := said.get("num_layers", num_layers)):
