@@ -235,6 +235,9 @@ def test_script_on_traces(tmp_path):
         (["--seed", 1 << 64], f"--seed {1 << 64}"),
         (["--trace", "absent.npz"], "absent.npz"),
         (["--test-trace", "absent.npz"], "--test-trace needs --trace"),
+        (["--trace", "absent.npz", "--top-k", 3], "--top-k 3 does not go with --trace"),
+        (["--trace", "absent.npz", "--tokens", 5000], "--tokens 5000 is for scenarios and --trace has none"),
+        (["--trace", "absent.npz", "--tokens", 5000, "--scenarios", "hot"], "cannot read routing trace absent.npz"),
         (["--json", "absent/x.json"], "folder"),
     ],
 )
@@ -298,6 +301,15 @@ def test_every_token_may_choose_every_expert(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["x", *TINY[:4], "--trace", str(tmp_path / "all.npz"), "--devices", "3"])
     expert_parallel_poc.main()
     assert "warm-up" not in capsys.readouterr().out
+
+
+def test_a_trace_of_fewer_experts_than_the_default_chooses(tmp_path, run_here):
+    """--experts 4 was held against the default of --top-k, 8, which no trace is asked for."""
+    np.save(tmp_path / "few.npy", np.random.default_rng(0).random((2048, 2, 4)).argsort(axis=2)[..., :2])
+    common = ("--trace", tmp_path / "few.npy", "--devices", 2, "--hidden", 16, "--expert-width", 8)
+    for experts in (("--experts", 4), ()):
+        done = run_here("expert_parallel_poc.py", *common, *experts)
+        assert done.returncode == 0 and "4 experts, top-2, hidden 16" in done.stdout, done.stderr
 
 
 def test_closed_output_and_devices(tmp_path):
