@@ -31,9 +31,9 @@ WORDS = """words in the report:
                          slowest takes longer, communication from --bandwidth
                          and --latency; the largest is the bottleneck
   balancedness           mean device load over the fullest one's; 1 is even
-  seen after             tokens until a hot expert stands out of chance
   if uniform             what routing without any preference would give for as
                          many tokens: the level of chance
+  seen after             tokens until an expert chosen n times counts as hot
   loads that last        cosine of expert loads of fit and test; if shuffled:
                          what the number of tokens alone costs
   among copies           slots of the fullest device for other ways to deal them

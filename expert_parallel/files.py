@@ -8,12 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def part_of(path: Path) -> Path:
-    """Where a file is written until it is whole: beside it, or beside the target of a link."""
-    path = Path(os.path.realpath(path))
-    return path.with_name(f"{path.name}.{os.getpid()}.part")
-
-
 @contextmanager
 def written_whole(path, mode: str = "w"):
     """A file to write into, which takes its place under its name when the block ends well: a reader never sees half.
@@ -22,9 +16,9 @@ def written_whole(path, mode: str = "w"):
     Raises OSError in one line that names the path.
     """
     path = Path(path)
-    straight = path.exists() and not path.is_file()
+    straight = os.path.exists(path) and not os.path.isfile(path)  # noqa: PTH110, PTH113, which raise for long names
     path = path if straight else Path(os.path.realpath(path))  # a link stays, its target is replaced
-    beside = path if straight else part_of(path)
+    beside = path if straight else path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with beside.open(mode) as file:
             yield file
@@ -33,8 +27,8 @@ def written_whole(path, mode: str = "w"):
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
-        if not straight:
-            beside.unlink(missing_ok=True)
+        if not straight and os.path.exists(beside):  # noqa: PTH110
+            beside.unlink()
 
 
 def plain(value):

@@ -24,23 +24,12 @@ def check_loads(loads) -> np.ndarray:
     return loads
 
 
-def check_nodes(held, num_nodes: int) -> None:
-    """ValueError where nodes, equal runs of the devices in held [L, D, E], share experts or have not as many each."""
-    num_layers, num_devices, num_experts = held.shape
-    whole = num_nodes < 1 or num_devices % num_nodes
-    of_node = None if whole else held.reshape(num_layers, num_nodes, -1, num_experts).any(axis=2)
-    if whole or (of_node.sum(axis=1) > 1).any() or (of_node.sum(axis=2) != num_experts / num_nodes).any():
-        raise ValueError(f"a placement with num_nodes {num_nodes} has as many experts in each, and none in two")
-
-
 @dataclass(frozen=True, eq=False)
 class Placement:
     """Which device holds which expert, layer by layer.
 
     held      bool [L, D, E]; every expert has at least one holder
     strategy  where it came from, for reports
-    metadata  anything that goes into JSON; "num_nodes": rebalancing keeps experts in their node; "notes": lines that
-              a report says
     """
 
     held: np.ndarray

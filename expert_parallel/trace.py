@@ -5,7 +5,6 @@ Dimensions: T tokens, L MoE layers, E experts, k chosen per token.
 
 from __future__ import annotations
 
-import io
 import json
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ import numpy as np
 from .files import written_whole
 from .layers import MoELayer, StandIn, moe_layers, num_experts
 
-FORMAT = "routing-trace/1"
+FORMAT, KINDS = "routing-trace/1", {"num_experts": int, "model": str, "metadata": dict}
 
 
 @dataclass(eq=False)
@@ -29,6 +28,8 @@ class RoutingTrace:
     prefill      bool [T]; a token of a prompt, read many at a time, or one of decoding
     model        name of the model
     metadata     anything that goes into JSON
+    steps        int32 [T]; the forward pass that read a token, growing; where None is given, a prompt's tokens in a row
+                 count as one pass and every other token as one of its own
     """
 
     experts: np.ndarray
@@ -36,6 +37,7 @@ class RoutingTrace:
     prefill: np.ndarray | None = None
     model: str = ""
     metadata: dict = field(default_factory=dict)
+    steps: np.ndarray | None = None
 
     def __post_init__(self):
         experts = np.asarray(self.experts)
@@ -54,6 +56,12 @@ class RoutingTrace:
         self.prefill = np.asarray(self.prefill, dtype=bool)
         if self.prefill.shape != (len(experts),):
             raise ValueError(f"prefill marks {list(self.prefill.shape)} do not fit {len(experts)} tokens")
+        if self.steps is None:
+            first = np.append(True, ~(self.prefill[1:] & self.prefill[:-1]))[: len(experts)]
+            self.steps = first.cumsum()
+        self.steps = np.asarray(self.steps, dtype=np.int32)
+        if self.steps.shape != (len(experts),) or (np.diff(self.steps) < 0).any():
+            raise ValueError(f"forward passes {list(self.steps.shape)} do not fit {len(experts)} tokens, or go back")
 
     def __len__(self):
         return len(self.experts)
@@ -64,7 +72,7 @@ class RoutingTrace:
 
     def __getitem__(self, tokens) -> RoutingTrace:
         """The same trace for a slice or mask of tokens."""
-        return replace(self, experts=self.experts[tokens], prefill=self.prefill[tokens])
+        return replace(self, experts=self.experts[tokens], prefill=self.prefill[tokens], steps=self.steps[tokens])
 
     def phase(self, name: str) -> RoutingTrace:
         """The tokens of `prefill` or of `decode`."""
@@ -80,10 +88,9 @@ class RoutingTrace:
         """One .npz file: the arrays, and the rest as JSON in it. Small numbers take a byte: 7 times as fast."""
         small = self.experts.astype(np.uint8) if self.num_experts <= 256 else self.experts
         about = {"format": FORMAT, "num_experts": self.num_experts, "model": self.model, "metadata": self.metadata}
-        archive = io.BytesIO()  # a pipe or a device cannot be gone back in, as zip files want it
-        np.savez_compressed(archive, experts=small, prefill=self.prefill, about=json.dumps(about))
         with written_whole(path, "wb") as file:
-            file.write(archive.getbuffer())
+            arrays = {"experts": small, "prefill": self.prefill, "steps": self.steps}
+            np.savez_compressed(file, **arrays, about=json.dumps(about))
 
     @staticmethod
     def load(path) -> RoutingTrace:
@@ -91,13 +98,11 @@ class RoutingTrace:
         try:
             with np.load(path, allow_pickle=False) as file:
                 about = json.loads(str(file["about"]))
-                if about["format"] != FORMAT:
-                    raise ValueError(f"its format is {about['format']!r}, not {FORMAT!r}")
-                for name, kind in {"num_experts": int, "model": str, "metadata": dict}.items():
-                    if type(about[name]) is not kind:
-                        raise ValueError(f"its {name} is {about[name]!r}, which is no {kind.__name__}")
-                arrays = file["experts"], file["prefill"]
-            return RoutingTrace(arrays[0], about["num_experts"], arrays[1], about["model"], about["metadata"])
+                lies = [name for name, kind in KINDS.items() if type(about[name]) is not kind]
+                if lies or about["format"] != FORMAT:
+                    raise ValueError(f"its {(name := [*lies, 'format'][0])} is {about[name]!r}, not as in {FORMAT!r}")
+                experts, prefill, steps = file["experts"], file["prefill"], file.get("steps")  # early ones have none
+            return RoutingTrace(experts, about["num_experts"], prefill, about["model"], about["metadata"], steps)
         except Exception as error:  # zipfile, numpy, json and os each have their own
             words = "it is no routing trace, which --trace and RoutingTrace.save write"
             why = words if "pickle" in str(error) or isinstance(error, KeyError | TypeError) else error
@@ -169,7 +174,7 @@ def record_routing(model: nn.Module, name: str = "", prompt_tokens: int | None =
         ):
             yield trace
     finally:
-        trace.experts, trace.prefill = notes.finish()
+        trace.experts, trace.prefill, trace.steps = notes.finish()
         if prompt_tokens is not None:
             trace.prefill = np.arange(len(trace)) < prompt_tokens
         seen = {"dropped_tokens": notes.dropped, "sequences": notes.sequences if notes.sequences > 1 else 0}
@@ -188,7 +193,7 @@ class _Notes:
     def __init__(self, num_layers, max_tokens):
         self.num_layers, self.room = num_layers, max_tokens
         self.passes = []  # that are not collected: (prefill, [indices of layer 0, of layer 1, ...])
-        self.experts, self.prefill = [], []  # of each pass: [T, L, k] and [T]
+        self.experts, self.prefill = [], []  # of each pass: [T, L, k], and whether it is one
         self.input_shape, self.sequences, self.dropped = None, 1, 0  # [B, T] of the pass under way, most B
 
     def taker(self, layer):
@@ -231,12 +236,14 @@ class _Notes:
             rows = np.stack([np.array(i).reshape(-1, i.shape[-1]).astype(np.uint16) for i in ids], axis=1)
             if room := min(len(rows), self.room):  # an empty slice would keep the whole pass in memory
                 self.experts.append(rows[:room].copy() if room < len(rows) else rows)
-                self.prefill.append(np.full(room, prefill))
+                self.prefill.append(prefill)
             self.room, self.dropped = self.room - room, self.dropped + len(rows) - room
 
     def finish(self):
-        """(experts [T, L, k], prefill [T])."""
+        """(experts [T, L, k], prefill [T], steps [T])."""
         self.collect()
+        lengths = list(map(len, self.experts))
+        steps = np.repeat(np.arange(len(lengths)), lengths)
         if not self.experts:
-            return np.zeros((0, self.num_layers, 0), dtype=np.uint16), np.zeros(0, dtype=bool)
-        return np.concatenate(self.experts), np.concatenate(self.prefill)
+            return np.zeros((0, self.num_layers, 0), dtype=np.uint16), np.zeros(0, dtype=bool), steps
+        return np.concatenate(self.experts), np.repeat(self.prefill, lengths), steps

@@ -117,6 +117,8 @@ def check_files(args, model_folder) -> None:
     named = {"the prompt": args.prompt, "the placement": args.placement, "the trace": args.placement_trace}
     inputs |= {what: path for what, path in named.items() if path and os.path.isfile(path)}  # noqa: PTH113
     check_outputs(outputs, inputs)
+    if args.trace and args.trace.is_char_device():
+        raise ValueError(f"cannot write {args.trace}: a trace needs a file, a device such as this cannot hold one")
 
 
 def option(name: str) -> str:

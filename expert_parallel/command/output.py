@@ -11,7 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
-from ..files import part_of, plain, written_whole
+from ..files import plain, written_whole
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,17 +34,20 @@ def check_writable(path) -> None:
         raise ValueError("cannot write -: only --json - goes to standard output; give a file's name")
     if not folder.is_dir():
         raise ValueError(f"cannot write {path}: folder {folder} does not exist")
-    try:
-        if path.is_dir():
-            raise ValueError(f"cannot write {path}: it is a folder")
-        if not path.exists() or path.is_file():
-            beside = part_of(path)  # a trial: a name can be too long, a disk read-only, a folder another's
-            beside.touch()
-            beside.unlink()
-        elif not os.access(path, os.W_OK):  # a pipe or a device, which a trial would wait for or write into
+    # Not pathlib's, which raise for a name that is too long.
+    if os.path.isdir(path):  # noqa: PTH112
+        raise ValueError(f"cannot write {path}: it is a folder")
+    if os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113
+        if not os.access(path, os.W_OK):  # a pipe or a device
             raise ValueError(f"cannot write {path}: no permission")
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+        return
+    # A name can be too long, a disk read-only, a folder another's: a file is begun and given up.
+    with contextlib.suppress(_GivenUp), written_whole(path):
+        raise _GivenUp
+
+
+class _GivenUp(Exception):
+    """The trial of `check_writable` is done."""
 
 
 def check_outputs(outputs: dict, inputs: dict) -> None:

@@ -13,7 +13,7 @@ from itertools import chain
 
 import numpy as np
 
-from ..placement import Placement, check_nodes
+from ..placement import Placement
 
 FORMAT = "expert-placement/1"
 
@@ -108,3 +108,12 @@ def metadata_of(document, held) -> dict:
     if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
         raise ValueError(f'"notes" are lines of text, got {notes!r}')
     return metadata
+
+
+def check_nodes(held, num_nodes: int) -> None:
+    """ValueError where nodes, equal runs of the devices in held [L, D, E], share experts or have not as many each."""
+    num_layers, num_devices, num_experts = held.shape
+    uneven = num_nodes < 1 or num_devices % num_nodes
+    of_node = None if uneven else held.reshape(num_layers, num_nodes, -1, num_experts).any(axis=2)
+    if uneven or (of_node.sum(axis=1) > 1).any() or (of_node.sum(axis=2) != num_experts / num_nodes).any():
+        raise ValueError(f"a placement with num_nodes {num_nodes} has as many experts in each, and none in two")

@@ -17,6 +17,7 @@ import io
 import re
 import zipfile
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -231,7 +232,7 @@ class _Slots:
         if not whole:
             raise ValueError(f"no token has decisions in all of its {len(self.layers)} layers")
         trace = from_arrays([np.array(list(whole.values()))], self.num_experts or num_experts, name)
-        trace.prefill[:] = [len(token) == 3 and token[1] == 0 for token in whole]
+        trace = replace(trace, prefill=[len(token) == 3 and token[1] == 0 for token in whole], steps=None)
         counts = {"incomplete_rows": len(self.tokens) - len(whole), "repeated_slots": self.repeated}
         trace.metadata |= {"layers": self.layers, **counts}
         return trace

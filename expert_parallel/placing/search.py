@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..placement import check_nodes
+from ..formats.own import check_nodes
 from .copies import count_copies, device_loads, replicate
 
 EVEN = 1.005  # fullest over mean device with which a layer is left alone: closer fits noise (held-out load gets worse)

@@ -60,14 +60,15 @@ def test_names_that_cannot_be_written(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         output.check_writable(tmp_path / "no" / "a.json")
     for name in ("x" * 250, "x" * 300):  # the first is a name, but the file beside it has none
-        with pytest.raises(ValueError, match="cannot write .*xxx: File name too long"):
+        with pytest.raises(OSError, match="cannot write .*xxx: File name too long"):
             output.check_outputs({"--json": tmp_path / name}, {"the model": tmp_path / "model"})
     assert not list(tmp_path.iterdir())  # nor does the trial leave anything
 
 
-def test_a_trace_goes_into_a_pipe_or_a_device_as_well(tmp_path):
+def test_a_trace_goes_into_a_pipe_and_is_refused_where_it_cannot_go(tmp_path, run_here):
+    done = run_here("qwen3_expert_parallel.py", "--model", SHIPPED, "--trace", os.devnull)
+    assert (done.returncode, done.stdout) == (2, "") and "cannot write /dev/null: a trace needs a file" in done.stderr
     trace = RoutingTrace(np.zeros((3, 1, 2), dtype=int), 4)
-    trace.save(os.devnull)
     os.mkfifo(tmp_path / "pipe")
     reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE)
     trace.save(tmp_path / "pipe")
