@@ -70,10 +70,10 @@ def setup_arg_parser():
         metavar="E",
         help="experts in the layer, or in the model of a trace (default: 128, or as many as the trace says or shows)",
     )
-    add("--top-k", type=int, default=8, help="experts chosen per token (default: 8)")
+    add("--top-k", type=int, metavar="K", help="experts chosen per token (default: 8; a trace has its own)")
     add("--hidden", type=int, default=256, help="width of a token (default: 256, Qwen3-Coder has 2048)")
     add("--expert-width", type=int, default=96, help="width of an expert (default: 96, Qwen3-Coder has 768)")
-    add("--tokens", type=int, default=8192, help="tokens routed per scenario (default: 8192)")
+    add("--tokens", type=int, metavar="N", help="tokens routed per scenario (default: 8192)")
     add("--bandwidth", type=float, default=5.0, help="GB/s of each device's link, for modelled times (default: 5)")
     add("--latency", type=float, default=20.0, help="microseconds of a message, for modelled times (default: 20)")
     add("--seed", type=int, default=0, help="of weights, tokens and scenarios (default: 0)")
@@ -87,7 +87,12 @@ def check_arguments(args):
     for name, low in (("experts", 1), ("top_k", 1), ("hidden", 1), ("expert_width", 1), ("tokens", 1024)):
         if getattr(args, name) is not None and getattr(args, name) < low:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
-    if args.top_k > (args.experts or 128):
+    if args.trace and args.top_k:
+        raise ValueError(f"--top-k {args.top_k} does not go with --trace, which has its own")
+    if args.trace and args.tokens and args.scenarios is None:
+        raise ValueError(f"--tokens {args.tokens} is for scenarios and --trace has none: add --scenarios LIST")
+    args.tokens, args.top_k = args.tokens or 8192, args.top_k or (None if args.trace else 8)
+    if args.top_k and args.top_k > (args.experts or 128):
         raise ValueError(f"--top-k {args.top_k}: there are {args.experts or 128} experts to choose from")
     if not (args.bandwidth > 0 and 0 <= args.latency < float("inf")):
         raise ValueError(f"--bandwidth {args.bandwidth}, --latency {args.latency}: needs more than 0, and 0 or more")

@@ -66,6 +66,7 @@ def check_arguments(args):
 
 def run(args):
     check_arguments(args)
+    from expert_parallel.formats import traces
     from expert_parallel.models.architecture import describe
     from expert_parallel.models.configurations import load_configuration
     from expert_parallel.report import checks, model, projection, table
@@ -80,7 +81,8 @@ def run(args):
 
     # 1. What is in it
     configuration = load_configuration(args.model)
-    read = {"the model": configuration.folder or configuration.file, "the trace": args.trace}
+    alone = configuration.bundled or Path(args.model).expanduser().is_file()
+    read = {"the model": configuration.file if alone else configuration.file.parent, "the trace": args.trace}
     prompts = options.titled(args.prompt or ())
     read |= {f"the prompt {path}": path for path in prompts.values() if os.path.isfile(path)}  # noqa: PTH113
     output.check_outputs({"--json": args.json}, {what: path for what, path in read.items() if path})
@@ -107,7 +109,10 @@ def run(args):
         show(fit)
 
     # 3. What it would do, there and here
-    trace = read_trace(args.trace, described)
+    wanted = (described.num_moe_layers, described.chosen, described.num_experts)
+    trace = traces.read_trace_for(args.trace, *wanted) if args.trace else None
+    for note in traces.notes_of(trace, args.trace.name) if trace else ():
+        console.print(note)
     setting = projection.Setting(machine, wire, link, source, args.context, devices, trace, args.redundant_experts)
     hybrid = {row["devices"]: row["hybrid_bytes"] for row in needs[0].to_json()["devices"]}
     show(*projection.projection(described, setting, hybrid), *projection.one_sequence(described, setting))
@@ -137,21 +142,6 @@ def run(args):
         about = {"options": vars(args), "environment": table.environment()}
         output.write_json(args.json, table.sections(shown, **about, **missing))
     return 0 if whole else 1
-
-
-def read_trace(path, described):
-    """The trace to project with; ValueError if it is of another shape of model."""
-    if path is None:
-        return None
-    from expert_parallel.formats import traces
-
-    trace = traces.read_trace(path, described.num_experts)
-    found = (trace.experts.shape[1], trace.experts.shape[2], trace.num_experts)
-    wanted = (described.num_moe_layers, described.chosen, described.num_experts)
-    if found != wanted:
-        shapes = ("{} layers, top-{} of {}".format(*shape) for shape in (found, wanted))
-        raise ValueError("{} is of {}; the model has {}".format(path, *shapes))
-    return trace
 
 
 def forward_tables(name, texts, most):

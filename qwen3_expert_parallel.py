@@ -101,7 +101,7 @@ def run(args, watchdog):
         same |= {"placement": placement.held.tobytes(), "prompt": prompt.ids}
         same["weights"] = checkpoint_mark(checkpoint.folder) if ranks > 1 else ""
         same["adapter"] = checkpoint_mark(args.adapter_path, "adapters*") if ranks > 1 and args.adapter_path else ""
-    for line in filter(None, (note, prompt.note)):
+    for line in filter(None, (note, prompt.note, *placement.metadata.get("notes", ()))):
         console.print(line)
 
     # 2. Every device reads its experts; nothing else of mlx-lm's model changes.

@@ -113,10 +113,12 @@ def check_files(args, model_folder) -> None:
     if args.plots:
         pictures = [args.plots / f"{name}_loads.png" for name in ("expert", "device")]
         outputs |= {f"--plots ({path.name})": path for path in (pictures if args.plots.is_dir() else [args.plots])}
-    inputs = {"the model": model_folder}
+    inputs = {"the model": model_folder} | ({"the adapter": args.adapter_path} if args.adapter_path else {})
     named = {"the prompt": args.prompt, "the placement": args.placement, "the trace": args.placement_trace}
     inputs |= {what: path for what, path in named.items() if path and os.path.isfile(path)}  # noqa: PTH113
     check_outputs(outputs, inputs)
+    if args.trace and args.trace.is_char_device():
+        raise ValueError(f"cannot write {args.trace}: a trace needs a file, a device such as this cannot hold one")
 
 
 def option(name: str) -> str:
@@ -235,6 +237,7 @@ def make_placement(args, shape: tuple[int, int], layer_numbers=None, ranks: int 
     """The Placement that was asked for, by strategy or from a file, for a model of (L, E).
 
     One process has as many devices as are asked for, as the file says, else 8, or as many as there are experts.
+    Metadata "notes" has lines for the user about the file.
     layer_numbers  [L] of the MoE layers, for files that count all layers
     Raises ValueError, also where --placement-format cannot say what it is.
     """
@@ -249,7 +252,7 @@ def _placement(args, shape, layer_numbers, ranks):
     import numpy as np
 
     from ..formats.placements import read_placement
-    from ..formats.traces import read_loads, read_trace
+    from ..formats.traces import notes_of, read_loads, read_trace
     from ..placing.held_out import fitted_on
     from ..placing.strategies import place_experts
 
@@ -277,4 +280,7 @@ def _placement(args, shape, layer_numbers, ranks):
     how = (num_devices, args.placement, args.redundant_experts)
     if trace is None:
         return place_experts(loads, *how)
-    return fitted_on(trace, lambda part: place_experts(part.loads(), *how, coactivation=part.experts))
+    placement = fitted_on(trace, lambda part: place_experts(part.loads(), *how, coactivation=part.experts))
+    if notes := notes_of(trace, args.placement_trace.name):
+        placement.metadata["notes"] = notes
+    return placement

@@ -56,6 +56,7 @@ def what_runs_where(name: str, config: dict, model, placement: Placement, ranks:
         Figure(None, "versions", "mlx {mlx}, mlx-lm {mlx_lm}, Python {python}".format(**versions)),
     ]
     also = {"source": "as asked for", "devices": placement.num_devices, "ranks": ranks, "experts_per_device": counts}
+    also["notes"] = placement.metadata.get("notes", [])
     return Table("What runs where", figures, "placement", also=also, facts=True)
 
 

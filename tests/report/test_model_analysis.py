@@ -111,7 +111,7 @@ def test_a_damaged_checkpoint_is_reported_with_status_1(here, tmp_path):
 
 
 def test_quiet_prints_nothing_and_a_trace_changes_the_projection(here, tmp_path):
-    hot = np.tile(np.arange(8, dtype=np.uint16), (64, 4, 1))  # the same 8 experts for ever: all on device 0
+    hot = np.tile(np.arange(16).reshape(2, 1, 8), (32, 4, 1))  # 8 experts and 8 others in turn: all on device 0
     RoutingTrace(hot, 128, model="hot").save(tmp_path / "hot.npz")
     common = ("--model", SHIPPED, "--quiet", "--json")
     assert here(*common, tmp_path / "a.json").stdout == ""

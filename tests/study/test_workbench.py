@@ -14,7 +14,7 @@ from expert_parallel.moving.plan import Costs
 from expert_parallel.projection.links import Link
 from expert_parallel.report.workbench import hot_figures, layer_parts, proposed
 from expert_parallel.study.phases import Phases, SmallLayer, interleaved, run_phases, slowest_device_work
-from expert_parallel.study.remedies import BATCH, Choices, capacity_choices, compare, learn_bias
+from expert_parallel.study.remedies import BATCH, Choices, capacity_choices, compare, fit_and_test, learn_bias
 from expert_parallel.study.scenarios import SCENARIOS, preferences
 
 SMALL = ("--hidden", 32, "--expert-width", 16, "--tokens", 2048, "--experts", 32, "--top-k", 4)
@@ -136,6 +136,16 @@ def test_a_batch_waits_for_its_fullest_device():
     assert found["round-robin"].balancedness_test == pytest.approx(1.0)
 
 
+def test_fit_and_test_parts():
+    trace = RoutingTrace(np.arange(20).reshape(10, 1, 2), 20)
+    fit, test = fit_and_test(trace, 0.7)
+    assert np.array_equal(np.concatenate([fit.experts, test.experts]), trace.experts)
+    assert len(fit) == 7
+    for share in (0, 1, 0.01):
+        with pytest.raises(ValueError, match="both parts need tokens"):
+            fit_and_test(trace, share)
+
+
 def test_capacity_per_batch_and_learned_bias():
     choices = gumbel_choices(preferences("hot", 1024, 32), 4)
     limited = capacity_choices(choices, 1.25, reroute=True)
@@ -225,6 +235,9 @@ def test_script_on_traces(run_here, tmp_path):
         (["--seed", 1 << 64], f"--seed {1 << 64}"),
         (["--trace", "absent.npz"], "absent.npz"),
         (["--test-trace", "absent.npz"], "--test-trace needs --trace"),
+        (["--trace", "absent.npz", "--top-k", 3], "--top-k 3 does not go with --trace"),
+        (["--trace", "absent.npz", "--tokens", 5000], "--tokens 5000 is for scenarios and --trace has none"),
+        (["--trace", "absent.npz", "--tokens", 5000, "--scenarios", "hot"], "cannot read routing trace absent.npz"),
         (["--json", "absent/x.json"], "folder"),
     ],
 )
@@ -244,9 +257,13 @@ def choices_of(num_tokens, top_k, num_experts=16):
 @pytest.mark.parametrize(
     ("experts", "message"),
     [
-        (np.zeros((0, 2, 4)), "0 tokens, at least 64"),
-        (np.zeros((3000, 0, 4)), "0 tokens after 3000 warm-up rows"),
-        (np.full((3000, 2, 4), 3), "0 tokens after 3000 warm-up rows, all alike, at least 64"),
+        (np.zeros((0, 2, 4)), "it has no tokens"),
+        (np.zeros((3000, 0, 4)), "it has no tokens but 3000 warm-up rows"),
+        (np.full((3000, 2, 4), 3), "it has no tokens but 3000 warm-up rows, all alike"),
+        (
+            np.concatenate([np.full((3000, 2, 4), 3), choices_of(40, 4)]),
+            "40 tokens, at least 64 are needed (the file: left out 3000 warm-up rows, all alike)",
+        ),
         (choices_of(10, 4), "10 tokens, at least 64"),
     ],
 )
@@ -284,6 +301,15 @@ def test_every_token_may_choose_every_expert(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["x", *TINY[:4], "--trace", str(tmp_path / "all.npz"), "--devices", "3"])
     expert_parallel_poc.main()
     assert "warm-up" not in capsys.readouterr().out
+
+
+def test_a_trace_of_fewer_experts_than_the_default_chooses(tmp_path, run_here):
+    """--experts 4 was held against the default of --top-k, 8, which no trace is asked for."""
+    np.save(tmp_path / "few.npy", np.random.default_rng(0).random((2048, 2, 4)).argsort(axis=2)[..., :2])
+    common = ("--trace", tmp_path / "few.npy", "--devices", 2, "--hidden", 16, "--expert-width", 8)
+    for experts in (("--experts", 4), ()):
+        done = run_here("expert_parallel_poc.py", *common, *experts)
+        assert done.returncode == 0 and "4 experts, top-2, hidden 16" in done.stdout, done.stderr
 
 
 def test_closed_output_and_devices(tmp_path):
