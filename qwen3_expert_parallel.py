@@ -168,7 +168,7 @@ def run(args, watchdog):
     tables += [*run.routing(trace, numbers), *run.balance(trace, changes, numbers)]
     tables += [run.rebalancing(live.figures(), changes, trace)] if live else []
     tables += cost.memory(whole, changes[-1][1], sum(entry.nbytes for entry in cache), per_rank)
-    tables += [cost.communication(model, trace, seconds.value_bytes, counted, args.combine, ranks)]
+    tables += [cost.communication(model, trace, seconds.value_bytes, counted, ranks)]
     tables += [cost.ranks_table(per_rank)] if ranks > 1 else []
     tables += cost.speed(text, tokens, len(prompt.ids), last, seconds, stock_speed)
     try:

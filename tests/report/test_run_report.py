@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import SHIPPED, random_model, run_script
+from mlx_lm.models.qwen3_moe import Qwen3MoeSparseMoeBlock
 from printed import columns_of, facts_of, lines_of
 
 from expert_parallel import Placement, RoutingTrace, place_experts, shard_model
@@ -303,7 +304,7 @@ def test_what_each_rank_did():
 def test_communication_by_formula_and_as_counted():
     model, trace = shard_model(random_model(), place_experts(np.zeros((L, E)), D)), a_trace()
     reduce, gather = 64 * 2 * L, 64 * 2 * L * K  # hidden, bytes of a value, layers
-    alone = cost.communication(model, trace, 2, {}, "auto", ranks=1)
+    alone = cost.communication(model, trace, 2, {}, ranks=1)
     assert alone.title == "Communication (modelled, 2-byte values; in one process nothing is sent)"
     figures = alone.to_json()
     assert figures["bytes_per_token_by_combine"] == {"reduce": reduce, "gather": gather}
@@ -316,7 +317,8 @@ def test_communication_by_formula_and_as_counted():
         "576 B per token",
     ]
     counted = {"all_sum": [180, 23_040], "all_gather": [20, 960]}
-    asked = cost.communication(model, trace, 2, counted, "gather", ranks=2)
+    model = shard_model(random_model(), place_experts(np.zeros((L, E)), D), combine="gather")
+    asked = cost.communication(model, trace, 2, counted, ranks=2)
     assert asked.title == "Communication (modelled, 2-byte values)"
     figures = asked.to_json()
     assert (figures["combine"], figures["bytes_per_token"]) == ("gather", gather)
@@ -325,6 +327,27 @@ def test_communication_by_formula_and_as_counted():
     assert (
         facts_of(str(asked), "Communication")["counted at the calls (measured)"] == "400 B per token at most, 200 calls"
     )
+
+
+class WithSharedExpert(Qwen3MoeSparseMoeBlock):
+    def __call__(self, x):
+        return super().__call__(x) + 0.5 * x
+
+
+def test_one_process_says_what_ranks_would_send():
+    """Of qwen2_moe, whose blocks add a shared expert, it said reduce: k times too few bytes."""
+    placement = place_experts(np.zeros((L, E)), D)
+    for adding, used in (([], "reduce"), ([1], "reduce and gather"), ([0, 1, 2], "gather")):
+        model = random_model()
+        for layer in adding:
+            model.model.layers[layer].mlp.__class__ = WithSharedExpert
+        figures = cost.communication(shard_model(model, placement), a_trace(), 2, {}, ranks=1).to_json()
+        assert figures["combine"] == used
+        assert figures["bytes_per_token"] == 64 * 2 * (len(adding) * K + L - len(adding))
+    model = random_model()
+    model.model.layers[1].mlp.__class__ = WithSharedExpert
+    with pytest.raises(ValueError, match=r'"reduce" is not possible for model\.layers\.1.*use "gather"'):
+        shard_model(model, placement, combine="reduce")
 
 
 def test_speed_and_where_the_time_goes():
