@@ -92,7 +92,7 @@ def run(args, watchdog):
             options.check_files(args, folder)
         checkpoint = Checkpoint(folder, args.adapter_path, args.trust_remote_code)
         tokenizer, config = checkpoint.tokenizer(), checkpoint.config
-        prompt = options.read_prompt(args, tokenizer, config.get("max_position_embeddings"), typed)
+        prompt = options.read_prompt(args, tokenizer, finding.context_of(config), typed)
         numbers = [layer.number for layer in checkpoint.layers]
         placement = options.make_placement(args, checkpoint.shape, numbers, ranks)
         verify = checkpoint.folder.resolve() == finding.SHIPPED if args.verify is None else args.verify

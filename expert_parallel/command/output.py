@@ -101,6 +101,18 @@ def progress_bar(what: str, show: bool = True):
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+@contextlib.contextmanager
+def progress_line(show: bool = True):
+    """What is under way, on standard error while the block runs, where that is a terminal; gives (what) -> None."""
+    from rich.console import Console
+
+    if not (show and sys.stderr is not None and sys.stderr.isatty()):
+        yield lambda what: None
+        return
+    with Console(stderr=True, markup=False).status("") as status:
+        yield status.update
+
+
 def exit_of(error: BaseException) -> tuple[int, str] | None:
     """(exit status, one line) that a program ends with; None for an error that is our own mistake."""
     if isinstance(error, BrokenPipeError):  # `| head` closed the other end

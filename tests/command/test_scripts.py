@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 
+import mlx.core as mx
 import pytest
-from conftest import ROOT, SHIPPED, random_model, run_script, save_model
+from conftest import CONFIG, ROOT, SHIPPED, random_model, run_script, save_model
 
 SCRIPT = "qwen3_expert_parallel.py"
 
@@ -278,6 +279,18 @@ def test_more_tokens_than_the_context_holds_are_cut_and_that_is_said(here, tmp_p
     figures = json.loads((tmp_path / "o.json").read_text())["generation"]
     assert figures["prompt_tokens"] + len(figures["tokens"]) == 512
     assert f"--max-tokens 600 is cut to {len(figures['tokens'])}" in " ".join(result.stdout.split())
+
+
+def test_a_context_in_the_text_part_of_a_configuration_counts(here, tmp_path):
+    """Qwen3.5, Llama 4, gemma 4 and Kimi-K2.5 keep it there: longer prompts were run."""
+    folder = save_model(random_model(vocab_size=4096), tmp_path / "model")
+    weights = mx.load(str(folder / "model.safetensors"))
+    mx.save_safetensors(str(folder / "model.safetensors"), {f"language_model.{n}": a for n, a in weights.items()})
+    config = {"model_type": "qwen3_vl_moe", "text_config": CONFIG | {"vocab_size": 4096}, "eos_token_id": 0}
+    (folder / "config.json").write_text(json.dumps(config))
+    refused(here("--model", folder, "--prompt", "x = 1\n" * 64), "tokens, the model's context is 128")
+    result = here("--model", folder, "--prompt", "x = 1\n" * 31, "--max-tokens", 100, "--no-verify")
+    assert "--max-tokens 100 is cut to" in result.stdout and result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("arguments", [["--max-tokens", "ten"], ["--combine", "sum"], ["--no-such-option"]], ids=str)

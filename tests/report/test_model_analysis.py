@@ -100,6 +100,15 @@ def test_the_shipped_model_with_text_and_files(tmp_path):
     assert "How alike texts" in result.stdout
 
 
+def test_a_text_longer_than_the_context_is_cut_and_that_is_said(here, tmp_path):
+    """600 tokens were run through a model of 512."""
+    arguments = ("--devices", 1, "--prompt", "a=README.md", "b=x = 1\n", "--prompt-tokens", 515)
+    result = here("--model", SHIPPED, *arguments, "--json", tmp_path / "o.json")
+    texts = json.loads((tmp_path / "o.json").read_text())["forward"]["texts"]
+    assert (texts["a"]["tokens"], texts["a"]["tokens_cut"], texts["b"]["tokens_cut"]) == (512, 3, 0)
+    assert result.stdout.count("cut to the model's context, 3 tokens fewer than asked for") == 1
+
+
 def test_a_damaged_checkpoint_is_reported_with_status_1(tmp_path):
     folder = shutil.copytree(SHIPPED, tmp_path / "model")
     path = folder / "model.safetensors"
