@@ -115,7 +115,7 @@ def run(args, watchdog):
             attention=args.attention, streams=args.streams, progress=progress, return_report=True,
         )  # fmt: skip
     name = str(args.model or checkpoint.folder.name)
-    where = run.what_runs_where(name, config, model, placement, ranks, reading, versions)
+    where = run.what_runs_where(name, model, placement, ranks, reading, versions)
     console.print()
     console.print(where)
 

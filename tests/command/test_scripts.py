@@ -42,7 +42,11 @@ def test_main_script_answers_reports_and_writes(tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert max(map(len, result.stdout.splitlines())) <= 80
-    for words in ("4-bit in groups of 64, the rest float32", "contiguous, 42 to 43 of 128 experts", "by stock mlx-lm"):
+    for words in (
+        "experts 4-bit in groups of 64, the rest also 8-bit (gate), float32",
+        "contiguous, 42 to 43 of 128 experts",
+        "by stock mlx-lm",
+    ):
         assert words in result.stdout
     for heading in ("Parity", "Routing", "Balance", "Memory per device", "Communication", "Speed"):
         assert heading in result.stdout

@@ -383,12 +383,11 @@ def test_what_runs_where_shows_a_strategy_as_it_is():
         "python": "3",
     }
     reading = SimpleNamespace(bytes_read_experts=15_000_000, bytes_read_rest=920_000, seconds=0.14)
-    config = {"quantization": {"bits": 4, "group_size": 64}}
-    table = run.what_runs_where("[red]model", config, random_model(), PLACEMENT, 1, reading, versions)
+    table = run.what_runs_where("[red]model", random_model(), PLACEMENT, 1, reading, versions)
     assert facts_of(str(table), "What runs where") == {
         "model": "[red]model",
         "MoE layers": "2 x 8 experts",
-        "dtype": "4-bit in groups of 64, the rest float32",
+        "dtype": "float32",
         "devices": "3 simulated in one process",
         "placement": "[/x] by hand, 1 to 4 of 8 experts on each device, 1 copies a layer",
         "running on": "CPU, x, 2 cores, s",

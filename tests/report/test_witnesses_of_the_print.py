@@ -52,7 +52,7 @@ def test_what_runs_where(run):
     assert where == {
         "model": run.asked["model"],
         "MoE layers": f"{L} x {E} experts",
-        "dtype": "4-bit in groups of 64, the rest float32",
+        "dtype": "experts 4-bit in groups of 64, the rest also 8-bit (gate), float32",
         "devices": f"{run.ranks} ranks" if run.ranks > 1 else f"{len(first[0])} simulated in one process",
         "placement": f"{document['placement']['strategy']}, {held} of {E} experts on each device{more}",
         "running on": f"{about['device']}, {about['device_name']}, {about['cores']} cores, {about['system']}",
