@@ -102,16 +102,18 @@ def communication(model, trace: RoutingTrace, value_bytes: int, counted: dict, r
 def speed(text: str, tokens: list[int], prompt_tokens: int, last, seconds: Seconds, stock_speed=None) -> list[Table]:
     """Speed of the run, and where the time of one token goes; `last` is mlx-lm's last response.
 
-    An answer of one token has no speed: there is no time between two.
+    An answer of one token has no speed: there is no time between two. mlx-lm counts the end token, too, which went
+    through the model.
     """
-    share = seconds.experts / max(seconds.total, 1e-12)
+    share, count = seconds.experts / max(seconds.total, 1e-12), last.generation_tokens
+    count = f"{count} tokens" + (", the end token among them" if count > len(tokens) else "")
     figures = [
         Figure("prompt_tokens_per_second", "prompt", last.prompt_tps, f"{{:.1f}} tokens/s ({prompt_tokens} tokens)"),
-        Figure("tokens_per_second", "generation", decoding_speed(last), f"{{:.1f}} tokens/s ({len(tokens)} tokens)"),
+        Figure("tokens_per_second", "generation", decoding_speed(last), f"{{:.1f}} tokens/s ({count})"),
         Figure(None, "generation by stock mlx-lm", stock_speed, "{:.1f} tokens/s"),
         Figure(None, "share of time in experts", share, f"{{:.0%}} (measured on {seconds.tokens} tokens with stops)"),
     ]
-    also = {"prompt_tokens": prompt_tokens, "text": text, "tokens": tokens}
+    also = {"prompt_tokens": prompt_tokens, "generation_tokens": last.generation_tokens, "text": text, "tokens": tokens}
     return [
         Table("Speed", figures, "generation", "measured", also=also, facts=True),
         Table("", [], "time", "measured with a stop after each part", also=vars(seconds), facts=True),

@@ -364,10 +364,12 @@ def test_speed_and_where_the_time_goes():
     document = sections(tables)
     assert document["generation"] == {
         "source": "measured", "prompt_tokens_per_second": 282.04, "tokens_per_second": 109.36, "prompt_tokens": 17,
-        "text": "text", "tokens": [1, 2, 3],
+        "generation_tokens": 3, "text": "text", "tokens": [1, 2, 3],
     }  # fmt: skip
     assert document["time"] == {"source": "measured with a stop after each part", **vars(seconds)}
     assert "stock" not in str(cost.speed("", [], 1, last, seconds)[0])
+    ended = cost.speed("", [1, 2], 17, last, seconds)[0]
+    assert facts_of(str(ended), "Speed")["generation"] == "109.4 tokens/s (3 tokens, the end token among them)"
     last.generation_tokens = 1  # no time between two
     assert "generation" not in facts_of(str(cost.speed("", [1], 17, last, seconds)[0]), "Speed")
 

@@ -210,11 +210,12 @@ def test_speed(run):
     lines, label = block(run, "Speed")
     figures, seconds = run.document["generation"], run.document["time"]
     assert label == f" ({figures['source']})" == " (measured)"
-    prompt, answer = figures["prompt_tokens"], len(figures["tokens"])
+    prompt, answer = figures["prompt_tokens"], f"{run.prefill.count(False)} tokens"
+    answer += ", the end token among them" if run is run_of("ended") else ""
     share = seconds["experts"] / seconds["total"]
     assert facts(lines) == {
         "prompt": f"{figures['prompt_tokens_per_second']:.1f} tokens/s ({prompt} tokens)",
-        "generation": f"{figures['tokens_per_second']:.1f} tokens/s ({answer} tokens)",
+        "generation": f"{figures['tokens_per_second']:.1f} tokens/s ({answer})",
         "generation by stock mlx-lm": f"{run.document['parity']['stock_tokens_per_second']:.1f} tokens/s",
         "share of time in experts": f"{share:.0%} (measured on {seconds['tokens']} tokens with stops)",
     }
