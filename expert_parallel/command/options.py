@@ -183,12 +183,15 @@ def text_of(prompt: str, standard_input: str | None = None) -> str:
 
 
 def titled(prompts) -> dict[str, str]:
-    """{title: prompt} of several, each with a title before it (code=a.py) or without."""
+    """{title: prompt} of several, each with a title before it (code=a.py) or without; ValueError for one title twice."""
     found = {}
     for number, prompt in enumerate(prompts, start=1):
         title, separator, value = prompt.partition("=")
-        whole = not separator or not title.isidentifier() or len(title) > 12
-        found |= {f"text {number}": prompt} if whole else {title: value}
+        if not separator or not title.isidentifier() or len(title) > 12:
+            title, value = f"text {number}", prompt
+        if title in found:
+            raise ValueError(f"--prompt: two texts are named {title}: give each a name of its own")
+        found[title] = value
     return found
 
 
