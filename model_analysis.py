@@ -53,8 +53,8 @@ def check_arguments(args):
     for name, low in (("context", 1), ("redundant_experts", 0), ("prompt_tokens", 1), ("group_size", 1)):
         if getattr(args, name) is not None and getattr(args, name) < low:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
-    if args.bits is None and (args.group_size or args.mode != "affine"):
-        raise ValueError("--group-size and --mode say how --bits are stored: give --bits too")
+    if args.bits in (None, 16) and (args.group_size or args.mode != "affine"):
+        raise ValueError("--group-size and --mode say how --bits are packed: give --bits from 2 to 8 too")
     if args.device_memory is not None and not 0 < args.device_memory < float("inf"):
         raise ValueError(f"--device-memory must be above 0 and finite, got {args.device_memory:g}")
     find("hardware", args.hardware, MACHINES)

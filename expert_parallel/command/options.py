@@ -183,7 +183,7 @@ def text_of(prompt: str, standard_input: str | None = None) -> str:
 
 
 def titled(prompts) -> dict[str, str]:
-    """{title: prompt} of several, each with a title before it (code=a.py) or without; ValueError for one title twice."""
+    """{title: prompt} of several, each with a title before it (code=a.py) or without; ValueError for one twice."""
     found = {}
     for number, prompt in enumerate(prompts, start=1):
         title, separator, value = prompt.partition("=")
