@@ -199,7 +199,8 @@ def write_files(args, document, trace, placement, numbers):
 
 def main():
     args = options.parser_of(__doc__).parse_args()
-    rank, *_ = launched()
+    with output.exit_on_user_error():
+        rank, *_ = launched()
     name = f"rank {rank}: " if rank else ""
     with output.exit_on_user_error(name):
         from expert_parallel.ranks.watchdog import NoWatchdog, Watchdog, failing_together
