@@ -15,7 +15,7 @@ in batches of 256 that wait for their fullest device.
 import argparse
 from pathlib import Path
 
-from expert_parallel.command import output
+from expert_parallel.command import options, output
 
 SCENARIOS = ("balanced", "skewed", "hot", "drifting", "correlated")
 WORDS = """words in the report:
@@ -83,9 +83,8 @@ def setup_arg_parser():
 
 def check_arguments(args):
     """Names of the scenarios asked for; ValueError for what cannot be."""
-    for name, low in (("experts", 1), ("top_k", 1), ("hidden", 1), ("expert_width", 1), ("tokens", 1024)):
-        if getattr(args, name) is not None and getattr(args, name) < low:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
+    limits = dict.fromkeys(("experts", "top_k", "hidden", "expert_width"), (1, 1 << 16)) | {"tokens": (1024, 1 << 30)}
+    options.check_limits(args, limits)
     if args.top_k > (args.experts or 128):
         raise ValueError(f"--top-k {args.top_k}: there are {args.experts or 128} experts to choose from")
     if not (args.bandwidth > 0 and 0 <= args.latency < float("inf")):

@@ -50,9 +50,8 @@ def setup_arg_parser():
 
 
 def check_arguments(args):
-    for name, low in (("context", 1), ("redundant_experts", 0), ("prompt_tokens", 1), ("group_size", 1)):
-        if getattr(args, name) is not None and getattr(args, name) < low:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
+    lowest = {"context": 1, "redundant_experts": 0, "prompt_tokens": 1, "group_size": 1}
+    options.check_limits(args, {name: (low, options.MOST) for name, low in lowest.items()})
     if args.bits in (None, 16) and (args.group_size or args.mode != "affine"):
         raise ValueError("--group-size and --mode say how --bits are packed: give --bits from 2 to 8 too")
     if args.device_memory is not None and not 0 < args.device_memory < float("inf"):
