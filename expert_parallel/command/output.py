@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import io
 import json
@@ -149,6 +150,26 @@ def exit_on_user_error(prefix: str = ""):
             # One write, so that lines of several ranks do not mix.
             (sys.stderr or io.StringIO()).write(f"{start}{prefix}{line}\n")
         raise SystemExit(status) from None
+
+
+def flat_script(names: dict) -> None:
+    """For a script without `main`, with these globals: --help explains, and it ends as the others do."""
+    if "__file__" not in names:  # a notebook
+        return
+    Parser(description=names["__doc__"], formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+
+    def end(kind=None, error=None, trace=None):
+        try:
+            with exit_on_user_error():
+                if error:
+                    raise error
+        except SystemExit as over:
+            os._exit(over.code)
+        except BaseException:  # our own mistake
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = end
+    atexit.register(end)
 
 
 @contextlib.contextmanager

@@ -86,10 +86,35 @@ def test_sampling_with_a_seed_is_repeatable(here):
     assert one != other
 
 
+MINIMAL = ROOT / "minimal_qwen3_example.py"
+
+
 def test_minimal_example_runs():
-    result = run_script("minimal_qwen3_example.py")
+    result = run_script(MINIMAL.name)
     assert result.returncode == 0, result.stderr
     assert "balancedness" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("into", "status", "lines"), [("| head -1", 141, 0), ("> /dev/full", 2, 1), ("--no-such-option", 2, 1)]
+)
+def test_minimal_example_ends_as_the_others_do(into, status, lines):
+    command = f"set -o pipefail; {sys.executable} {MINIMAL.name} {into}"
+    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, len(result.stderr.splitlines())) == (status, lines), result.stderr
+
+
+def test_minimal_example_pasted_into_a_notebook_takes_any_model(tmp_path, monkeypatch, capsys):
+    """There is no __file__, the arguments are the notebook's; of Mixtral, gpt-oss, DeepSeek the first layer is dense or
+    args have no num_experts."""
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    monkeypatch.chdir(tmp_path)
+    folder = save_model(random_model(vocab_size=4096, mlp_only_layers=[0]), tmp_path / "model", vocab_size=4096,
+                        mlp_only_layers=[0])  # fmt: skip
+    lines = MINIMAL.read_text()
+    assert len(lines.splitlines()) <= 40 and "load(str(SHIPPED))" in lines
+    exec(compile(lines.replace("load(str(SHIPPED))", f"load({str(folder)!r})"), "<cell>", "exec"), {})
+    assert "balancedness 0." in capsys.readouterr().out
 
 
 def test_default_model_comes_from_the_hub_cache_if_it_is_there(tmp_path):
@@ -186,10 +211,9 @@ def test_a_bad_placement_file(here, tmp_path, text):
 
 def test_scripts_explain_themselves():
     for script in sorted(ROOT.glob("*_*.py")):
-        if script.name != "minimal_qwen3_example.py":
-            result = run_script(script.name, "--help")
-            assert result.returncode == 0, result.stderr
-            assert "python " + script.name in result.stdout
+        result = run_script(script.name, "--help")
+        assert result.returncode == 0, result.stderr
+        assert "python " + script.name in result.stdout and "balancedness 0." not in result.stdout
 
 
 def test_a_long_prompt_is_no_file_name(here):
