@@ -33,6 +33,7 @@ WORDS = """words in the report:
   balancedness           mean device load over the fullest one's; 1 is even
   if uniform             what routing without any preference would give for as
                          many tokens: the level of chance
+  seen after             tokens until an expert chosen n times counts as hot
   loads that last        cosine of expert loads of fit and test; if shuffled:
                          what the number of tokens alone costs
   among copies           slots of the fullest device for other ways to deal them

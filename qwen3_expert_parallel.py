@@ -165,8 +165,8 @@ def run(args, watchdog):
         return
     stock_speed = parity.to_json()["stock_tokens_per_second"] if parity else None
     tables = [table for table in (broken, parity) if table]
-    tables += [*run.routing(trace, numbers), *run.balance(trace, changes, numbers)]
-    tables += [run.rebalancing(live.figures(), changes, trace)] if live else []
+    tables += [*run.routing(trace, numbers), *run.balance(trace, changes, numbers, model)]
+    tables += [run.rebalancing(live.figures(), changes, trace, model)] if live else []
     tables += cost.memory(whole, changes[-1][1], sum(entry.nbytes for entry in cache), per_rank)
     tables += [cost.communication(model, trace, seconds.value_bytes, counted, ranks)]
     tables += [cost.ranks_table(per_rank)] if ranks > 1 else []

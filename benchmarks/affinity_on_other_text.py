@@ -22,6 +22,7 @@ from expert_parallel.balance import fan_out
 from expert_parallel.checkpoint.finding import SHIPPED
 from expert_parallel.command import output
 from expert_parallel.report import table
+from expert_parallel.serving import devices_of_trace
 
 WINDOW, DOMAINS = 512, ("docs", "go", "json", "prose", "python")
 
@@ -64,7 +65,7 @@ def main():
         for part in (fit, test):
             loads, level = placement.device_loads(part.loads()), balanced.device_loads(part.loads())
             worst = (loads.max(axis=1) / level.max(axis=1)).max()
-            fan = np.mean(fan_out(part.experts, placement.held))
+            fan = np.mean(fan_out(devices_of_trace(part.experts, placement.held)))
             cells += [f"{fan:.2f}", f"{balancedness(loads):.3f}", f"{worst:.3f}"]
         rows.append(cells)
     columns = ("placement, bound", "fan-out", "balancedness", "fullest", "fan-out", "balancedness", "fullest")

@@ -4,12 +4,14 @@
     python benchmarks/placements.py --trace recording.csv      a recorded trace, of any format that is known
 
 The fullest device over the mean, mean over layers: simulated on the loads themselves. A trace is cut in two besides:
-placements are fitted on its first half and judged on its second.
+placements are fitted on its first half and judged on its second, also step by step, with slots dealt out among copies
+in each of the ways there are.
 """
 
 import argparse
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "placing"))
@@ -22,6 +24,9 @@ from expert_parallel import balancedness, place_experts
 from expert_parallel.balance import imbalance_ratio
 from expert_parallel.formats.traces import read_trace
 from expert_parallel.report.table import of_rows
+from expert_parallel.serving import Serving
+from expert_parallel.study.learning import among_copies
+from expert_parallel.study.remedies import Choices
 
 # layers, experts, exponent of Zipf's law (0: uniform random loads), devices, copies
 TABLES = [(9, 128, 0, 8, 8), (9, 128, 1.4, 8, 8), (9, 64, 0, 16, 16), (9, 64, 1.4, 16, 16), (9, 256, 1.4, 32, 32),
@@ -56,14 +61,34 @@ def row_of(name, loads, devices, copies):
 
 
 def held_out(trace):
-    """Rows of balancedness on the half that placements were fitted on, and on the other."""
+    """Rows of balancedness on the half that placements were fitted on, on the other, and of one fitted on the other."""
     half = len(trace) // 2
     fit, test = trace[:half].loads(), trace[half:].loads()
     for devices, copies in OF_A_TRACE:
-        for strategy in ("contiguous", "replicated" if copies else "balanced"):
-            placement = place_experts(fit, devices, strategy, copies if strategy == "replicated" else 0)
-            even = [f"{balancedness(placement.device_loads(loads)):.3f}" for loads in (fit, test)]
-            yield (strategy, devices, placement.copies.sum(axis=1).max() - placement.num_experts, *even)
+        for strategy in ("contiguous", "replicated" if copies else "balanced")[bool(copies) :]:
+            placement, oracle = (place_experts(loads, devices, strategy, copies) for loads in (fit, test))
+            judged = ((placement, fit), (placement, test), (oracle, test))
+            even = [f"{balancedness(placed.device_loads(loads)):.3f}" for placed, loads in judged]
+            yield (strategy, devices, copies, *even)
+
+
+def dealt_among_copies(trace, devices=8):
+    """Rows of the fullest device's slots over the optimum's, for the other half step by step; and what a layer took."""
+    half = len(trace) // 2
+    for copies in (8, 16, 32):
+        held = place_experts(trace[:half].loads(), devices, "replicated", copies).held
+        for tokens in (1, 8, 64):
+            rest = trace[half:].experts.astype(int)
+            steps = [Choices(rest[n : n + tokens], trace.num_experts) for n in range(0, half - tokens + 1, tokens)]
+            over, serving = among_copies(held, steps), [Serving(of_layer) for of_layer in held]
+            seconds = {False: [], True: []}
+            for greedy, step, layer in product(seconds, steps, range(len(held))):
+                begin = time.perf_counter()
+                serving[layer].devices(step.experts[:, layer], greedy)
+                seconds[greedy].append(time.perf_counter() - begin)
+            took = [f"{1e6 * np.median(seconds[greedy]):.0f} us" for greedy in (False, True)]
+            ways = (f"{over[name]:.3f}" for name in ("least loaded", "shared equally", "by turns"))
+            yield (copies, tokens, *ways, *took)
 
 
 def main():
@@ -83,7 +108,12 @@ def main():
     print(of_rows("Fullest device over the mean (simulated; time measured)", *heads, rows=rows))
     if trace:
         title = f"Balancedness of {len(trace)} decoded tokens (simulated)"
-        print(of_rows(title, "placement", "devices", "copies", "fitted half", "other half", rows=list(held_out(trace))))
+        heads = ("placement", "devices", "copies", "fitted half", "other half", "oracle")
+        print(of_rows(title, *heads, rows=list(held_out(trace))))
+        print("oracle: fitted on the other half itself\n")
+        heads = ("copies", "tokens a step", "least loaded", "shared equally", "by turns", "optimum", "least loaded")
+        title = "Fullest device's slots over the optimum's (simulated); a layer and step took (measured, median)"
+        print(of_rows(title, *heads, rows=list(dealt_among_copies(trace))))
 
 
 if __name__ == "__main__":

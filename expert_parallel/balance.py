@@ -71,14 +71,9 @@ def routing_entropy(loads) -> np.ndarray:
     return -(share * logs).sum(axis=1) / math.log(loads.shape[1]) + 0.0
 
 
-def fan_out(experts, held) -> np.ndarray:
-    """[L]; mean number of devices that one token's experts are on, measured on a trace.
-
-    experts  [T, L, k] expert ids;  held  bool [L, D, E]
-    A copy counts where its expert's first holder is: a lower bound would need the choice made at run time.
-    """
-    result = []
-    for home, chosen in zip(held.argmax(axis=1), np.moveaxis(np.asarray(experts), 1, 0), strict=True):
-        device = np.sort(home[chosen], axis=1)  # [T, k]
-        result.append((1 + (np.diff(device) > 0).sum(axis=1)).mean() if len(device) else 0.0)
-    return np.array(result)
+def fan_out(devices) -> np.ndarray:
+    """[L]; mean number of devices that answer for one token, for the device of each slot [T, L, k]."""
+    if not len(devices):
+        return np.zeros(np.shape(devices)[1])
+    layers = (np.sort(of_layer, axis=1) for of_layer in np.moveaxis(devices, 1, 0))
+    return np.array([(1 + (of_layer[:, 1:] > of_layer[:, :-1]).sum(axis=1)).mean() for of_layer in layers])

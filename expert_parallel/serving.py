@@ -47,6 +47,11 @@ class Serving:
         device[np.argsort(flat, kind="stable")] = np.repeat(every, given.T.reshape(-1))
         return device.reshape(experts.shape)
 
+    def taking_turns(self, experts: np.ndarray) -> np.ndarray:
+        """The device of each slot where replicas take turns over the slots, as one does who does not see the others."""
+        turn = np.arange(experts.size).reshape(experts.shape) % len(self.turns)
+        return self.turns[turn, experts]
+
     def _least_loaded(self, wanted) -> np.ndarray:
         """int [D + 1, E]: slots of each expert [E] by device; the most wanted replicated one first, to its emptiest."""
         given = np.zeros((self.nobody + 1, len(self.home)), dtype=np.int64)
@@ -92,6 +97,25 @@ class Serving:
                             chain.append(before[chain[-1]])
                         return chain[::-1]
         return []
+
+
+def devices_of_trace(experts, held, steps=None, masked_up_to: int = 0) -> np.ndarray:
+    """Who answers each slot of a trace, step by step as a run does, uint16 [T, L, k].
+
+    experts       [T, L, k];  held  bool [L, D, E]
+    steps         [T], growing: tokens of one forward pass are dealt out together; None: all of them
+    masked_up_to  slots of a step up to which replicas take turns, as on a GPU
+    """
+    experts, starts = np.asarray(experts), [] if steps is None else np.flatnonzero(np.diff(steps)) + 1
+    device = np.empty(experts.shape, dtype=np.uint16)
+    for layer, serving in enumerate(map(Serving, held)):
+        chosen = experts[:, layer].astype(np.int64)
+        if not serving.any_shared:
+            device[:, layer] = serving.home[chosen]
+            continue
+        for ids, of_step in zip(np.split(chosen, starts), np.split(device[:, layer], starts), strict=True):
+            of_step[:] = serving.taking_turns(ids) if ids.size <= masked_up_to else serving.devices(ids)
+    return device
 
 
 def level(load: np.ndarray, amount: int) -> np.ndarray:

@@ -28,6 +28,8 @@ class RoutingTrace:
     prefill      bool [T]; a token of a prompt, read many at a time, or one of decoding
     model        name of the model
     metadata     anything that goes into JSON
+    steps        int32 [T]; the forward pass that read a token, growing; where None is given, a prompt's tokens in a row
+                 count as one pass and every other token as one of its own
     """
 
     experts: np.ndarray
@@ -35,6 +37,7 @@ class RoutingTrace:
     prefill: np.ndarray | None = None
     model: str = ""
     metadata: dict = field(default_factory=dict)
+    steps: np.ndarray | None = None
 
     def __post_init__(self):
         experts = np.asarray(self.experts)
@@ -53,6 +56,12 @@ class RoutingTrace:
         self.prefill = np.asarray(self.prefill, dtype=bool)
         if self.prefill.shape != (len(experts),):
             raise ValueError(f"prefill marks {list(self.prefill.shape)} do not fit {len(experts)} tokens")
+        if self.steps is None:
+            first = np.append(True, ~(self.prefill[1:] & self.prefill[:-1]))[: len(experts)]
+            self.steps = first.cumsum()
+        self.steps = np.asarray(self.steps, dtype=np.int32)
+        if self.steps.shape != (len(experts),) or (np.diff(self.steps) < 0).any():
+            raise ValueError(f"forward passes {list(self.steps.shape)} do not fit {len(experts)} tokens, or go back")
 
     def __len__(self):
         return len(self.experts)
@@ -63,7 +72,7 @@ class RoutingTrace:
 
     def __getitem__(self, tokens) -> RoutingTrace:
         """The same trace for a slice or mask of tokens."""
-        return replace(self, experts=self.experts[tokens], prefill=self.prefill[tokens])
+        return replace(self, experts=self.experts[tokens], prefill=self.prefill[tokens], steps=self.steps[tokens])
 
     def phase(self, name: str) -> RoutingTrace:
         """The tokens of `prefill` or of `decode`."""
@@ -80,7 +89,8 @@ class RoutingTrace:
         small = self.experts.astype(np.uint8) if self.num_experts <= 256 else self.experts
         about = {"format": FORMAT, "num_experts": self.num_experts, "model": self.model, "metadata": self.metadata}
         with written_whole(path, "wb") as file:
-            np.savez_compressed(file, experts=small, prefill=self.prefill, about=json.dumps(about))
+            arrays = {"experts": small, "prefill": self.prefill, "steps": self.steps}
+            np.savez_compressed(file, **arrays, about=json.dumps(about))
 
     @staticmethod
     def load(path) -> RoutingTrace:
@@ -90,8 +100,8 @@ class RoutingTrace:
                 about = json.loads(str(file["about"]))
                 if about.get("format") != FORMAT:
                     raise ValueError(f"its format is {about.get('format')!r}, not {FORMAT!r}")
-                arrays = file["experts"], file["prefill"]
-            return RoutingTrace(arrays[0], about["num_experts"], arrays[1], about["model"], about["metadata"])
+                experts, prefill, steps = file["experts"], file["prefill"], file.get("steps")  # early ones have none
+            return RoutingTrace(experts, about["num_experts"], prefill, about["model"], about["metadata"], steps)
         except Exception as error:  # zipfile, numpy, json and os each have their own
             words = "it is no routing trace, which --trace and RoutingTrace.save write"
             why = words if "pickle" in str(error) or isinstance(error, KeyError) else error
@@ -163,7 +173,7 @@ def record_routing(model: nn.Module, name: str = "", prompt_tokens: int | None =
         ):
             yield trace
     finally:
-        trace.experts, trace.prefill = notes.finish()
+        trace.experts, trace.prefill, trace.steps = notes.finish()
         if prompt_tokens is not None:
             trace.prefill = np.arange(len(trace)) < prompt_tokens
         seen = {"dropped_tokens": notes.dropped, "sequences": notes.sequences if notes.sequences > 1 else 0}
@@ -182,7 +192,7 @@ class _Notes:
     def __init__(self, num_layers, max_tokens):
         self.num_layers, self.room = num_layers, max_tokens
         self.passes = []  # that are not collected: (prefill, [indices of layer 0, of layer 1, ...])
-        self.experts, self.prefill = [], []  # of each pass: [T, L, k] and [T]
+        self.experts, self.prefill = [], []  # of each pass: [T, L, k], and whether it is one
         self.input_shape, self.sequences, self.dropped = None, 1, 0  # [B, T] of the pass under way, most B
 
     def taker(self, layer):
@@ -225,12 +235,14 @@ class _Notes:
             rows = np.stack([np.array(i).reshape(-1, i.shape[-1]).astype(np.uint16) for i in ids], axis=1)
             if room := min(len(rows), self.room):  # an empty slice would keep the whole pass in memory
                 self.experts.append(rows[:room].copy() if room < len(rows) else rows)
-                self.prefill.append(np.full(room, prefill))
+                self.prefill.append(prefill)
             self.room, self.dropped = self.room - room, self.dropped + len(rows) - room
 
     def finish(self):
-        """(experts [T, L, k], prefill [T])."""
+        """(experts [T, L, k], prefill [T], steps [T])."""
         self.collect()
+        lengths = list(map(len, self.experts))
+        steps = np.repeat(np.arange(len(lengths)), lengths)
         if not self.experts:
-            return np.zeros((0, self.num_layers, 0), dtype=np.uint16), np.zeros(0, dtype=bool)
-        return np.concatenate(self.experts), np.concatenate(self.prefill)
+            return np.zeros((0, self.num_layers, 0), dtype=np.uint16), np.zeros(0, dtype=bool), steps
+        return np.concatenate(self.experts), np.repeat(self.prefill, lengths), steps

@@ -114,7 +114,8 @@ def faults_of(node):
         case ast.Constant(value=str(value)):
             for word in filter(value.__contains__, LABELS):
                 yield "label", changed(value=value.replace(word, LABELS[word]))
-        case ast.Call(keywords=[*_, ast.keyword(arg=str()) as last]) if last.arg != "help":
+        # Not strict and frozen: they notice mistakes of a caller, and nobody makes one here.
+        case ast.Call(keywords=[*_, ast.keyword(arg=str()) as last]) if last.arg not in ("help", "strict", "frozen"):
             yield "argument dropped", changed(keywords=node.keywords[:-1])
 
 

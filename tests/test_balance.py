@@ -18,6 +18,7 @@ from expert_parallel.balance import (
     routing_entropy,
 )
 from expert_parallel.placing.copies import lower_bound
+from expert_parallel.serving import devices_of_trace
 from expert_parallel.study.scenarios import hot_experts, tokens_until_hot
 
 # EPLB's README: loads of 2 layers x 12 experts and where its 16 copies go, two to each of 8 GPUs.
@@ -83,8 +84,8 @@ def test_fan_out_by_hand():
     placement = place_experts(np.ones((2, 6)), 3)  # 0 1 | 2 3 | 4 5
     experts = [[[0, 1], [0, 2]], [[0, 5], [4, 5]]]  # token, layer
     # Layer 0: devices {0} and {0, 2}; layer 1: {0, 1} and {2}.
-    assert fan_out(experts, placement.held).tolist() == [1.5, 1.5]
-    assert fan_out(np.zeros((0, 2, 2), dtype=int), placement.held).tolist() == [0, 0]
+    assert fan_out(devices_of_trace(experts, placement.held)).tolist() == [1.5, 1.5]
+    assert fan_out(np.zeros((0, 2, 2), dtype=int)).tolist() == [0, 0]
 
 
 def test_lower_bound_by_hand():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from expert_parallel import place_experts
-from expert_parallel.serving import Serving, level
+from expert_parallel.serving import Serving, devices_of_trace, level
 
 # Devices 0 and 1 have expert 0; 1 and 2 have expert 1; expert 2 is on device 0 alone, nobody has expert 3.
 HELD = np.array([[1, 0, 1, 0], [1, 1, 0, 0], [0, 1, 0, 0]], dtype=bool)
@@ -125,3 +125,22 @@ def least_by_programme(held, experts):
     above[:, -1] = -1
     cost = np.append(np.zeros(len(pairs)), 1)
     return linprog(cost, above, np.zeros(len(held)), dealt, counts, method="highs").fun
+
+
+def test_a_trace_is_dealt_out_step_by_step():
+    """Two tokens of one pass share the devices, a third begins anew; layers have holders of their own."""
+    held = np.stack([HELD, HELD[::-1]])
+    experts = np.array([[[0, 1], [0, 1]], [[0, 2], [0, 2]], [[0, 0], [2, 2]]])
+    device = devices_of_trace(experts, held, [0, 0, 4])
+    for layer, start, end in ((0, 0, 2), (0, 2, 3), (1, 0, 2), (1, 2, 3)):
+        assert (device[start:end, layer] == Serving(held[layer]).devices(experts[start:end, layer])).all()
+    together = devices_of_trace(experts, held)
+    assert (together[:, 0] == Serving(held[0]).devices(experts[:, 0])).all()
+    turns = devices_of_trace(experts, held, [0, 0, 4], masked_up_to=2)  # steps of 2 slots: the last one
+    assert (turns[:2] == device[:2]).all()
+    assert turns[2, 0].tolist() == [0, 1]  # expert 0's holders in turn
+
+
+def test_taking_turns_by_hand():
+    serving = Serving(HELD)
+    assert serving.taking_turns(np.array([[0, 0], [0, 1]])).tolist() == [[0, 1], [0, 2]]

@@ -72,6 +72,7 @@ def test_prefill_and_decode_are_told_apart_over_many_passes():
     assert trace.prefill.tolist() == [True] * 3 + [False] * 70
     assert len(trace.phase("prefill")) == 3
     assert len(trace.phase("decode")) == 70
+    assert trace.steps.tolist() == [0] * 3 + list(range(1, 71))
 
 
 def test_a_batch_of_single_tokens_is_decode_where_blocks_flatten_their_tokens_too():
@@ -110,9 +111,9 @@ def test_passes_that_end_in_the_middle_are_no_tokens():
     notes = _Notes(2, 100)
     for layer in (1, 0, 0, 1, 1):  # a block by itself, a pass that failed, a whole one, a block by itself
         notes.taker(layer)(mx.full((1, 1, 8), layer, dtype=mx.uint32))
-    experts, prefill = notes.finish()
+    experts, prefill, steps = notes.finish()
     assert experts[:, :, 0].tolist() == [[0, 1]]
-    assert prefill.tolist() == [False]
+    assert (prefill.tolist(), steps.tolist()) == ([False], [0])
 
 
 def test_memory_is_bounded_and_what_was_left_out_is_said():
@@ -131,9 +132,9 @@ def test_passes_after_the_limit_keep_nothing_alive():
     for _ in range(200):
         for take in takers:
             take(mx.zeros((1, 50, 8), dtype=mx.uint32))
-    experts, prefill = notes.finish()
+    experts, prefill, steps = notes.finish()
     assert experts.shape == (1, 2, 8)
-    assert len(prefill) == 1
+    assert len(prefill) == len(steps) == 1
     assert notes.dropped == 200 * 50 - 1
     assert [len(rows) for rows in notes.experts] == [1]
     assert len(notes.prefill) == 1
@@ -153,9 +154,21 @@ def test_save_load_and_cut(tmp_path):
     loaded = RoutingTrace.load(tmp_path / "t.npz")
     assert np.array_equal(loaded.experts, trace.experts)
     assert np.array_equal(loaded.prefill, trace.prefill)
+    assert np.array_equal(loaded.steps, trace.steps)
     assert (loaded.num_experts, loaded.model, loaded.metadata) == (9, "m", {"text": "häh"})
     assert np.array_equal(np.concatenate([trace[:7].experts, trace[7:].experts]), trace.experts)
     assert [p.name for p in tmp_path.iterdir()] == ["t.npz"]
+
+
+def test_steps_that_are_not_said():
+    """Of a prompt one pass, of all others one each; as told where they are told, and cut with the tokens."""
+    marks = np.array([True, True, False, False, True, True])
+    assert RoutingTrace(np.zeros((6, 1, 2)), 4, marks).steps.tolist() == [1, 1, 2, 3, 4, 4]
+    told = RoutingTrace(np.zeros((6, 1, 2)), 4, marks, steps=[0, 1, 1, 1, 2, 2])
+    assert told[2:5].steps.tolist() == [1, 1, 2]
+    for wrong in ([0, 1], [0, 1, 0, 1, 2, 2]):
+        with pytest.raises(ValueError, match="forward passes"):
+            RoutingTrace(np.zeros((6, 1, 2)), 4, marks, steps=wrong)
 
 
 def test_damaged_and_foreign_files_are_refused_by_name(tmp_path):

@@ -108,7 +108,8 @@ def machine(
     tell("measuring this machine on layers with random weights")
     dense = next(layer.number for layer in described.layers if layer.moe)
     count = dense + max(1, min(4, int(most_bytes // described.layers[dense].whole.bytes)))
-    small = describe(replace(configuration, config=shortened(configuration.config, count)), **quantisation)
+    few = replace(configuration, config=shortened(configuration.config, count), folder=None)  # no weights to look at
+    small = describe(few, **quantisation)
     model = fill_randomly(small.model)
     if (dtype := activation_dtype()) is not None:
         model.set_dtype(dtype)

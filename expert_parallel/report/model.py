@@ -139,7 +139,7 @@ def memory(described: Architecture, devices: list[int], redundant: int = 0) -> l
             try:
                 rest = hybrid_rest_bytes(described.model, count)
             except ValueError as error:
-                failed[count] = f"{count} devices: {error}"
+                failed[count] = str(error)
         row = {
             "devices": count,
             "experts_per_layer": -(-weighed.num_experts // count),
@@ -151,7 +151,7 @@ def memory(described: Architecture, devices: list[int], redundant: int = 0) -> l
         if redundant and count > 1:
             row["with_copies_bytes"] = fullest_device_bytes(weighed, count, redundant=redundant)
         rows.append(row)
-    why = next(iter(failed.values()), None)
+    why, without = next(iter(failed.values()), None), [row["devices"] for row in rows if row["hybrid_bytes"] is None]
     table = of_records(
         "Memory of the fullest device",
         "devices",
@@ -167,7 +167,8 @@ def memory(described: Architecture, devices: list[int], redundant: int = 0) -> l
         source="modelled",
         also={"redundant_experts": redundant, "hybrid_not_possible": why},
     )
-    return [table, facts("No hybrid", {"from here on": why})] if why else [table]
+    on = f"on {', '.join(map(str, without))}"
+    return [table, facts("No hybrid (--attention sharded)", {on: why})] if why else [table]
 
 
 def fit(described: Architecture, devices: list[int], device_bytes: float, context: int) -> Table:

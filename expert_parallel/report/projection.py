@@ -51,8 +51,9 @@ class Setting:
             experts, loads = self.trace.experts, self.trace.loads()
         copies, batch = self.copies(num_devices), min(tokens, len(experts))
         placement = place_experts(loads, num_devices, "replicated" if copies else "contiguous", redundant=copies)
-        found, each = step.fullest_device(experts, placement.held, batch), np.ones(demand.num_moe_layers)
-        return step.Fullest(found.experts * each, found.slots * each * tokens / batch)
+        found = step.fullest_device(experts, placement.held, batch)
+        every = demand.num_moe_layers  # of a uniform trace one layer was looked at
+        return step.Fullest(*(np.broadcast_to(each, every) for each in (found.experts, found.slots * tokens / batch)))
 
 
 def speed(tokens_per_second: float) -> str:

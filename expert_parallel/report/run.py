@@ -16,8 +16,10 @@ import mlx.core as mx
 import numpy as np
 
 from .. import balance as metrics
+from ..layers import moe_layers
 from ..models.memory import stored_as
 from ..placement import Placement
+from ..serving import devices_of_trace
 from ..study.chance import expected_fan_out, uniform_routing
 from ..trace import RoutingTrace
 from .table import Figure, Table, facts, of_records, shades, size
@@ -140,15 +142,16 @@ def _routing_of(part: RoutingTrace) -> list[Figure]:
     ]
 
 
-def balance(trace: RoutingTrace, changes: list[tuple[int, Placement]], layer_numbers: list[int]) -> list[Table]:
-    """Load of each device over a trace; copies share their expert's load.
+def balance(trace: RoutingTrace, changes: list, layer_numbers: list[int], model=None) -> list[Table]:
+    """Load of each device over a trace, in slots that it answered.
 
     changes  [(tokens before, Placement)], the first from token 0 on
+    model    that was run, where its copies may take turns
     """
-    ends = [*(start for start, _ in changes), len(trace)]
+    ends, first = [*(start for start, _ in changes), len(trace)], changes[0][1]
     parts = [(each, trace[a:b]) for (_, each), (a, b) in zip(changes, pairwise(ends), strict=True)]
-    first, loads = changes[0][1], _device_loads(parts)
-    touched = sum(metrics.fan_out(t.experts, each.held) * (len(t) / max(len(trace), 1)) for each, t in parts)
+    device = np.concatenate([_devices(part, each, model) for each, part in parts])
+    loads, touched = _device_loads(device, first.num_devices), metrics.fan_out(device)
     even = f"mean / max, 1 is even, 1/{first.num_devices} all on one device"
     per_layer = [
         Figure(None, "layer", layer_numbers),
@@ -173,15 +176,15 @@ def balance(trace: RoutingTrace, changes: list[tuple[int, Placement]], layer_num
     whole += _fitted(first.metadata, trace.experts.shape[2])
     phases = {}
     for name in PHASES:
-        of_phase = [(each, part.phase(name)) for each, part in parts]
-        if count := sum(len(part) for _, part in of_phase):
-            there = _device_loads(of_phase)
+        mine = trace.prefill == (name == "prefill")
+        if count := int(mine.sum()):
+            there = _device_loads(device[mine], first.num_devices)
             both = {f"balancedness_{way}": metrics.balancedness(there, way) for way in ("layers", "aggregate")}
             chance = _uniform_balance(trace.phase(name), first)
             phases[name] = {"tokens": count, **both, chance.key: chance.value}
             label = f"balancedness in {name} ({count} tokens)"
             whole.append(Figure(None, label, both["balancedness_layers"], "{:.3f}", beside=replace(chance, key=None)))
-    note = "A device's load: how often its experts were chosen."
+    note = "A device's load: the slots, (token, chosen expert) pairs, that it answered."
     least_balanced = {"first": per_layer[1].value, "order": "the least balanced"}
     return [
         Table("Balance over devices", per_layer, "balance", "measured", note, **least_balanced),
@@ -217,18 +220,25 @@ def _uniform_balance(part: RoutingTrace, placement: Placement) -> Figure:
     return Figure("balancedness_if_uniform_simulated", "uniform", value, "{:.3f}", "simulated")
 
 
-def _device_loads(parts: list[tuple[Placement, RoutingTrace]]) -> np.ndarray:
-    """[L, D]; of tokens that were each answered under its own placement."""
-    return sum(placement.device_loads(part.loads()) for placement, part in parts)
+def _devices(part: RoutingTrace, placement: Placement, model=None) -> np.ndarray:
+    """[T, L, k]: who answers each slot under a placement, as the model's experts have it done."""
+    masked_up_to = moe_layers(model)[0].experts.masked_up_to if model is not None else 0
+    return devices_of_trace(part.experts, placement.held, part.steps, masked_up_to)
 
 
-def rebalancing(figures: dict, changes: list[tuple[int, Placement]], trace: RoutingTrace) -> Table:
+def _device_loads(device, num_devices: int) -> np.ndarray:
+    """[L, D]; slots of each device, for the device of each slot [T, L, k]."""
+    layers = np.moveaxis(device, 1, 0)
+    return np.stack([np.bincount(of_layer.reshape(-1), minlength=num_devices) for of_layer in layers])
+
+
+def rebalancing(figures: dict, changes: list, trace: RoutingTrace, model=None) -> Table:
     """Looks, moves, pauses of `LiveRebalancing.figures`; what became of the tokens since, with the move and without."""
     ends = [tokens for tokens, _ in changes[2:]] + [len(trace)]
     moved = [look for look in figures["looks"] if look["moved"]]
     for look, ((_, before), (start, after)), end in zip(moved, pairwise(changes), ends, strict=False):
-        loads = trace[start:end].loads()
-        kept, unmoved = (metrics.balancedness(each.device_loads(loads)) for each in (after, before))
+        dealt = (_devices(trace[start:end], each, model) for each in (after, before))
+        kept, unmoved = (metrics.balancedness(_device_loads(device, after.num_devices)) for device in dealt)
         look["since"] = {"tokens": end - start, "balancedness": kept, "balancedness_unmoved": unmoved}
 
     def of_move(*keys):

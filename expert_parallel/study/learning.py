@@ -26,8 +26,7 @@ def learning_curve(fit: Choices, test: Choices, num_devices: int, redundant: int
         placement = place_experts(part.loads(), num_devices, strategy, redundant)
         both = {}
         for name, tokens in (("fit", part), ("test", test)):
-            slots = np.concatenate([device_slots(placement, batch) for batch in tokens.batches()])
-            both[f"balancedness_{name}"] = balancedness(slots, "aggregate")
+            both[f"balancedness_{name}"] = balancedness(device_slots(placement, tokens), "aggregate")
         curve.append({"tokens": length, **both})
     return curve
 
@@ -61,7 +60,7 @@ def among_copies(held: np.ndarray, batches: list[Choices]) -> dict[str, float]:
         for batch in batches:
             ids = batch.experts[:, layer].reshape(-1)
             dealt = {"optimum": of_layer.devices(ids), "least loaded": of_layer.devices(ids, greedy=True)}
-            dealt["by turns"] = of_layer.turns[np.arange(len(ids)) % len(of_layer.turns), ids]
+            dealt["by turns"] = of_layer.taking_turns(ids)
             for name, device in dealt.items():
                 fullest[name] += np.bincount(device).max()
             wanted = np.bincount(ids, minlength=held.shape[2])

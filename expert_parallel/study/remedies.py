@@ -21,7 +21,7 @@ from ..placing.affinity import coactivation
 from ..placing.strategies import place_experts
 from ..router.bias import fit_bias
 from ..router.capacity import expert_capacity, limit_slots
-from ..serving import Serving
+from ..serving import devices_of_trace
 from .traces import fit_and_test, without_warm_up
 
 BATCH = 256  # tokens that pass a layer together
@@ -168,7 +168,7 @@ def rebalanced(placement: Placement, fit: Choices, test: Choices, costs: Costs) 
     device_loads, touched, plans = [], [], []
     for batch in test.batches():
         device_loads.append(watcher.placement.device_loads(batch.loads()))
-        touched.append(fan_out(batch.experts, watcher.placement.held).mean())
+        touched.append(fan_out(served(watcher.placement, batch)).mean())
         plan = watcher.observe(batch.loads(), len(batch.experts))
         plans += [plan] if plan else []
     moved = {"moves": sum(len(p.moves) for p in plans), "bytes": sum(p.bytes for p in plans),
@@ -192,23 +192,27 @@ def _against_bound(placement, balanced, fit, test):
     return {"balance_bound": placement.metadata["balance_bound"], **over}
 
 
-def device_slots(placement: Placement, batch: Choices) -> np.ndarray:
-    """[L, D]; slots of each device in a batch, those of copies dealt out as a run does it."""
-    if placement.copies.max() == 1:
-        return placement.device_loads(batch.loads())
-    dealt = [Serving(held).devices(batch.experts[:, l]) for l, held in enumerate(placement.held)]
-    return np.stack([np.bincount(device.reshape(-1), minlength=placement.num_devices) for device in dealt])
+def served(placement: Placement, choices: Choices) -> np.ndarray:
+    """int [T, L, k]: the device of each slot, batch by batch; D for what a limit dropped."""
+    steps = np.arange(len(choices.experts)) // BATCH
+    device = devices_of_trace(choices.experts, placement.held, steps)
+    return device if choices.kept is None else np.where(choices.kept, device, placement.num_devices)
+
+
+def device_slots(placement: Placement, choices: Choices) -> np.ndarray:
+    """[batches L, D]; slots of each device, batch by batch, in them layer by layer."""
+    device, devices = served(placement, choices), np.arange(placement.num_devices)
+    batches = (device[start : start + BATCH] for start in range(0, len(device), BATCH))
+    return np.concatenate([(batch[..., None] == devices).sum(axis=(0, 2)) for batch in batches])
 
 
 def _judge(remedy, placement, fit, test, price):
-    fitted, device_loads = (
-        np.concatenate([device_slots(placement, batch) for batch in part.batches()]) for part in (fit, test)
-    )
-    experts = test.experts
-    if test.kept is not None:  # a dropped slot goes nowhere: as if the token had asked for a kept expert twice
-        some = np.take_along_axis(experts, test.kept.argmax(axis=2)[..., None], axis=2)
-        experts = np.where(test.kept, experts, some)
-    return _outcome(remedy, placement, test, fitted, device_loads, fan_out(experts, placement.held).mean(), price, {})
+    device = served(placement, test)
+    if test.kept is not None:  # a dropped slot goes nowhere: as if it had gone where a kept one goes
+        some = np.take_along_axis(device, test.kept.argmax(axis=2)[..., None], axis=2)
+        device = np.where(test.kept, device, some)
+    fitted, judged = (device_slots(placement, part) for part in (fit, test))
+    return _outcome(remedy, placement, test, fitted, judged, fan_out(device).mean(), price, {})
 
 
 def _outcome(remedy, placement, choices, fitted, device_loads, touched, price, figures):

@@ -10,6 +10,7 @@ from conftest import SHIPPED, launch, random_model, run_script
 
 from expert_parallel import Placement, place_experts, record_routing, shard_model
 from expert_parallel.layers import expert_tensors, moe_layers
+from expert_parallel.moving import live
 from expert_parallel.moving.live import LiveRebalancing, move_experts
 from expert_parallel.moving.plan import Costs, Rebalancer
 
@@ -69,6 +70,28 @@ def _expert_arrays(model):
 
 def held_now(model):
     return np.stack([layer.experts.held for layer in moe_layers(model)])
+
+
+def test_costs_are_the_slowest_ranks_of_reads_that_a_move_would_make(monkeypatch):
+    """Read are experts that the store lacks, its own where it has all; of several ranks the slowest counts."""
+    own, read, alone = expert_tensors(random_model().layers[0].mlp.switch_mlp), [], mx.distributed.init(backend="any")
+
+    def rows(layer):
+        assert layer == 0
+        return lambda ids: read.extend(ids) or {name: array[mx.array(ids)] for name, array in own.items()}
+
+    for devices in (1, 4):
+        model = shard_model(random_model(), place_experts(np.ones((3, 16)), devices))
+        store = moe_layers(model)[0].experts.stores[0]
+        read.clear()
+        live.measured_costs(model, rows, alone)
+        assert set(read) <= set(range(16)) - (set(store.ids.tolist()) if devices > 1 else set())
+    ranks = [{"read": 1.0, "slots": 8.0, "change": 3.0}, {"read": 2.0, "slots": 4.0, "change": 5.0}]
+    monkeypatch.setattr(live, "gather_objects", lambda group, value: ranks)
+    costs = live.measured_costs(model, rows, None)
+    size = sum(a.nbytes for _, a in _expert_arrays(model)) // (3 * 16)
+    assert (costs.expert_bytes, costs.bytes_per_second) == (size, size / 2.0)
+    assert (costs.seconds_per_slot, costs.seconds_per_layer) == (8.0 / 4, 5.0)  # four slots of four experts
 
 
 def test_rows_can_come_from_elsewhere():

@@ -7,6 +7,7 @@ from test_search import check_promises
 from expert_parallel import place_experts
 from expert_parallel.balance import fan_out
 from expert_parallel.placing.affinity import coactivation
+from expert_parallel.serving import devices_of_trace
 
 
 def test_coactivation_by_hand():
@@ -28,8 +29,8 @@ def test_affinity_finds_the_families():
     balanced = place_experts(loads, 8, "balanced")
     together = place_experts(loads, 8, "affinity", coactivation=coactivation(experts, 64), balance_bound=0.15)
     check_promises(together, 64)
-    assert fan_out(experts, balanced.held)[0] > 3
-    assert fan_out(experts, together.held)[0] == 1  # the least there is
+    assert fan_out(devices_of_trace(experts, balanced.held))[0] > 3
+    assert fan_out(devices_of_trace(experts, together.held))[0] == 1  # the least there is
     limit = balanced.device_loads(loads).max() * 1.15
     assert together.device_loads(loads).max() <= limit + 1e-6
     assert place_experts(loads, 8, "affinity", coactivation=experts, balance_bound=0.15) == together
@@ -55,7 +56,10 @@ def test_affinity_lowers_fan_out_on_text_it_was_not_fitted_on(held_out_traces):
     check_promises(together, 128)
     limit = balanced.device_loads(fit.loads()).max(axis=1) * 1.05
     assert (together.device_loads(fit.loads()).max(axis=1) <= limit * (1 + 1e-9)).all()
-    before, after = fan_out(test.experts, balanced.held), fan_out(test.experts, together.held)
+    before, after = (
+        fan_out(devices_of_trace(test.experts, balanced.held)),
+        fan_out(devices_of_trace(test.experts, together.held)),
+    )
     assert (after < before).all()
     assert after.mean() < 0.85 * before.mean()
     # The bound is one of the fit, and is called so: experts wanted together are hot together in other text too.
@@ -63,4 +67,4 @@ def test_affinity_lowers_fan_out_on_text_it_was_not_fitted_on(held_out_traces):
     fullest = [p.device_loads(test.loads()).max(axis=1) for p in (balanced, together)]
     assert (fullest[1] / fullest[0]).max() > 1.05
     equal = place_experts(fit.loads(), 8, "affinity", coactivation=fit.experts, balance_bound=0)
-    assert after.mean() < fan_out(test.experts, equal.held).mean() < before.mean()
+    assert after.mean() < fan_out(devices_of_trace(test.experts, equal.held)).mean() < before.mean()

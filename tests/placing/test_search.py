@@ -265,6 +265,12 @@ def test_replicated_keeps_its_promises(problem):
         assert (placement.device_loads(loads).max(axis=1) <= contiguous.max(axis=1) * (1 + 1e-9)).all()
 
 
+def test_no_expert_gets_more_copies_than_there_are_devices():
+    """Loads as shares of one, all of it on one expert: once every device has it, copies go to the others."""
+    slots = replicate(np.array([[0.9, 0.05, 0.03, 0.02]]), 4, 2)
+    assert count_copies(slots, 4).tolist() == [[2, 2, 2, 2]]
+
+
 def test_copies_go_where_the_load_per_copy_is_largest():
     # 60 -> 30 30 -> 20 20 20 (30 > 25), then 25 -> 12.5 12.5.
     assert replicate([[60, 25, 10, 5]], 3, 4).tolist() == [[0, 1, 2, 3, 0, 0, 1]]

@@ -1,9 +1,11 @@
 """The report of model_analysis.py: what is printed held against the JSON, and both against the model's own numbers."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import SHIPPED
 from printed import columns_of, facts_of, lines_of
 
 from expert_parallel.models.architecture import describe
@@ -80,7 +82,17 @@ def test_memory_of_the_fullest_device(described):
         assert row.get("with_copies_bytes") == (copied if n else None)
         assert columns["+32 copies"][n] == (size(copied) if n else "-")
     assert [row["hybrid_bytes"] is None for row in figures["devices"]] == [False, False, True, True]
-    assert figures["hybrid_not_possible"] in facts_of(text, "No hybrid")["from here on"]
+    assert facts_of(text, "No hybrid")["on 7, 8"] == figures["hybrid_not_possible"]
+
+
+def test_hybrid_where_some_numbers_divide_and_where_none_can():
+    """Qwen3-Coder has 4 heads of keys and values: 2 and 4 ranks can share them, 3 cannot; gpt-oss has no shard()."""
+    tables = model.memory(describe(load_configuration("qwen3-coder-30b"), bits=4), [1, 2, 3, 4])
+    assert [row["hybrid_bytes"] is None for row in tables[0].to_json()["devices"]] == [False, False, True, False]
+    assert list(facts_of(printed(tables), "No hybrid")) == ["on 3"]
+    tables = model.memory(describe(load_configuration("mixtral-8x7b")), [1, 2])
+    rows = tables[0].to_json()["devices"]
+    assert rows[0]["hybrid_bytes"] == rows[0]["replicated_rest_bytes"]  # one device has all of it, either way
 
 
 def test_devices_of_a_size(described):
@@ -179,3 +191,36 @@ def test_every_source_stands_in_its_heading(described):
     for table in tables:
         assert table.source in table.heading()
     assert all("source" in section for section in sections(tables).values())
+
+
+@pytest.mark.parametrize("cache_speed", [0.0, 3e9])
+def test_this_machine_in_print_and_json(cache_speed, monkeypatch):
+    """Fitted on first layers alone; a speed that was not measured has no line, a link that is missing its reason."""
+    seen = []
+
+    def measured(small, demand, head_bytes):
+        seen.append((len(small.layers), demand.num_layers, head_bytes))
+        return replace(MACHINES["m4-max"], cache_bytes_per_second=cache_speed)
+
+    def linked(backend):
+        if backend == "mpi":
+            raise ValueError("no mpirun here")
+        return replace(LINK, latency_seconds=20e-6, bytes_per_second=2e9), [{"payload_bytes": 4096}]
+
+    monkeypatch.setattr(checks, "measure_machine", measured)
+    monkeypatch.setattr(checks, "measure_link", linked)
+    configuration = load_configuration(str(SHIPPED))
+    tiny = describe(configuration)
+    two = 2 * tiny.layers[0].whole.bytes + 1
+    machine, links, table = checks.machine(configuration, tiny, {}, most_bytes=two)
+    figures, facts = sections([table])["this_machine"], facts_of(str(table), "This machine")
+    assert seen == [(2, 2, tiny.outside["head"].bytes)] and figures["layers"] == 2
+    assert figures["source"] == "measured on 2 layers with random weights"
+    assert list(links) == ["ring"] and machine.memory_bytes > 1e8
+    assert facts.get("keys and values moved") == ("3.00 GB/s" if cache_speed else None)
+    assert facts["weights moved"] == "473.10 GB/s, of experts 473.10 GB/s"
+    assert facts["fixed cost of a layer"] == "99 us"
+    assert facts["link ring, 2 processes"] == "20 us a step, 2.00 GB/s" and facts["link mpi"] == "no mpirun here"
+    assert figures["links"]["ring"] == {
+        "latency_seconds": 20e-6, "bytes_per_second": 2e9, "measured": [{"payload_bytes": 4096}],
+    }  # fmt: skip

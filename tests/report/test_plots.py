@@ -13,6 +13,7 @@ def test_each_layer_is_held_against_its_own_mean():
     loads = np.array([[1, 3], [100, 300], [0, 0]])
     axes, bar = load_map(loads, "device", "a $model_").axes
     assert axes.images[0].get_array().tolist() == [[0.5, 1.5], [0.5, 1.5], [0, 0]]
+    assert not axes.title.get_parse_math()  # a model's name is no formula
     assert axes.get_xlabel() == "device" and "a $model_ (measured)" in axes.get_title()
     assert "(simulated)" in load_map(loads, "expert", source="simulated").axes[0].get_title()
 

@@ -1,16 +1,28 @@
 """The figures of model_analysis.py that the README states are those that the code gives."""
 
-from conftest import ROOT
+import importlib
+import json
+import re
+import shlex
 
-from expert_parallel.models.architecture import describe
+import pytest
+from conftest import ROOT, SHIPPED
+from transformers import AutoTokenizer
+
+from expert_parallel.command import options
+from expert_parallel.formats.placements import WRITERS
+from expert_parallel.models.architecture import describe, fullest_device_bytes
 from expert_parallel.models.configurations import bundled_names, load_configuration
-from expert_parallel.projection.hardware import MACHINES
+from expert_parallel.projection.hardware import LINKS, MACHINES
 from expert_parallel.projection.step import estimate
+from expert_parallel.report import projection
+
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def rows_under(heading):
     """Cells of the README's table that begins with this column."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8").partition(f"\n| {heading} |")[2]
+    text = TEXT.partition(f"\n| {heading} |")[2]
     lines = text.partition("\n\n")[0].splitlines()[2:]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
@@ -33,3 +45,67 @@ def test_predictions_for_quantisations_on_the_m4_max():
         demand = describe(configuration, bits=int(bits)).demand
         predicted = estimate(demand, MACHINES["m4-max"], context=2048 + 64).tokens_per_second
         assert said == f"{predicted:.1f}"
+
+
+def test_memory_per_device():
+    """9.03 GB on 2 devices (1.90x less), ..."""
+    described = describe(load_configuration("qwen3-coder-30b"), bits=4)
+    said = re.findall(r"([\d.]+) GB on (\d+)(?: devices)? \(([\d.]+)x", TEXT)
+    assert [int(devices) for _, devices, _ in said] == [2, 4, 8, 16]
+    for gigabytes, devices, less in said:
+        bytes_there = fullest_device_bytes(described.bytes, int(devices))
+        assert (gigabytes, less) == (f"{bytes_there / 1e9:.2f}", f"{described.bytes.total / bytes_there:.2f}")
+
+
+def ratios(kind, variant):
+    """(to stock, to tensor parallelism) of two MPI ranks in BENCHMARKS.md's first table of a kind."""
+    text = (ROOT / "BENCHMARKS.md").read_text(encoding="utf-8").partition("## Real ranks")[2]
+    table = text.partition(f"\n    {kind} (measured")[2]
+    line = next(line for line in table.splitlines() if line.split()[:1] == ["mpi"] and f" {variant} " in line)
+    return (*re.findall(r"(\d\.\d\d) \(", line), None)[:2]
+
+
+def test_speeds_are_those_of_the_benchmarks():
+    words = " ".join(TEXT.split())
+    assert f"decodes at {ratios('decode', 'rest split')[0]} times the speed of stock" in words
+    assert f"tensor parallelism at {ratios('decode', 'tensor parallel')[0]} times" in words
+    to_tensor = [ratios("prompt", variant)[1] for variant in ("rest split", "rest split, copies")]
+    assert "read at {} of tensor parallelism's speed, {} with copies".format(*to_tensor) in words
+    whole = [ratios(kind, "rest whole")[0] for kind in ("decode", "prompt")]
+    assert "{} times stock in decoding, {} with prompts".format(*whole) in words
+
+
+def commands():
+    """(script, words) of every line in the README's blocks that starts one of the scripts."""
+    for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL):
+        for line in block.splitlines():
+            found = re.search(r"(\w+)\.py\b(.*)", line.partition("#")[0].partition(" | ")[0])
+            if found and not line.startswith("pip"):
+                yield found[1], shlex.split(found[2])
+
+
+@pytest.mark.parametrize(("script", "words"), commands())
+def test_commands_are_understood(script, words):
+    if script == "minimal_qwen3_example":
+        return
+    module = importlib.import_module(script)
+    parser = module.setup_arg_parser() if hasattr(module, "setup_arg_parser") else options.parser_of("")
+    args = parser.parse_args(words)
+    if script == "qwen3_expert_parallel" and args.prompt and args.prompt.endswith(".py"):
+        tokens = AutoTokenizer.from_pretrained(SHIPPED).encode((ROOT / args.prompt).read_text())
+        context = json.loads((SHIPPED / "config.json").read_text())["max_position_embeddings"]
+        assert len(tokens) + args.max_tokens <= context
+
+
+def test_every_format_of_placements_is_named():
+    row = next(line for line in TEXT.splitlines() if "--save-placement FILE" in line)
+    assert set(WRITERS) <= set(re.findall(r"`([\w-]+)`", row)) and tuple(WRITERS) == options.PLACEMENT_FORMATS
+
+
+def test_what_a_single_sequence_gains():
+    described = describe(load_configuration("qwen3-coder-30b"))
+    link, source = LINKS["thunderbolt-jaccl"]
+    setting = projection.Setting(MACHINES["m4-max"], link, "thunderbolt-jaccl", source, 2048, (1, 2, 4, 8))
+    lines = str(projection.one_sequence(described, setting)[0]).splitlines()
+    assert "\n".join(lines[:5]) in TEXT
+    assert "more than 1.32x" in " ".join(" ".join(lines).split())

@@ -16,6 +16,7 @@ from expert_parallel.models.memory import ModelBytes
 from expert_parallel.report import cost, run
 from expert_parallel.report.measuring import Seconds
 from expert_parallel.report.table import sections
+from expert_parallel.serving import Serving
 
 T, L, E, K, D = 60, 3, 16, 4, 4
 NUMBERS = [1, 4, 5]  # of the decoder layers that are MoE
@@ -28,14 +29,16 @@ def a_trace(seed=0, tokens=T, layers=L):
 
 
 def slots_by_device(trace, placement, tokens):
-    """[L][D] by counting one slot after the other; an expert's replicas share it."""
+    """[L][D] by counting one slot after the other; of replicas the one that is asked for, prompt first, then each."""
     loads = [[0.0] * placement.num_devices for _ in range(placement.num_layers)]
-    for t in tokens:
-        for l in range(placement.num_layers):
-            for expert in trace.experts[t, l].tolist():
-                holders = placement.devices_of(l, expert)
-                for device in holders:
-                    loads[l][device] += 1 / len(holders)
+    prompt = int(trace.prefill.sum())
+    for l in range(placement.num_layers):
+        serving = Serving(placement.held[l])
+        for start, end in [(0, prompt), *((t, t + 1) for t in range(prompt, len(trace)))]:
+            ids = trace.experts[start:end, l].astype(int)
+            for t, devices in zip(range(start, end), serving.devices(ids).tolist(), strict=True):
+                for device in devices if t in tokens else []:
+                    loads[l][device] += 1
     return loads
 
 
@@ -74,8 +77,8 @@ def test_balance_counted_slot_by_slot(strategy, redundant):
     assert figures["imbalance_ratio_per_layer"] == pytest.approx([max(row) * D / sum(row) - 1 for row in loads])
     assert figures["coefficient_of_variation_per_layer"] == pytest.approx([np.std(row) / np.mean(row) for row in loads])
     assert figures["min_max_ratio_per_layer"] == pytest.approx([min(row) / max(row) for row in loads])
-    first = [[placement.devices_of(l, e)[0] for e in range(E)] for l in range(L)]
-    touched = [np.mean([len({first[l][e] for e in row}) for row in trace.experts[:, l].tolist()]) for l in range(L)]
+    each = [slots_by_device(trace, placement, [t]) for t in range(T)]
+    touched = [np.mean([sum(load > 0 for load in loads[l]) for loads in each]) for l in range(L)]
     assert figures["fan_out_per_layer"] == pytest.approx(touched)
     assert ("uniform" in facts_of(text, "Balance over all layers")["devices touched per token (fan-out)"]) == (
         not redundant
@@ -400,6 +403,15 @@ def test_what_runs_where_shows_a_strategy_as_it_is():
         "source": "as asked for", "strategy": "[/x] by hand", "devices": 3, "ranks": 1,
         "experts_per_device": [[4, 4, 1], [4, 4, 2]],
     }  # fmt: skip
+
+
+def test_chance_is_that_of_the_first_layers_devices():
+    """Layer 0 is even, layer 1 has all experts but one on device 0: what uniform routing would give differs."""
+    held = np.zeros((2, 2, 16), dtype=bool)
+    held[0, 0, :8] = held[0, 1, 8:] = held[1, 0, :15] = held[1, 1, 15:] = True
+    trace = RoutingTrace(np.tile(np.arange(4), (50, 2, 1)), 16)
+    figures = sections(run.balance(trace, [(0, Placement(held))], [0, 1]))["balance"]
+    assert figures["balancedness_if_uniform_simulated"] > 0.8  # of layer 1: 0.53
 
 
 # --- all of it --------------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def test_routing(run):
 
 
 def test_balance(run):
-    expected = witness.balance(run.chosen, run.prefill, run.history, E)
+    expected = witness.balance(run.chosen, run.prefill, run.history, E, run.dealt)
     if "placement_trace" in run.asked:
         expected |= fitted(run)
     assert not witness.differences(run.document["balance"], expected)

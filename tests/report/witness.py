@@ -34,6 +34,7 @@ class Run:
     ranks       how many processes
     responses   mlx-lm's last one of our run, then of stock's, where they could be overheard
     peak        bytes of this process, before and after
+    dealt       [token][layer][slot] device that answered, overheard where experts have copies
     """
 
     text: str
@@ -46,6 +47,7 @@ class Run:
     ranks: int = 1
     responses: list = field(default_factory=list)
     peak: tuple = (0, math.inf)
+    dealt: list | None = None
 
 
 # --- files --------------------------------------------------------------------------------------------------------
@@ -167,15 +169,18 @@ def routing(chosen, layers, experts):
     }
 
 
-def loads_of(chosen, history, which=lambda token: True):
-    """[L][D] slots of devices; an expert's copies share them alike. history: [(first token, held)]."""
+def loads_of(chosen, history, which=lambda token: True, dealt=None):
+    """[L][D] slots of devices as they were dealt, else copies share them alike. history: [(first token, held)]."""
     layers, devices = len(history[0][1]), len(history[0][1][0])
     loads = [[0.0] * devices for _ in range(layers)]
     for token, of_layers in enumerate(chosen):
         held = [each for start, each in history if start <= token][-1]
         for l, experts in enumerate(of_layers if which(token) else []):
-            for expert in experts:
+            for slot, expert in enumerate(experts):
                 holders = [d for d in range(devices) if expert in held[l][d]]
+                if dealt:
+                    assert dealt[token][l][slot] in holders
+                    holders = [dealt[token][l][slot]]
                 for d in holders:
                     loads[l][d] += 1 / len(holders)
     return loads
@@ -188,14 +193,15 @@ def evenness(loads):
     return each, sum(each) / len(each), sum(means) / sum(max(row) for row in loads)
 
 
-def devices_touched(chosen, history):
-    """[L] mean number of devices of a token; a copy counts where its expert's first holder is."""
+def devices_touched(chosen, history, dealt=None):
+    """[L] mean number of devices of a token, as its slots were dealt, else by its experts' only holders."""
     touched = []
     for l in range(len(history[0][1])):
         visits = 0
         for token, of_layers in enumerate(chosen):
             row = [each for start, each in history if start <= token][-1][l]
-            visits += len({min(d for d in range(len(row)) if e in row[d]) for e in of_layers[l]})
+            home = dealt[token][l] if dealt else [min(d for d in range(len(row)) if e in row[d]) for e in of_layers[l]]
+            visits += len(set(home))
         touched.append(visits / len(chosen))
     return touched
 
@@ -211,11 +217,11 @@ def uniform_fan_out(row, experts, top_k):
     return total
 
 
-def balance(chosen, prefill, history, experts):
+def balance(chosen, prefill, history, experts, dealt=None):
     """The whole section."""
-    loads, first = loads_of(chosen, history), history[0][1]
+    loads, first = loads_of(chosen, history, dealt=dealt), history[0][1]
     each, layers, aggregate = evenness(loads)
-    touched = devices_touched(chosen, history)
+    touched = devices_touched(chosen, history, dealt)
     means = [sum(row) / len(row) for row in loads]
     squares = [
         sum((x - mean) ** 2 for x in row) / len(row) for row, mean in zip(loads, means, strict=True)
@@ -227,7 +233,7 @@ def balance(chosen, prefill, history, experts):
 
     phases = {}
     for name, wanted in (("prefill", True), ("decode", False)):
-        part = loads_of(chosen, history, lambda token, wanted=wanted: prefill[token] == wanted)
+        part = loads_of(chosen, history, lambda token, wanted=wanted: prefill[token] == wanted, dealt)
         phases[name] = {
             "tokens": prefill.count(wanted),
             "balancedness_if_uniform_simulated": even(prefill.count(wanted)),

@@ -12,16 +12,19 @@ import shutil
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 import witness
 from conftest import ROOT, SHIPPED, launch
 from witness import Run
 
 import qwen3_expert_parallel
+from expert_parallel.serving import Serving  # listened to, and for ranks asked
 
 CONFIG = json.loads((SHIPPED / "config.json").read_text())
 L, E, K = CONFIG["num_hidden_layers"], CONFIG["num_experts"], CONFIG["num_experts_per_tok"]
@@ -121,7 +124,7 @@ def left(asked, before, **more):
 
 def in_one_process(folder, tokens, before=None, **more):
     """Run the script here, and overhear what mlx-lm answers it."""
-    asked, responses, out = options_of(folder, tokens, more), [], io.StringIO()
+    asked, responses, dealt, out = options_of(folder, tokens, more), [], [], io.StringIO()
     generation = importlib.import_module("mlx_lm.generate")
     original = generation.stream_generate
 
@@ -130,8 +133,15 @@ def in_one_process(folder, tokens, before=None, **more):
             yield response
         responses.append(response)
 
+    def heard(serving, ids):
+        device = devices(serving, ids)
+        dealt.append(device.reshape(-1, K).tolist())
+        return device
+
+    devices = Serving.devices
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
         patch.setattr(generation, "stream_generate", overheard)
+        patch.setattr(Serving, "devices", heard)
         patch.setattr(sys, "argv", ["qwen3_expert_parallel.py", *line_of(asked)])
         patch.setenv("COLUMNS", "160")
         patch.chdir(ROOT)
@@ -139,7 +149,12 @@ def in_one_process(folder, tokens, before=None, **more):
         qwen3_expert_parallel.main()
         wall = time.perf_counter() - begin
     peak = (peak, witness.peak_of_process() or math.inf)
-    return left(asked, before, text=out.getvalue(), wall=wall, responses=responses, peak=peak)
+    run = left(asked, before, text=out.getvalue(), wall=wall, responses=responses, peak=peak)
+    answered = []  # what was dealt comes pass by pass, in them layer by layer; the tokens of the run are the first
+    while len(answered) < len(run.chosen):
+        answered += zip(*dealt[:L], strict=True)
+        del dealt[:L]
+    return run if before else replace(run, dealt=answered)
 
 
 def over_two_ranks(folder, tokens, **more):
@@ -147,4 +162,16 @@ def over_two_ranks(folder, tokens, **more):
     results = launch("ring", 2, "qwen3_expert_parallel.py", *line_of(asked), tmp_path=folder)
     assert all(status == 0 for status, _, _ in results), results
     wall = time.perf_counter() - begin
-    return left(asked, None, text=results[0][1], wall=wall, ranks=2)
+    run = left(asked, None, text=results[0][1], wall=wall, ranks=2)
+    if "placement" not in asked:
+        return run
+    # Nobody listens in other processes: the same choice is asked for again, for a prompt but for its last token in one
+    # pass, and then token by token; what every rank counted is held against it.
+    prompt, dealt = run.prefill.count(True) - 1, [[] for _ in run.chosen]
+    for l, row in enumerate(run.history[0][1]):
+        serving = Serving(np.array([[e in mine for e in range(E)] for mine in row]))
+        for start, end in [(0, prompt), *((t, t + 1) for t in range(prompt, len(run.chosen)))]:
+            ids = np.array([of_layers[l] for of_layers in run.chosen[start:end]])
+            for of_token, devices in zip(dealt[start:end], serving.devices(ids).tolist(), strict=True):
+                of_token.append(devices)
+    return replace(run, dealt=dealt)

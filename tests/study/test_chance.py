@@ -7,6 +7,7 @@ import pytest
 
 from expert_parallel import place_experts
 from expert_parallel.balance import fan_out
+from expert_parallel.serving import devices_of_trace
 from expert_parallel.study.chance import expected_fan_out, uniform_routing
 
 
@@ -69,4 +70,6 @@ def test_measured_fan_out_of_uniform_routing_is_the_expected_one():
     random = np.random.default_rng(0)
     experts = random.random((20_000, 1, 128)).argsort(axis=-1)[..., :8]
     placement = place_experts(np.ones((1, 128)), 8)
-    assert fan_out(experts, placement.held)[0] == pytest.approx(expected_fan_out([16] * 8, 128, 8), rel=0.005)
+    assert fan_out(devices_of_trace(experts, placement.held))[0] == pytest.approx(
+        expected_fan_out([16] * 8, 128, 8), rel=0.005
+    )
