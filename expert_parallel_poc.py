@@ -27,9 +27,9 @@ WORDS = """words in the report:
                          devices), compute, combine (weigh and add up);
                          medians of so many passes
   machines               the same if each device were a machine: compute is the
-                         measured mean of the devices, straggler what the
-                         slowest takes longer, communication from --bandwidth
-                         and --latency; the largest is the bottleneck
+                         mean of the devices, straggler what the slowest takes
+                         longer, communication from --bandwidth and --latency;
+                         the largest is the bottleneck, of the sum
   balancedness           mean device load over the fullest one's; 1 is even
   if uniform             what routing without any preference would give for as
                          many tokens: the level of chance
@@ -41,8 +41,8 @@ WORDS = """words in the report:
   fit, test              balancedness on the tokens that a remedy was fitted on,
                          and on those that judge it
   fan-out                devices that a token is sent to
-  modelled, measured     ms of the slowest device: from the fit's balancedness,
-                         and run on 512 test tokens, in turn with the others
+  modelled, fit          ms of the slowest device, from the fit's balancedness;
+  measured, test         run on 512 test tokens, in turn with the others
   round-robin            expert e on device e mod D
   balanced               experts placed so that the fullest device has least
   replicated             balanced, with copies of hot experts

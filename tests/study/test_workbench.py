@@ -198,7 +198,8 @@ def test_script_on_traces(tmp_path):
     result = run_script("expert_parallel_poc.py", *SMALL[:4], "--trace", tmp_path / "one.npz", "--devices", 4)
     assert result.returncode == 0, result.stderr
     assert "one.npz: left out 20 warm-up rows" in " ".join(result.stdout.split())
-    assert "re-route" not in result.stdout and "load-aware" not in result.stdout  # a trace has no gates
+    assert "no cap and re-route and no load-aware router: they need" in result.stdout  # a trace has no gates
+    assert result.stdout.count("re-route") == result.stdout.count("load-aware") == 1
     result = run_script("expert_parallel_poc.py", *SMALL[:4], "--trace", tmp_path / "one.npz", "--devices", 4,
                         "--test-trace", tmp_path / "two.npz", "--json", tmp_path / "j.json", "--quiet")  # fmt: skip
     assert result.returncode == 0 and result.stdout == ""
