@@ -84,9 +84,11 @@ def console(quiet: bool = False):
 
     if sys.stdout is None:  # started with >&-
         return Console(quiet=True, file=io.StringIO())
-    columns = os.environ.get("COLUMNS", "")
-    width = None if sys.stdout.isatty() else int(columns) if columns.isdecimal() and int(columns) else 80
-    return Reporting(quiet=quiet, width=width, highlight=False, markup=False, emoji=False)
+    columns, of_mpi = os.environ.get("COLUMNS", ""), "OMPI_COMM_WORLD_RANK" in os.environ
+    terminal = sys.stdout.isatty() and not of_mpi  # Open MPI gives ranks a terminal, wherever their output goes
+    width = None if terminal else int(columns) if columns.isdecimal() and int(columns) else 80
+    plain = {"force_terminal": False} if of_mpi else {}
+    return Reporting(quiet=quiet, width=width, highlight=False, markup=False, emoji=False, **plain)
 
 
 @contextlib.contextmanager
