@@ -130,11 +130,7 @@ def exit_of(error: BaseException) -> tuple[int, str] | None:
 @contextlib.contextmanager
 def exit_on_user_error(prefix: str = ""):
     """Turn the errors of wrong input into one line on standard error and exit status 2."""
-    # Closed by whoever started us: what is opened next would get their numbers, and MLX takes file 0 for an error.
-    if sys.stdin is None:
-        sys.stdin = open(os.devnull)  # noqa: SIM115, PTH123, for as long as the process lives
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
+    _prepare_streams()
     try:
         try:
             # Of ranks the watch process hears the launcher, see ranks/watch.py.
@@ -170,8 +166,19 @@ def flat_script(names: dict) -> None:
         except BaseException:  # our own mistake
             sys.__excepthook__(kind, error, trace)
 
+    _prepare_streams()
     sys.excepthook = end
     atexit.register(end)
+
+
+def _prepare_streams() -> None:
+    # Closed by whoever started us: what is opened next would get their numbers, and MLX takes file 0 for an error.
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115, PTH123, for as long as the process lives
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a report goes on after what its encoding has not
 
 
 @contextlib.contextmanager
