@@ -106,6 +106,14 @@ def test_output_that_is_closed_or_taken_in_part_gives_no_traceback(command, stat
     assert len(done.stderr.splitlines()) == (status == 2)
 
 
+def test_characters_that_the_stream_cannot_encode_are_replaced():
+    """It stopped at the line after the answer, without a report."""
+    options = ("--model", SHIPPED, "--max-tokens", 2, "--no-verify")
+    result = run_script("qwen3_expert_parallel.py", *options, LC_ALL="POSIX", PYTHONIOENCODING="ascii")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "?" * 80 in result.stdout and "Speed (measured)" in result.stdout
+
+
 # --- output never destroys input ----------------------------------------------------------------------------
 
 

@@ -29,7 +29,7 @@ def mean(values):
 
 
 def test_every_block_is_known(run):
-    parts = ["What runs where", "answer", "Parity with stock mlx-lm", "Routing (", "Routing by phase"]
+    parts = ["What runs where", "answer", "In short", "Parity with stock mlx-lm", "Routing (", "Routing by phase"]
     parts += ["Balance over devices", "Balance over all layers", "Load per device", "Memory per device"]
     parts += ["Memory over all", "Communication", "Speed"]
     parts += ["Rebalancing"] if "rebalance_every" in run.asked else []
@@ -37,6 +37,24 @@ def test_every_block_is_known(run):
     titles = list(witness.blocks_of(run.text))
     assert len(titles) == len(parts)
     assert all(sum(title.startswith(part) for title in titles) == 1 for part in parts)
+
+
+def test_in_short(run):
+    """The verdict's figures are those of the tables under it."""
+    short, document = facts(block(run, "In short")[0]), run.document
+    parity, memory, balance = document["parity"], document["memory"], document["balance"]
+    off = parity["max_abs_logit_difference"]
+    logits = f"{parity['logits_compared']:,} logits " + ("to the bit" if off == 0 else f"within {off:.1g}")
+    assert short["answer"] == f"the same as stock mlx-lm's: {parity['tokens_compared']} tokens, {logits}"
+    fullest, whole = human(max(memory["per_device_bytes"])), human(memory["full_model_bytes"])
+    times = memory["full_model_bytes"] / max(memory["per_device_bytes"])
+    assert short["memory"] == f"the fullest device holds {fullest} of {whole}, {times:.2f}x less"
+    means, maxima = (sum(each(row) for row in balance["device_loads"]) for each in (mean, max))
+    assert f"devices wait {1 - means / maxima:.0%} of their time" in short["balance"]
+    assert f"uniform routing: {1 - balance['balancedness_if_uniform_simulated']:.0%}" in short["balance"]
+    ours, theirs = document["generation"]["tokens_per_second"], parity["stock_tokens_per_second"]
+    assert short["speed"].startswith(f"{ours:.1f} tokens/s, stock mlx-lm {theirs:.1f} (one run each)")
+    assert ("real ranks" in short) == (run.ranks == 1)
 
 
 def test_what_runs_where(run):
@@ -52,7 +70,7 @@ def test_what_runs_where(run):
     assert where == {
         "model": run.asked["model"],
         "MoE layers": f"{L} x {E} experts",
-        "dtype": "4-bit in groups of 64, the rest float32",
+        "dtype": "experts 4-bit in groups of 64, the rest also 8-bit (gate), float32",
         "devices": f"{run.ranks} ranks" if run.ranks > 1 else f"{len(first[0])} simulated in one process",
         "placement": f"{document['placement']['strategy']}, {held} of {E} experts on each device{more}",
         "running on": f"{about['device']}, {about['device_name']}, {about['cores']} cores, {about['system']}",
@@ -210,11 +228,12 @@ def test_speed(run):
     lines, label = block(run, "Speed")
     figures, seconds = run.document["generation"], run.document["time"]
     assert label == f" ({figures['source']})" == " (measured)"
-    prompt, answer = figures["prompt_tokens"], len(figures["tokens"])
+    prompt, answer = figures["prompt_tokens"], f"{run.prefill.count(False)} tokens"
+    answer += ", the end token among them" if run is run_of("ended") else ""
     share = seconds["experts"] / seconds["total"]
     assert facts(lines) == {
         "prompt": f"{figures['prompt_tokens_per_second']:.1f} tokens/s ({prompt} tokens)",
-        "generation": f"{figures['tokens_per_second']:.1f} tokens/s ({answer} tokens)",
+        "generation": f"{figures['tokens_per_second']:.1f} tokens/s ({answer})",
         "generation by stock mlx-lm": f"{run.document['parity']['stock_tokens_per_second']:.1f} tokens/s",
         "share of time in experts": f"{share:.0%} (measured on {seconds['tokens']} tokens with stops)",
     }

@@ -208,7 +208,8 @@ def test_script_on_traces(run_here, tmp_path):
     result = run_here("expert_parallel_poc.py", *SMALL[:4], "--trace", tmp_path / "one.npz", "--devices", 4)
     assert result.returncode == 0, result.stderr
     assert "one.npz: left out 20 warm-up rows" in " ".join(result.stdout.split())
-    assert "re-route" not in result.stdout and "load-aware" not in result.stdout  # a trace has no gates
+    assert "no cap and re-route and no load-aware router: they need" in result.stdout  # a trace has no gates
+    assert result.stdout.count("re-route") == result.stdout.count("load-aware") == 1
     result = run_here("expert_parallel_poc.py", *SMALL[:4], "--trace", tmp_path / "one.npz", "--devices", 4,
                         "--test-trace", tmp_path / "two.npz", "--json", tmp_path / "j.json", "--quiet")  # fmt: skip
     assert result.returncode == 0 and result.stdout == ""
@@ -226,7 +227,8 @@ def test_script_on_traces(run_here, tmp_path):
         (["--devices", 129], "129 devices: needs 1 to 128"),
         (["--scenarios", "even"], "unknown scenario 'even'"),
         (["--top-k", 200], "--top-k 200"),
-        (["--tokens", 10], "--tokens must be at least"),
+        (["--tokens", 10], "--tokens must be between 1024 and"),
+        (["--hidden", "9" * 400], "--hidden must be between 1 and 65536, got 999"),
         (["--redundant-experts", -1], "-1 redundant experts"),
         (["--bandwidth", 0], "--bandwidth 0"),
         (["--latency", "nan"], "--latency nan"),
