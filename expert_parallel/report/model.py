@@ -159,7 +159,7 @@ def memory(described: Architecture, devices: list[int], redundant: int = 0) -> l
         "devices",
         rows,
         ("devices", "devices"),
-        ("experts_per_layer", "experts a layer"),
+        ("experts_per_layer", "per layer"),
         ("expert_bytes", "experts only", size),
         ("replicated_rest_bytes", "+ rest on each", size),
         ("reduction", "less", "{:.2f}x"),
@@ -167,7 +167,7 @@ def memory(described: Architecture, devices: list[int], redundant: int = 0) -> l
         *([("with_copies_bytes", f"+{redundant} copies", size)] if redundant else []),
         section="memory",
         source="modelled",
-        note=f"less: than the whole model, with the rest on each device; {HYBRID}",
+        note=f"per layer: experts; less: than the whole model, with the rest on each device; {HYBRID}",
         also={"redundant_experts": redundant, "hybrid_not_possible": why},
     )
     on = f"on {', '.join(map(str, without))}"
