@@ -1,4 +1,4 @@
-"""Expert parallelism in 40 lines, for a notebook, cell by cell, or python minimal_qwen3_example.py.
+"""Expert parallelism in 40 lines: to read, to paste into a notebook cell by cell, to run. It has no options.
 
 Takes the small model that ships with the project; any Mixture-of-Experts model that mlx-lm
 knows goes in its place, for example mlx-community/Qwen3-Coder-30B-A3B-Instruct-4bit.
@@ -9,10 +9,7 @@ from mlx_lm import generate, load
 
 from expert_parallel import balancedness, place_experts, record_routing, shard_model
 from expert_parallel.checkpoint.finding import SHIPPED
-from expert_parallel.command.output import flat_script
 from expert_parallel.layers import moe_shape
-
-flat_script(globals())  # --help, and errors in one line; of no effect in a notebook
 
 # 1. mlx-lm loads the model as ever, and we note what it answers.
 model, tokenizer = load(str(SHIPPED))

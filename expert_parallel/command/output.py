@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import atexit
 import contextlib
 import io
 import json
@@ -145,7 +144,13 @@ def exit_of(error: BaseException) -> tuple[int, str] | None:
 @contextlib.contextmanager
 def exit_on_user_error(prefix: str = ""):
     """Turn the errors of wrong input into one line on standard error and exit status 2."""
-    _prepare_streams()
+    # Closed by whoever started us: what is opened next would get their numbers, and MLX takes file 0 for an error.
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115, PTH123, for as long as the process lives
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a report goes on after what its encoding has not
     try:
         try:
             # Of ranks the watch process hears the launcher, see ranks/watch.py.
@@ -163,37 +168,6 @@ def exit_on_user_error(prefix: str = ""):
             # One write, so that lines of several ranks do not mix.
             (sys.stderr or io.StringIO()).write(f"{start}{prefix}{line}\n")
         raise SystemExit(status) from None
-
-
-def flat_script(names: dict) -> None:
-    """For a script without `main`, with these globals: --help explains, and it ends as the others do."""
-    if "__file__" not in names:  # a notebook
-        return
-    Parser(description=names["__doc__"], formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-
-    def end(kind=None, error=None, trace=None):
-        try:
-            with exit_on_user_error():
-                if error:
-                    raise error
-        except SystemExit as over:
-            os._exit(over.code)
-        except BaseException:  # our own mistake
-            sys.__excepthook__(kind, error, trace)
-
-    _prepare_streams()
-    sys.excepthook = end
-    atexit.register(end)
-
-
-def _prepare_streams() -> None:
-    # Closed by whoever started us: what is opened next would get their numbers, and MLX takes file 0 for an error.
-    if sys.stdin is None:
-        sys.stdin = open(os.devnull)  # noqa: SIM115, PTH123, for as long as the process lives
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a report goes on after what its encoding has not
 
 
 @contextlib.contextmanager

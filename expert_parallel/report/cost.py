@@ -80,6 +80,7 @@ def communication(model, trace: RoutingTrace, value_bytes: int, counted: dict, r
         Figure(None, "gather: every slot's output, all-summed", both["gather"], per_token),
         Figure("ring_bytes_sent_per_token_and_rank", f"{used} by a ring, sent by each rank", sent, per_token),
     ]
+    note = ""
     if ranks > 1:
         calls, payload = (sum(counts[n] for counts in counted.values()) for n in (0, 1))
         source = "measured at the calls, sharded head and attention included; an upper bound, for of a prompt MLX"
@@ -87,6 +88,7 @@ def communication(model, trace: RoutingTrace, value_bytes: int, counted: dict, r
                  "calls": calls, "payload_bytes": payload, "by_kind": counted,
                  "payload_bytes_per_token": payload / max(1, len(trace))}  # fmt: skip
         text = f"{per_token(about['payload_bytes_per_token'])} at most, {calls} calls"
+        note = "at most: of a prompt MLX carries out only what its caches need; calls: of collectives, by each rank"
         figures.append(Figure("counted", "counted at the calls", about, lambda _: text, "measured"))
     alone = "" if ranks > 1 else "; in one process nothing is sent"
     title = f"Communication (modelled, {value_bytes}-byte values{alone})"
@@ -96,7 +98,7 @@ def communication(model, trace: RoutingTrace, value_bytes: int, counted: dict, r
         "bytes_per_token": taken,
         "bytes_per_token_by_combine": both,
     }
-    return Table(title, figures, "communication", "modelled", also=also, facts=True)
+    return Table(title, figures, "communication", "modelled", note, also=also, facts=True)
 
 
 def speed(text: str, tokens: list[int], prompt_tokens: int, last, seconds: Seconds, stock_speed=None) -> list[Table]:
@@ -113,9 +115,10 @@ def speed(text: str, tokens: list[int], prompt_tokens: int, last, seconds: Secon
         Figure(None, "generation by stock mlx-lm", stock_speed, "{:.1f} tokens/s"),
         Figure(None, "share of time in experts", share, f"{{:.0%}} (measured on {seconds.tokens} tokens with stops)"),
     ]
+    note = "with stops: extra tokens, with a wait after each part, which makes them slower"
     also = {"prompt_tokens": prompt_tokens, "generation_tokens": last.generation_tokens, "text": text, "tokens": tokens}
     return [
-        Table("Speed", figures, "generation", "measured", also=also, facts=True),
+        Table("Speed", figures, "generation", "measured", note, also=also, facts=True),
         Table("", [], "time", "measured with a stop after each part", also=vars(seconds), facts=True),
     ]
 
@@ -140,6 +143,7 @@ def ranks_table(per_rank: list[dict]) -> Table:
         (lambda each: sum(each["slots_computed_per_layer"]), "slots"),
         *((milliseconds(part), f"{part} ms", "{:.2f}") for part in ("experts", "collectives", "waiting")),
         section="",
+        note="slots: (token, chosen expert) pairs that a rank computed, in all layers; waiting: for the slowest rank",
     )
     table.figures.insert(0, Figure(None, "rank", range(len(per_rank))))
     return table

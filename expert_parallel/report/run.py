@@ -25,6 +25,10 @@ from ..trace import RoutingTrace
 from .table import Figure, Table, facts, of_records, shades, size
 
 PHASES = ("prefill", "decode")
+BALANCEDNESSES = (
+    "SGLang: mean load over the fullest device's in each layer, then the mean of layers; vLLM: both are summed over"
+    " layers first."
+)
 
 
 def what_runs_where(name: str, model, placement: Placement, ranks: int, reading, versions) -> Table:
@@ -186,15 +190,16 @@ def balance(trace: RoutingTrace, changes: list, layer_numbers: list[int], model=
             label = f"balancedness in {name} ({count} tokens)"
             whole.append(Figure(None, label, both["balancedness_layers"], "{:.3f}", beside=replace(chance, key=None)))
     note = "A device's load: the slots, (token, chosen expert) pairs, that it answered."
+    wide = "three characters" if len(shades(loads[0])) > first.num_devices else "a character"
     least_balanced = {"first": per_layer[1].value, "order": "the least balanced"}
     return [
         Table("Balance over devices", per_layer, "balance", "measured", note, **least_balanced),
-        Table("Balance over all layers", whole, "balance", "measured", also={"phases": phases}, facts=True),
+        Table("Balance over all layers", whole, "balance", "measured", BALANCEDNESSES, {"phases": phases}, facts=True),
         Table(
             "Load per device",
             [Figure(None, "layer", layer_numbers), Figure("device_loads", "devices", loads, shades)],
             "balance",
-            note="blank: under 1/4 of the layer's mean, █: over 7/4",
+            note=f"{wide} a device; blank: under 1/4 of the layer's mean, █: over 7/4",
             **least_balanced,
         ),
     ]

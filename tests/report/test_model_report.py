@@ -71,6 +71,7 @@ def test_memory_of_the_fullest_device(described):
     figures, text = sections(tables)["memory"], printed(tables)
     assert figures["source"] == "modelled" and "Memory of the fullest device (modelled)" in text
     columns = columns_of(text, "Memory of the fullest device", len(DEVICES))
+    assert all(f"{word}:" in text for word in ("per layer", "less", "hybrid"))
     for n, row in enumerate(figures["devices"]):
         experts = -(-128 // DEVICES[n])
         whole = experts * 48 * 2_654_208 + 873_459_712

@@ -168,6 +168,10 @@ def test_balance_over_all_layers(run):
         phase = figures["phases"][name]
         line = f"balancedness in {name} ({phase['tokens']} tokens)"
         expected[line] = beside_chance(phase)
+    expected["note"] = (
+        "SGLang: mean load over the fullest device's in each layer, then the mean of layers; vLLM: both are summed over"
+        " layers first."
+    )
     assert facts(lines) == expected
 
 
@@ -179,7 +183,7 @@ def beside_chance(figures):
 def test_the_map_of_loads(run):
     lines, label = block(run, "Load per device")
     assert lines[0].split() == ["layer", "devices"]
-    assert lines[-1] == "blank: under 1/4 of the layer's mean, █: over 7/4"
+    assert lines[-1] == "three characters a device; blank: under 1/4 of the layer's mean, █: over 7/4"
     assert label in ("", " (measured)")
     expected = witness.shades(run.document["balance"]["device_loads"])
     assert len(lines) == 2 + L and sum(line is not None for line in expected) > 0
@@ -221,6 +225,9 @@ def test_communication(run):
         counted = figures["counted"]
         text = f"{human(counted['payload_bytes_per_token'])} per token at most, {counted['calls']} calls"
         expected[f"counted at the calls ({counted['source'].partition(' ')[0]})"] = text
+        expected["note"] = (
+            "at most: of a prompt MLX carries out only what its caches need; calls: of collectives, by each rank"
+        )
     assert facts(lines) == expected
 
 
@@ -236,6 +243,7 @@ def test_speed(run):
         "generation": f"{figures['tokens_per_second']:.1f} tokens/s ({answer})",
         "generation by stock mlx-lm": f"{run.document['parity']['stock_tokens_per_second']:.1f} tokens/s",
         "share of time in experts": f"{share:.0%} (measured on {seconds['tokens']} tokens with stops)",
+        "note": "with stops: extra tokens, with a wait after each part, which makes them slower",
     }
     assert seconds["source"].startswith("measured")
 
@@ -265,7 +273,10 @@ def test_ranks(name):
     tokens = run.document["time"]["tokens"]
     assert label == f" (measured; milliseconds per token, on {tokens} tokens with stops)"
     head, rows, note = columns(lines, 2)
-    assert head == ["rank", "experts", "process", "slots", "experts ms", "collectives ms", "waiting ms"] and not note
+    assert head == ["rank", "experts", "process", "slots", "experts ms", "collectives ms", "waiting ms"]
+    assert note == (
+        "slots: (token, chosen expert) pairs that a rank computed, in all layers; waiting: for the slowest rank"
+    )
     for number, (rank, row) in enumerate(zip(run.document["ranks"], rows, strict=True)):
         took = [1000 * rank["seconds"][part] / tokens for part in ("experts", "collectives", "waiting")]
         slots = sum(rank["slots_computed_per_layer"])
