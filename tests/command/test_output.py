@@ -153,6 +153,7 @@ OVER = [
     [*MAIN, "--model", "{0}/hub", "--json", "{0}/model/model.safetensors"],
     [*MAIN, "--adapter-path", "{0}/adapter", "--json", "{0}/adapter/adapter_config.json"],
     [*MAIN, "--adapter-path", "{0}/adapter", "--trace", "{0}/adapter/adapters.safetensors"],
+    ["model_analysis.py", "--model", "{0}/model", "--json", "{0}/model/new.json"],
     ["model_analysis.py", "--model", "{0}/hub", "--json", "{0}/hub/config.json"],
     ["model_analysis.py", "--model", "{0}/hub", "--json", "{0}/model/model.safetensors"],
     ["model_analysis.py", "--model", "{0}/hub/config.json", "--json", "{0}/hub/config.json"],
