@@ -198,6 +198,8 @@ def test_files_by_hand(tmp_path, text, layers, homes):
         ('{"layers": "01"}', "one entry a device"),
         ('{"layers": []}', "one entry a device"),
         ('{"layers": [{"0": 1}]}', "one entry a device"),
+        ('{"layers": [[[0], [1]], {"0": 1}]}', "one entry a device"),
+        ('{"layers": [[[], []]]}', "all at least 1, got .1, 2, 0"),
         ('{"layers": [[[0, 0], [1]]]}', "layer 0: device 0 names expert 0 twice"),
         ('{"layers": [[[0], [2]]]}', "layer 0: expert 1 is on no device"),
         ('{"layers": [[[0, 1], []]]}', "layer 0: device 1 holds no expert"),

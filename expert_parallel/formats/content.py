@@ -34,7 +34,7 @@ def content_of(path):
                 return _Tensors(archive, pickled[0]).load()
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    text = path.read_text(encoding="utf-8")
+    text = path.read_bytes().decode()
     try:
         return json.loads(text)
     except ValueError:

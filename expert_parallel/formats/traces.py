@@ -123,9 +123,12 @@ def _of_pairs(rows, num_experts) -> np.ndarray:
 
 def _table(triples, num_experts: int | None) -> np.ndarray:
     """int [L, E] of (layer, expert, how often); an expert below 0 is a slot that was left blank."""
-    layer, expert, often = np.array([triple for triple in triples if triple[1] >= 0], dtype=np.int64).reshape(-1, 3).T
+    kept = [triple for triple in triples if triple[1] >= 0]
+    if not kept:
+        raise ValueError("it has no routing decisions in it")
+    layer, expert, often = np.array(kept).T
     layers, at = np.unique(layer, return_inverse=True)
-    table = np.zeros((len(layers), max(num_experts or 0, expert.max(initial=-1) + 1)), dtype=np.int64)
+    table = np.zeros((len(layers), max(num_experts or 0, expert.max() + 1)), dtype=np.int64)
     np.add.at(table, (at, expert), often)
     return table
 

@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT, SHIPPED
 
 from expert_parallel import RoutingTrace
+from expert_parallel.formats.content import content_of
 from expert_parallel.formats.traces import from_arrays, read_loads, read_trace
 
 CASES = ROOT.parent / "shared" / "cases" / "17-recording-imports"
@@ -63,6 +64,8 @@ TOKENS = {
 }
 LOADS = {
     "llama.csv": as_csv("layer,expert", [(l, e) for _, l, _, e in SLOTS]),
+    "llama.jsonl": as_lines(*({"layer": l, "expert": e} for _, l, _, e in SLOTS)),
+    "sglang.jsonl": as_lines(*({"layer_id": l, "expert_id": e} for _, l, _, e in SLOTS)),
     "sglang.csv": as_csv("layer_id,expert_id,count", [(3 + l, e, COUNTS[l][e]) for l in (0, 1) for e in range(16)]),
     "sglang.json": json.dumps({"logical_count": [COUNTS, np.zeros((2, 16), int).tolist()]}),
     "table.json": json.dumps(COUNTS),
@@ -155,6 +158,37 @@ def test_a_tensor_that_reaches_beyond_its_storage(tmp_path):
         read_loads(tmp_path / "b.pt")
 
 
+REBUILT = """ctorch._utils
+_rebuild_tensor_v2
+((S'storage'
+ctorch
+LongStorage
+S'0'
+S'cpu'
+I8
+tQI{}
+(I{}
+t(I{}
+ttR."""
+
+
+@pytest.mark.parametrize(
+    ("offset", "size", "stride", "refused"),
+    [(0, 8, 1, False), (1, 4, 2, False), (2, 4, 2, True), (0, 9, 1, True), (-1, 4, 1, True), (0, 4, -1, True),
+     (7, 1, 9, False), (8, 0, 1, False), (0, -1, 1, True)],
+)  # fmt: skip
+def test_a_tensor_may_reach_what_is_stored_and_no_more(offset, size, stride, refused, tmp_path):
+    """As torch.save has it, written by hand: the numbers 0 to 7, and a view of them; -1 would be what lies before."""
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        archive.writestr("a/data.pkl", REBUILT.format(offset, size, stride))
+        archive.writestr("a/data/0", np.arange(8).tobytes())
+    if refused:
+        with pytest.raises(ValueError, match=rf"a tensor of \[{size}\] is larger than what is stored"):
+            content_of(tmp_path / "a.pt")
+    else:
+        assert content_of(tmp_path / "a.pt").tolist() == [offset + stride * n for n in range(size)]
+
+
 def test_vllm_arrays_of_two_requests():
     one, two = choices(5, 2, 3, seed=1), choices(4, 2, 3, seed=2)
     assert np.array_equal(from_arrays([one, two], num_experts=16).experts, np.concatenate([one, two]))
@@ -186,6 +220,7 @@ NO_TRACE = {
     "empty.csv": (b"", "no routing trace that this project knows"),
     "words.txt": (b"neither: [of\n these", "neither numpy, torch, JSON, YAML nor CSV"),
     "other.json": (b'{"a": 1}', "no routing trace that this project knows"),
+    "blank.csv": (b"layer,expert\n0,-1\n1,-1\n", "no routing decisions"),
     "meta.jsonl": (b'{"type": "meta"}\n{"type": "meta"}\n', "no routing decisions"),
     "cut.jsonl": (b'{"type": "route", "req_id"', "cannot read"),
     "negative.json": (b"[[1, -2], [3, 4]]", "layer 0: expert 1 has load -2"),
