@@ -8,11 +8,11 @@ import pytest
 from conftest import random_model
 from mlx.utils import tree_map
 
-from expert_parallel import balancedness, place_experts
+from expert_parallel import Placement, balancedness, place_experts
 from expert_parallel.experts import shard_model
 from expert_parallel.layers import moe_layers
 from expert_parallel.router.bias import fit_bias
-from expert_parallel.router.capacity import Capacity
+from expert_parallel.router.capacity import Capacity, limit_slots
 from expert_parallel.router.control import control_router
 from expert_parallel.trace import record_routing
 
@@ -28,6 +28,12 @@ def test_fitted_bias_by_hand():
     placement = place_experts(np.ones((1, 4)), 2)
     bias = fit_bias([[4, 1, 1, 0]], placement=placement)[0]
     assert bias == pytest.approx(-np.log([1.5, 1.5, 0.5, 0.5]))
+    # Expert 1 on both devices: its 2 are 1 for each, loads + 1 are 6 and 2 again; its bias is the mean of theirs.
+    copied = Placement(np.array([[[1, 1, 0, 0], [0, 1, 1, 1]]], dtype=bool))
+    bias = fit_bias([[4, 2, 0, 0]], placement=copied)[0]
+    assert bias == pytest.approx(-np.log([1.5, np.sqrt(1.5 * 0.5), 0.5, 0.5]))
+    # Each layer by its own mean.
+    assert fit_bias([[3, 1, 0, 0], [7, 7, 7, 7]])[1].tolist() == [0, 0, 0, 0]
 
 
 # --- in the model -----------------------------------------------------------------------------------
@@ -109,6 +115,40 @@ def test_sign_rule_by_hand_and_until_balance():
         assert balancedness(placement.device_loads(judged.loads)) > least
 
 
+def test_updates_come_after_so_many_tokens():
+    """80 tokens a pass: after 100 means after the second and the fourth. Each adds or takes the rate once."""
+    model, seen = random_model(), []
+    with control_router(model, update_rate=0.25, update_every=100) as control:
+        for _ in range(5):
+            mx.eval(model(PROMPT))
+            seen.append(np.abs(control.bias).max())
+    assert seen == [0, 0.25, 0.25, 0.5, 0.5]
+    with control_router(model, bias=np.full((3, 16), 2.0), update_rate=0.25, update_every=81) as control:
+        mx.eval(model(PROMPT))
+    assert (control.bias == 2).all()
+
+
+def test_an_online_update_follows_the_devices():
+    """Experts 0 to 7 on the first device, 7 to 15 on the second: the fuller one's sink, the other's rise, 7 stays."""
+    model, held = random_model(), np.zeros((3, 2, 16), dtype=bool)
+    held[:, 0, :8] = held[:, 1, 7:] = True
+    with control_router(model, update_rate=0.25, update_every=80, placement=Placement(held)) as control:
+        model(PROMPT)
+    for loads, bias in zip(control.loads, control.bias, strict=True):
+        first = np.sign(loads[8:].sum() - loads[:7].sum()) * 0.25
+        assert bias.tolist() == [first] * 7 + [0] + [-first] * 8
+
+
+def test_a_limit_counts_from_two_tokens_on():
+    """The same token twice: each of its four experts has room for one of the two."""
+    model = random_model()
+    x = mx.broadcast_to(mx.random.normal((1, 1, 64)), (1, 2, 64))
+    with control_router(model, capacity=Capacity(factor=1.0)) as control:
+        y = model.model.layers[0].mlp(x)
+    assert control.shares() == {"dropped": 0.5, "rerouted": 0, "changed": 0}
+    assert control.loads[0].sum() == 4 and not np.array(y[0, 1]).any() and np.array(y[0, 0]).all()
+
+
 def test_control_of_sharded_devices():
     bias = fit_bias(np.random.default_rng(3).integers(1, 99, (3, 16)))
     capacity = Capacity(factor=1.1, drop="position", reroute=True)
@@ -185,6 +225,30 @@ def test_other_blocks_weigh_what_they_were_made_to_choose(kind):
         weights = probabilities[t, order] / (probabilities[t, order].sum() if KINDS[kind] else 1)
         expected = weights @ each[t, order] + (shared[t] if kind == "qwen2_moe" else 0)
         assert y[t] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("reroute", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_limits_go_by_probabilities_in_blocks_of_every_kind(kind, reroute):
+    """Kept are the slots of the highest probability; a dropped one's weight is lost, a re-routed one's is its own."""
+    model = small_model(kind, norm_topk_prob=KINDS[kind])
+    layer = moe_layers(model)[0]
+    block, gate = layer.block, layer.block["router" if "router" in layer.block else "gate"]
+    x = mx.random.normal((1, 24, 32))
+    probabilities = softmax(np.array(gate(x), dtype=np.float64))[0]
+    chosen = np.argsort(-probabilities, axis=1)[:, :3]
+    experts, kept = limit_slots(chosen, probabilities, 9, reroute=reroute)  # 24 x 3 / 8
+    each = np.array(layer.experts(x, mx.array(np.tile(np.arange(8), (1, 24, 1)))))[0]
+    shared = np.array(mx.sigmoid(block.shared_expert_gate(x)) * block.shared_expert(x))[0] if kind == "qwen2_moe" else 0
+    weights = np.take_along_axis(probabilities, experts, axis=1)
+    weights = weights / (weights.sum(axis=1, keepdims=True) if KINDS[kind] else 1)
+    rows = np.take_along_axis(each, experts[..., None], axis=1)
+    with control_router(model, capacity=Capacity(factor=1.0, reroute=reroute)) as control:
+        y = np.array(block(x))[0]
+    assert y == pytest.approx(((weights * kept)[..., None] * rows).sum(axis=1) + shared, rel=1e-3, abs=1e-3)
+    assert control.loads[0].tolist() == np.bincount(experts[kept], minlength=8).tolist()
+    shares = {"dropped": (~kept).mean(), "rerouted": (kept & (experts != chosen)).mean(), "changed": 0}
+    assert control.shares() == pytest.approx(shares) and max(shares.values()) > 0.05
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "qwen3_next", "minimax", "granitemoe"])
