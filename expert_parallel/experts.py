@@ -45,7 +45,7 @@ class ShardedExperts(StandIn):
         self["stores"] = list(stores.values())  # first of all: other attributes are looked for behind them
         self.devices, self.num_experts = np.array(list(stores)), held.shape[1]
         self.group, self._streams = group, streams
-        self.slots_served = np.zeros(len(stores), dtype=np.int64)
+        self.slots_served = np.zeros(len(stores), np.int64)
         self.masked_up_to = 0  # slots
         self._serve(held)
 

@@ -90,11 +90,11 @@ class _Router:
 
     def __init__(self, logits, bias, held, rate, every, capacity):
         self.num_experts, self.logits, self.steered = held.shape[1], logits, bias is not None
-        self.bias = mx.array(bias, dtype=mx.float32) if self.steered else mx.zeros(self.num_experts)
-        self.share = mx.array(held / held.sum(axis=0), dtype=mx.float32)  # an expert's load is shared by its replicas
+        self.bias = mx.array(bias, mx.float32) if self.steered else mx.zeros(self.num_experts)
+        self.share = mx.array(held / held.sum(axis=0), mx.float32)  # an expert's load is shared by its replicas
         self.rate, self.every, self.capacity = rate, every, capacity
         self.asked, self.tokens = mx.zeros(self.num_experts), 0  # since the last update of the bias
-        self.loads, self.slots = mx.zeros(self.num_experts, dtype=mx.int32), 0
+        self.loads, self.slots = mx.zeros(self.num_experts, mx.int32), 0
         self.changed, self.dropped, self.rerouted = mx.array(0), 0, 0
         self.kept = None  # bool [..., k] of the call under way; None: every slot
 
