@@ -62,7 +62,7 @@ def adaptive_capacity(counts, tolerance: float = 0.0) -> int:
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance is a share from 0 to less than 1, got {tolerance}")
     counts = np.asarray(counts)
-    limits = np.arange(counts.max(initial=0) + 1)
+    limits = np.arange(counts.max() + 1)
     dropped = np.maximum(counts[:, None] - limits, 0).sum(axis=0)
     return int((dropped <= tolerance * counts.sum()).argmax())
 

@@ -204,6 +204,24 @@ def test_layers_that_were_left_blank():
         from_arrays([np.zeros((4, 2, 2), dtype=int)])
 
 
+def test_layers_and_tokens_that_are_not_blank_stay():
+    """A layer that knows but two experts is none that was left blank, nor is one of a single choice; a -1 is."""
+    two = np.array([[[0, 1], [4, 5]], [[1, 0], [5, -1]], [[0, 1], [6, 7]]])
+    trace = from_arrays([two], num_experts=8)
+    assert np.array_equal(trace.experts, two[[0, 2]]) and trace.metadata == {"blank_rows": 1}
+    assert from_arrays([two[::2]], num_experts=8).metadata == {}
+    assert len(from_arrays([np.zeros((4, 2, 1), dtype=int)], num_experts=8)) == 4
+    assert len(from_arrays([np.zeros((0, 2, 2), dtype=int)], num_experts=8)) == 0
+
+
+def test_a_token_that_comes_twice_is_no_whole_one(tmp_path):
+    """Six experts in one layer, three in every other: what most have is k."""
+    again = {"type": "route", "req_id": "r", "token_idx": 4, "layer": 1, "topk_ids": [0, 1, 2]}
+    (tmp_path / "twice.jsonl").write_text(routes() + as_lines(again))
+    trace = read_trace(tmp_path / "twice.jsonl", 16)
+    assert np.array_equal(trace.experts, np.delete(CHOSEN, 4, axis=0)) and trace.metadata["incomplete_rows"] == 1
+
+
 def test_arrays_in_files(tmp_path):
     np.save(tmp_path / "one.npy", CHOSEN)
     np.savez(tmp_path / "several.npz", a=CHOSEN[:4], b=CHOSEN[4:])
