@@ -33,7 +33,13 @@ WITNESSES = ["tests/report/test_witnesses_of_the_document.py", "tests/report/tes
 # Room: its test files, quick ones first; a room that is not named here has those of its own folder. "core" is what
 # lies in the package's own folder, "scripts" what lies beside it.
 TESTS = {
-    "core": ["tests/test_*.py", "tests/checkpoint/test_loading.py", "tests/models/test_every*.py", *WITNESSES],
+    "core": [
+        "tests/test_*.py",
+        "tests/command/test_output.py",
+        "tests/checkpoint/test_loading.py",
+        "tests/models/test_every*.py",
+        *WITNESSES,
+    ],
     "report": ["tests/report/test_table.py", "tests/report/test_*report.py", *WITNESSES, "tests/report/test_*.py"],
     "command": ["tests/command/test_output.py", "tests/command/test_scripts.py", *WITNESSES],
     "models": ["tests/models/test_[acfm]*.py", "tests/report/test_model*.py"],
