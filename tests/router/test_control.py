@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import random_model
 from mlx.utils import tree_map
+from mlx_lm.models.qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from expert_parallel import Placement, balancedness, place_experts
 from expert_parallel.experts import shard_model
@@ -204,14 +205,17 @@ def softmax(logits):
 KINDS = {"olmoe": False, "qwen2_moe": False, "mixtral": True, "gpt_oss": True, "qwen3_moe": True}
 
 
+@pytest.mark.parametrize("top_k", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_other_blocks_weigh_what_they_were_made_to_choose(kind):
+def test_other_blocks_weigh_what_they_were_made_to_choose(kind, top_k):
     """mlx-lm's rule for the weights, by hand: probabilities as they are, or over the chosen ones alone."""
-    model = small_model(kind, norm_topk_prob=KINDS[kind])
+    model = small_model(kind, norm_topk_prob=KINDS[kind], num_experts_per_tok=top_k)
     layer = moe_layers(model)[0]
     block, gate = layer.block, layer.block["router" if "router" in layer.block else "gate"]
-    bias = np.zeros((2, 8))
-    bias[:, 5], bias[:, 2] = 50, -50
+    bias = np.random.default_rng(top_k).normal(size=(2, 8))
+    bias[:, 2] = -50
+    if top_k > 1:
+        bias[:, 5] = 50
     x = mx.random.normal((1, 6, 32))
     probabilities = softmax(np.array(gate(x))[0])
     ids = mx.array(np.tile(np.arange(8), (1, 6, 1)))
@@ -219,9 +223,10 @@ def test_other_blocks_weigh_what_they_were_made_to_choose(kind):
     shared = np.array(mx.sigmoid(block.shared_expert_gate(x)) * block.shared_expert(x))[0] if kind == "qwen2_moe" else 0
     with control_router(model, bias=bias) as control:
         y = np.array(block(x))[0]
-    assert control.loads[0, 5] == 6 and control.loads[0, 2] == 0
+    assert control.loads[0, 2] == 0 and control.loads[0].sum() == 6 * top_k
+    assert top_k == 1 or control.loads[0, 5] == 6
     for t in range(6):
-        order = np.argsort(-(np.log(probabilities[t]) + bias[0]))[:3]
+        order = np.argsort(-(np.log(probabilities[t]) + bias[0]))[:top_k]
         weights = probabilities[t, order] / (probabilities[t, order].sum() if KINDS[kind] else 1)
         expected = weights @ each[t, order] + (shared[t] if kind == "qwen2_moe" else 0)
         assert y[t] == pytest.approx(expected, rel=1e-4, abs=1e-4)
@@ -275,6 +280,32 @@ def test_a_compiled_choice_is_refused_and_stays_what_it_was():
         for other in (mx.array([[1, 2]]), text):
             mx.eval(model(other))
         assert mx.array_equal(model(text), before)
+
+
+class ChoosesElsewhere(Qwen3MoeSparseMoeBlock):
+    """Asks for a choice and makes another one itself."""
+
+    def __call__(self, x):
+        gates = mx.softmax(self.gate(x), axis=-1)
+        mx.argpartition(gates, kth=-self.top_k, axis=-1)
+        ids = mx.argsort(-gates, axis=-1)[..., : self.top_k]
+        return (self.switch_mlp(x, ids) * mx.take_along_axis(gates, ids, axis=-1)[..., None]).sum(axis=-2)
+
+
+class WeighsByPlace(Qwen3MoeSparseMoeBlock):
+    """Gives the first expert of a choice the most weight, whichever it is."""
+
+    def __call__(self, x):
+        ids = mx.argpartition(self.gate(x), kth=-self.top_k, axis=-1)[..., -self.top_k :]
+        return (self.switch_mlp(x, ids) * mx.array([0.4, 0.3, 0.2, 0.1])[:, None]).sum(axis=-2)
+
+
+@pytest.mark.parametrize("kind", [ChoosesElsewhere, WeighsByPlace])
+def test_a_choice_that_would_not_be_followed_or_be_weighed_otherwise_is_refused(kind):
+    model = random_model()
+    model.model.layers[1].mlp.__class__ = kind
+    with pytest.raises(ValueError, match=f"{kind.__name__} does not show how"), control_router(model):
+        pass
 
 
 def test_recorders_see_the_steered_choice_inside_and_outside():
