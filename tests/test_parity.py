@@ -21,7 +21,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from expert_parallel import Placement, ShardedExperts, place_experts, record_routing, shard_model
 from expert_parallel.layers import expert_tensors, moe_layers, moe_shape
 from expert_parallel.stores import InMemory, rows_of
-from expert_parallel.trials import measure_masked
+from expert_parallel.trials import measure_masked, why_not_reduce
 
 BATCH = mx.array([[5, 6, 7, 8, 9, 30, 2, 11, 60, 61, 62], [9, 3, 11, 12, 44, 1, 8, 80, 81, 82, 96]])
 
@@ -229,6 +229,18 @@ def test_one_device_is_the_untouched_module():
         held = expert_tensors(layer.experts.stores[0].experts)
         assert held.keys() == original.keys()
         assert all(held[name] is original[name] for name in original)
+
+
+def test_random_numbers_that_come_after_are_the_same():
+    """Trials draw from keys of their own: an answer that is sampled stays what it was."""
+    model = random_model()
+    mx.random.seed(7)
+    expected = mx.random.uniform(shape=(4,))
+    mx.random.seed(7)
+    shard_model(model, placed(model, 2), group=None)
+    for layer in moe_layers(model):
+        assert why_not_reduce(layer) is None
+    assert mx.array_equal(mx.random.uniform(shape=(4,)), expected)
 
 
 def test_a_second_sharding_is_refused_and_changes_nothing():

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..layers import StandIn, moe_layers, moe_shape
-from ..placement import Placement
+from ..placement import Placement, contiguous
 from ..trace import replaced
 from .capacity import Capacity, limit_slots
 from .choice import by_logits, choosing_by
@@ -43,8 +43,7 @@ def control_router(
     layers, modules, shape = moe_layers(model), dict(model.named_modules()), moe_shape(model)
     steered = bias is not None or update_rate > 0
     bias = np.zeros(shape) if bias is None else np.asarray(bias)
-    alone = np.broadcast_to(np.eye(shape[1], dtype=bool), (shape[0], shape[1], shape[1]))
-    held = alone if placement is None else placement.held
+    held = (placement or contiguous(*shape, shape[1])).held  # without one every expert is a device of its own
     if bias.shape != shape or held.shape[::2] != shape:
         raise ValueError(f"the model is {shape} [layers, experts], bias {bias.shape}, placement {held.shape[::2]}")
     routers = []

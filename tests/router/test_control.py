@@ -14,6 +14,7 @@ from expert_parallel.experts import shard_model
 from expert_parallel.layers import moe_layers
 from expert_parallel.router.bias import fit_bias
 from expert_parallel.router.capacity import Capacity, limit_slots
+from expert_parallel.router.choice import by_logits
 from expert_parallel.router.control import control_router
 from expert_parallel.trace import record_routing
 
@@ -55,6 +56,16 @@ def test_off_changes_nothing():
     assert control.shares() == {"dropped": 0, "rerouted": 0, "changed": 0}
     assert type(model.model.layers[0].mlp).__name__ == "Qwen3MoeSparseMoeBlock"
     assert mx.array_equal(model(PROMPT), before)
+
+
+def test_random_numbers_that_come_after_are_the_same():
+    """The trial of a block draws from keys of its own: an answer that is sampled stays what it was."""
+    model = random_model()
+    mx.random.seed(7)
+    expected = mx.random.uniform(shape=(4,))
+    mx.random.seed(7)
+    with control_router(model, update_rate=0.1):
+        assert mx.array_equal(mx.random.uniform(shape=(4,)), expected)
 
 
 def test_bias_steers_the_choice_and_leaves_the_weights():
@@ -127,6 +138,9 @@ def test_updates_come_after_so_many_tokens():
     with control_router(model, bias=np.full((3, 16), 2.0), update_rate=0.25, update_every=81) as control:
         mx.eval(model(PROMPT))
     assert (control.bias == 2).all()
+    with control_router(model, update_rate=0.25) as control:  # after 64, where nothing is said
+        mx.eval(model(PROMPT[:, :32]))
+    assert np.abs(control.bias).max() == 0.25
 
 
 def test_an_online_update_follows_the_devices():
@@ -138,6 +152,15 @@ def test_an_online_update_follows_the_devices():
     for loads, bias in zip(control.loads, control.bias, strict=True):
         first = np.sign(loads[8:].sum() - loads[:7].sum()) * 0.25
         assert bias.tolist() == [first] * 7 + [0] + [-first] * 8
+
+
+def test_probabilities_that_vanish_are_no_logits():
+    """A router that is sure of its choice gives others exactly nothing, and nothing below."""
+    model = random_model()
+    block = model.model.layers[0].mlp
+    block.gate.weight = block.gate.weight * 1000
+    assert not mx.softmax(block.gate(mx.random.normal((16, 64))), axis=-1).min().item()
+    assert not by_logits(block, "switch_mlp")
 
 
 def test_a_limit_counts_from_two_tokens_on():
