@@ -94,8 +94,8 @@ class ShardedExperts(StandIn):
         if self._tables is None:
             self._tables = [self._table(n) for n in range(len(self.stores))]
         if self.serving.any_shared:
-            turn = np.arange(indices.size, dtype=np.uint32).reshape(indices.shape) % len(self.serving.turns)
-            indices = indices + mx.array(turn * self.num_experts)
+            turn = np.arange(indices.size).reshape(indices.shape) % len(self.serving.turns)
+            indices = indices + mx.array((turn * self.num_experts).astype(np.uint32))
         parts = []
         for n, (store, table) in enumerate(zip(self.stores, self._tables, strict=True)):
             self.slots_served[n] += indices.size

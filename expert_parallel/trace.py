@@ -50,7 +50,7 @@ class RoutingTrace:
             raise ValueError("a trace holds expert numbers, got some that are not whole")
         if self.num_experts > 1 << 16:
             raise ValueError(f"a trace holds at most {1 << 16} experts, got {self.num_experts}")
-        self.experts = experts.astype(np.uint16, copy=False)
+        self.experts = np.asarray(experts, np.uint16)
         if self.prefill is None:
             self.prefill = np.zeros(len(experts), bool)
         self.prefill = np.asarray(self.prefill, bool)
@@ -219,7 +219,7 @@ class _Notes:
             if this is not model:
                 return original(this, *args, **kwargs)
             self.input_shape = getattr(args[0] if args else kwargs.get("inputs"), "shape", None)
-            self.sequences = max(self.sequences, *(self.input_shape or (1,))[:-1], 1)
+            self.sequences = max(self.sequences, (self.input_shape or (1,))[0])
             try:
                 return original(this, *args, **kwargs)
             finally:

@@ -109,7 +109,10 @@ def test_device_loads_by_hand():
     assert placement.device_loads([[12, 10, 4, 2]]).tolist() == [[16.0, 12.0]]
     assert placement.copies.tolist() == [[2, 1, 1, 1]]
     assert placement.devices_of(0, 0) == [0, 1]
-    assert "1 redundant" in repr(placement)
+    assert repr(placement) == "Placement(custom: 1 layers x 4 experts on 2 devices, 1 redundant)"
+    more = Placement(held([[0, 1], [2]], [[0, 1], [1, 2]]), "by hand")
+    assert repr(more) == "Placement(by hand: 2 layers x 3 experts on 2 devices, 1 redundant)"
+    assert repr(place_experts(ones(2, 4), 2)) == "Placement(contiguous: 2 layers x 4 experts on 2 devices)"
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,9 @@ def test_damaged_and_foreign_files_are_refused_by_name(tmp_path):
 
 def test_impossible_traces_are_refused():
     with pytest.raises(ValueError, match="expert 9 does not exist"):
-        RoutingTrace(np.full((1, 1, 1), 9), 9)
+        RoutingTrace(np.array([[[3, 9]]]), 9)
+    with pytest.raises(ValueError, match="expert -1 does not exist: the trace is of 9 experts"):
+        RoutingTrace(np.array([[[3, -1]]]), 9)
     with pytest.raises(ValueError, match="tokens, layers, chosen"):
         RoutingTrace(np.zeros((4, 4)), 9)
 

@@ -109,7 +109,7 @@ class _Router:
         k = indices.shape[-1]
         tokens = indices.size // k
         if self.steered:
-            least = mx.topk(scores, k, axis=-1).min(axis=-1, keepdims=True)
+            least = mx.topk(scores, k).min(axis=-1, keepdims=True)
             self.changed = self.changed + (mx.take_along_axis(scores, indices, axis=-1) < least).sum()
         if self.rate:
             self.learn(indices, tokens)

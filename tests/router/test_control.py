@@ -103,9 +103,10 @@ def test_capacity_in_the_block():
         model(PROMPT)
     shares = control.shares()
     assert control.loads.max() <= 20 and shares["rerouted"] > 0.05 and shares["dropped"] < 0.05
-    with control_router(model, capacity=Capacity(factor=0.5)) as control:
-        model(PROMPT[:1, :1])  # one token never meets a limit
-    assert control.shares()["dropped"] == 0
+    for rule in ("megatron", "tutel"):  # which would leave an expert no place at all
+        with control_router(model, capacity=Capacity(factor=0.5, rule=rule)) as control:
+            model(PROMPT[:1, :1])  # one token never meets a limit
+        assert control.shares()["dropped"] == 0
 
 
 def test_sign_rule_by_hand_and_until_balance():
@@ -144,14 +145,16 @@ def test_updates_come_after_so_many_tokens():
 
 
 def test_an_online_update_follows_the_devices():
-    """Experts 0 to 7 on the first device, 7 to 15 on the second: the fuller one's sink, the other's rise, 7 stays."""
-    model, held = random_model(), np.zeros((3, 2, 16), dtype=bool)
-    held[:, 0, :8] = held[:, 1, 7:] = True
+    """Expert 7 is on two of three devices, half of its load on each; it moves by the mean of what they do."""
+    model, held = random_model(), np.zeros((3, 3, 16), dtype=bool)
+    held[:, 0, [0, 1, 2, 3, 7]] = held[:, 1, [4, 5, 6, 7]] = held[:, 2, 8:] = True
     with control_router(model, update_rate=0.25, update_every=80, placement=Placement(held)) as control:
         model(PROMPT)
     for loads, bias in zip(control.loads, control.bias, strict=True):
-        first = np.sign(loads[8:].sum() - loads[:7].sum()) * 0.25
-        assert bias.tolist() == [first] * 7 + [0] + [-first] * 8
+        devices = [loads[:4].sum() + loads[7] / 2, loads[4:7].sum() + loads[7] / 2, loads[8:].sum()]
+        up = [0.25 * np.sign(80 * 4 / 3 - load) for load in devices]
+        assert bias.tolist() == [up[0]] * 4 + [up[1]] * 3 + [(up[0] + up[1]) / 2] + [up[2]] * 8
+    assert (control.bias[:, 8:] < 0).all()  # half of all experts on one device
 
 
 def test_probabilities_that_vanish_are_no_logits():
@@ -248,8 +251,11 @@ def test_other_blocks_weigh_what_they_were_made_to_choose(kind, top_k):
         y = np.array(block(x))[0]
     assert control.loads[0, 2] == 0 and control.loads[0].sum() == 6 * top_k
     assert top_k == 1 or control.loads[0, 5] == 6
-    for t in range(6):
-        order = np.argsort(-(np.log(probabilities[t]) + bias[0]))[:top_k]
+    steered = np.argsort(-(np.log(probabilities) + bias[0]))[:, :top_k]
+    unforced = np.argsort(-probabilities)[:, :top_k]
+    changed = sum(len(set(one) - set(other)) for one, other in zip(steered.tolist(), unforced.tolist(), strict=True))
+    assert control.shares() == {"dropped": 0, "rerouted": 0, "changed": changed / steered.size} and changed
+    for t, order in enumerate(steered):
         weights = probabilities[t, order] / (probabilities[t, order].sum() if KINDS[kind] else 1)
         expected = weights @ each[t, order] + (shared[t] if kind == "qwen2_moe" else 0)
         assert y[t] == pytest.approx(expected, rel=1e-4, abs=1e-4)
