@@ -269,6 +269,15 @@ def test_hot_experts_and_proposal():
     assert plan == {"remedy": "balanced", "seconds_modelled": [5, 3], "seconds_measured": [6, 3.5]}
 
 
+def test_hot_experts_are_those_of_the_layer_with_the_hottest():
+    """Layer 0 is even, in layer 2 expert 5 has every second slot, in layer 1 it has less."""
+    experts = np.stack([np.arange(64), np.arange(64), np.arange(64)], axis=1) % 8
+    experts[::4, 1], experts[::2, 2] = 5, 5
+    figures = hot_figures(Choices(experts[..., None], 8), 4)
+    assert figures["layer"] == 2
+    assert hot_figures(Choices(experts[:, ::-1, None], 8), 4)["layer"] == 0
+
+
 # --- the script ---------------------------------------------------------------------------------------
 
 
