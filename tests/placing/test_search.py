@@ -97,6 +97,7 @@ def test_the_drop_in_on_eplbs_own_example():
     load = np.take_along_axis(WEIGHT / copies, slots, axis=1).reshape(2, 8, 2).sum(axis=2).max(axis=1)
     assert (load <= eplb_device_loads(WEIGHT, 4, 8, 4, 2).max(axis=1) + 1e-9).all()
     assert drop_in(np.zeros((1, 4)), 4, 1, 1, 2)[2].tolist() == [[1, 1, 1, 1]]  # nothing counted yet
+    assert drop_in([[0, 1, 1, 90]], 6, 1, 1, 2)[2][0, 3] == 2  # one expert that nobody wants is no empty layer
     for numbers, message in (((14, 1, 1, 8), "14 replicas do not divide over 8"), ((8, 1, 1, 8), "fewer than the 12")):
         with pytest.raises(ValueError, match=message):
             drop_in(WEIGHT, *numbers)
