@@ -377,7 +377,7 @@ def test_what_runs_where_shows_a_strategy_as_it_is():
     }
     assert sections([table])["placement"] == {
         "source": "as asked for", "strategy": "[/x] by hand", "devices": 3, "ranks": 1,
-        "experts_per_device": [[4, 4, 1], [4, 4, 2]],
+        "experts_per_device": [[4, 4, 1], [4, 4, 2]], "notes": [],
     }  # fmt: skip
 
 

@@ -257,6 +257,7 @@ def test_placement_model_options_and_environment(run):
         "devices": len(first[0]),
         "ranks": run.ranks,
         "experts_per_device": [[len(experts) for experts in layer] for layer in first],
+        "notes": [],
     }
     assert not witness.differences(document["placement"], expected)
     assert not witness.differences(document["environment"], witness.environment())
