@@ -15,7 +15,7 @@ in batches of 256 that wait for their fullest device.
 import argparse
 from pathlib import Path
 
-from expert_parallel.command import output
+from expert_parallel.command import options, output
 
 SCENARIOS = ("balanced", "skewed", "hot", "drifting", "correlated")
 WORDS = """words in the report:
@@ -27,9 +27,9 @@ WORDS = """words in the report:
                          devices), compute, combine (weigh and add up);
                          medians of so many passes
   machines               the same if each device were a machine: compute is the
-                         measured mean of the devices, straggler what the
-                         slowest takes longer, communication from --bandwidth
-                         and --latency; the largest is the bottleneck
+                         mean of the devices, straggler what the slowest takes
+                         longer, communication from --bandwidth and --latency;
+                         the largest is the bottleneck, of the sum
   balancedness           mean device load over the fullest one's; 1 is even
   if uniform             what routing without any preference would give for as
                          many tokens: the level of chance
@@ -41,8 +41,8 @@ WORDS = """words in the report:
   fit, test              balancedness on the tokens that a remedy was fitted on,
                          and on those that judge it
   fan-out                devices that a token is sent to
-  modelled, measured     ms of the slowest device: from the fit's balancedness,
-                         and run on 512 test tokens, in turn with the others
+  modelled, fit          ms of the slowest device, from the fit's balancedness;
+  measured, test         run on 512 test tokens, in turn with the others
   round-robin            expert e on device e mod D
   balanced               experts placed so that the fullest device has least
   replicated             balanced, with copies of hot experts
@@ -84,9 +84,8 @@ def setup_arg_parser():
 
 def check_arguments(args):
     """Names of the scenarios asked for; ValueError for what cannot be."""
-    for name, low in (("experts", 1), ("top_k", 1), ("hidden", 1), ("expert_width", 1), ("tokens", 1024)):
-        if getattr(args, name) is not None and getattr(args, name) < low:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
+    limits = dict.fromkeys(("experts", "top_k", "hidden", "expert_width"), (1, 1 << 16)) | {"tokens": (1024, 1 << 30)}
+    options.check_limits(args, limits)
     if args.trace and args.top_k:
         raise ValueError(f"--top-k {args.top_k} does not go with --trace, which has its own")
     if args.trace and args.tokens and args.scenarios is None:

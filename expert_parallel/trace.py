@@ -57,8 +57,7 @@ class RoutingTrace:
         if self.prefill.shape != (len(experts),):
             raise ValueError(f"prefill marks {list(self.prefill.shape)} do not fit {len(experts)} tokens")
         if self.steps is None:
-            first = np.append(True, ~(self.prefill[1:] & self.prefill[:-1]))[: len(experts)]
-            self.steps = first.cumsum()
+            self.steps = np.append(True, ~(self.prefill[1:] & self.prefill[:-1]))[: len(experts)].cumsum()
         self.steps = np.asarray(self.steps, dtype=np.int32)
         if self.steps.shape != (len(experts),) or (np.diff(self.steps) < 0).any():
             raise ValueError(f"forward passes {list(self.steps.shape)} do not fit {len(experts)} tokens, or go back")

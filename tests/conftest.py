@@ -1,12 +1,14 @@
 """Shared by all tests: the shipped model, tiny models of any configuration, real ranks."""
 
 import importlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 import types
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,6 +19,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no tes
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "models" / "tiny-qwen3-moe"
+WITHOUT_TORCH = ROOT / "tests" / "without_torch"
 
 CONFIG = {
     "model_type": "qwen3_moe",
@@ -67,12 +70,21 @@ def save_model(model, folder, **changes):
     return folder
 
 
+def of_a_user(**names):
+    """Environment of a process as after `pip install -r requirements.txt`, so without torch.
+
+    torch is here for the oracles, and where it is transformers imports it: more than half of a script's start.
+    """
+    path = os.pathsep.join(filter(None, (str(WITHOUT_TORCH), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "COLUMNS": "80", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, **names}
+
+
 def run_script(*arguments, timeout=240, stdin="", **environment):
     """A script of the project as a user runs it."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, "COLUMNS": "80", "HF_HUB_OFFLINE": "1", **environment},
+        env=of_a_user(**environment),
         input=stdin,
         capture_output=True,
         text=True,
@@ -80,27 +92,28 @@ def run_script(*arguments, timeout=240, stdin="", **environment):
     )
 
 
-@pytest.fixture
-def run_here(monkeypatch, capsys):
+@pytest.fixture(scope="session")
+def run_here():
     """A script as a user runs it, but inside this process, which saves its start; a traceback fails the test."""
 
     def run(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        monkeypatch.chdir(ROOT)
-        status = 0
-        try:
-            importlib.import_module(script.removesuffix(".py")).main()
-        except SystemExit as end:
-            status = end.code
-        out, err = capsys.readouterr()
-        return types.SimpleNamespace(returncode=status, stdout=out, stderr=err)
+        status, out, err = 0, io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+            patch.setattr(sys, "argv", [script, *map(str, arguments)])
+            patch.setenv("COLUMNS", "80")
+            patch.chdir(ROOT)
+            try:
+                importlib.import_module(script.removesuffix(".py")).main()
+            except SystemExit as end:
+                status = end.code
+        return types.SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())
 
     return run
 
 
 def launch_command(backend, ranks, *arguments, tmp_path=None):
     """(command, environment) pairs that start the ranks; one for MPI, one per rank for the ring."""
-    base = {**os.environ, "COLUMNS": "80", "HF_HUB_OFFLINE": "1"}
+    base = of_a_user()
     command = [sys.executable, *map(str, arguments)]
     if backend == "mpi":
         base |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}

@@ -98,9 +98,11 @@ def console(quiet: bool = False):
 
     if sys.stdout is None:  # started with >&-
         return Console(quiet=True, file=io.StringIO())
-    columns = os.environ.get("COLUMNS", "")
-    width = None if sys.stdout.isatty() else int(columns) if columns.isdecimal() and int(columns) else 80
-    return Reporting(quiet=quiet, width=width, highlight=False, markup=False, emoji=False)
+    columns, of_mpi = os.environ.get("COLUMNS", ""), "OMPI_COMM_WORLD_RANK" in os.environ
+    terminal = sys.stdout.isatty() and not of_mpi  # Open MPI gives ranks a terminal, wherever their output goes
+    width = None if terminal else int(columns) if columns.isdecimal() and int(columns) else 80
+    plain = {"force_terminal": False} if of_mpi else {}
+    return Reporting(quiet=quiet, width=width, highlight=False, markup=False, emoji=False, **plain)
 
 
 @contextlib.contextmanager
@@ -114,6 +116,18 @@ def progress_bar(what: str, show: bool = True):
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not show) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def progress_line(show: bool = True):
+    """What is under way, on standard error while the block runs, where that is a terminal; gives (what) -> None."""
+    from rich.console import Console
+
+    if not (show and sys.stderr is not None and sys.stderr.isatty()):
+        yield lambda what: None
+        return
+    with Console(stderr=True, markup=False).status("") as status:
+        yield status.update
 
 
 def exit_of(error: BaseException) -> tuple[int, str] | None:
@@ -135,6 +149,8 @@ def exit_on_user_error(prefix: str = ""):
         sys.stdin = open(os.devnull)  # noqa: SIM115, PTH123, for as long as the process lives
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a report goes on after what its encoding has not
     try:
         try:
             # Of ranks the watch process hears the launcher, see ranks/watch.py.

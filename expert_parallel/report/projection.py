@@ -16,6 +16,7 @@ from ..projection.ceiling import break_even, ceiling, expected_fullest
 from ..projection.hardware import Machine
 from ..projection.links import Link
 from ..trace import RoutingTrace
+from .model import HYBRID
 from .table import Table, facts, of_records, size
 
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
@@ -93,6 +94,8 @@ def projection(described: Architecture, setting: Setting, hybrid=None, section: 
         ("prompt_tokens_per_second", "prompt/s", speed),
         ("bottleneck", "most time goes to"),
         section=section,
+        note=f"if even: tokens/s, did all devices have as many of a token's experts; {HYBRID}; prompt/s: tokens of a"
+        " prompt read per second",
         source="modelled",
         also=also,
     )

@@ -13,6 +13,7 @@ import mlx_lm
 import numpy as np
 import pytest
 from checkpoints import EXPERT_BYTES, GRANITE, LAYOUTS, QWEN3, Rank, save
+from conftest import ROOT, of_a_user
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
@@ -208,7 +209,7 @@ def test_the_process_never_grows_to_the_whole_model(tmp_path):
     write_weights(folder, tensors, 10**10, seed=0)
     whole = (folder / "model.safetensors").stat().st_size
     result = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(folder)], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+        [sys.executable, "-c", MEASURE, str(folder)], cwd=ROOT, env=of_a_user(), capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
     assert whole > 170_000_000

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHIPPED, run_script
+from conftest import ROOT, SHIPPED, of_a_user, run_script
 
 from expert_parallel import RoutingTrace
 from expert_parallel.command import output
@@ -99,9 +99,19 @@ def test_a_model_of_the_hub_by_its_name_is_not_written_over_either(tmp_path, mon
 def test_output_that_is_closed_or_taken_in_part_gives_no_traceback(command, status, output, tmp_path):
     script = f"{sys.executable} model_analysis.py --model qwen1.5-moe-a2.7b --devices 1 2"
     command = command.format(script=script, file=tmp_path / "o.json")
-    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env=of_a_user(), capture_output=True, text=True, timeout=120
+    )
     assert (done.returncode, done.stdout) == (status, output), done.stderr
     assert len(done.stderr.splitlines()) == (status == 2)
+
+
+def test_characters_that_the_stream_cannot_encode_are_replaced():
+    """It stopped at the line after the answer, without a report."""
+    options = ("--model", SHIPPED, "--max-tokens", 2, "--no-verify")
+    result = run_script("qwen3_expert_parallel.py", *options, LC_ALL="POSIX", PYTHONIOENCODING="ascii")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "?" * 80 in result.stdout and "Speed (measured)" in result.stdout
 
 
 # --- output never destroys input ----------------------------------------------------------------------------
@@ -200,8 +210,9 @@ SCRIPTS = {
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_json_alone_goes_to_standard_output_and_says_what_was_asked_for(script):
-    result = run_script(script, *SCRIPTS[script], "--json", "-")
+def test_json_alone_goes_to_standard_output_and_says_what_was_asked_for(run_here, script):
+    run = run_script if script == MAIN[0] else run_here
+    result = run(script, *SCRIPTS[script], "--json", "-")
     assert result.returncode == 0, result.stderr
     figures = json.loads(result.stdout, parse_constant=pytest.fail)  # nothing but JSON, and no NaN in it
     options, arguments = figures["options"], iter(map(str, SCRIPTS[script]))
@@ -214,10 +225,10 @@ def test_json_alone_goes_to_standard_output_and_says_what_was_asked_for(script):
 
 
 @pytest.mark.parametrize("name", ["[red]a.npz", "[[x]].npz", ":smile:.npz"])
-def test_names_of_files_are_shown_as_they_are(name, tmp_path):
+def test_names_of_files_are_shown_as_they_are(run_here, name, tmp_path):
     experts = np.random.default_rng(0).random((1100, 1, 16)).argsort(axis=2)[..., :4]
     RoutingTrace(experts, 16).save(tmp_path / name)
-    result = run_script("expert_parallel_poc.py", "--trace", tmp_path / name, "--hidden", 16, "--expert-width", 8)
+    result = run_here("expert_parallel_poc.py", "--trace", tmp_path / name, "--hidden", 16, "--expert-width", 8)
     assert result.returncode == 0, result.stderr
     assert f"{name}: recorded trace" in result.stdout
 

@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 
+import mlx.core as mx
 import pytest
-from conftest import ROOT, SHIPPED, random_model, run_script, save_model
+from conftest import CONFIG, ROOT, SHIPPED, of_a_user, random_model, run_script, save_model
 
 SCRIPT = "qwen3_expert_parallel.py"
 
@@ -32,7 +33,7 @@ def refused(result, *words):
         assert word in lines[0], lines[0]
 
 
-def test_main_script_answers_reports_and_writes(tmp_path):
+def test_main_script_answers_reports_and_writes(here, tmp_path):
     files = {name: tmp_path / f"out.{name}" for name in ("json", "npz", "placement")}
     result = run_script(
         SCRIPT, "--model", SHIPPED, "--prompt", "import os\n", "--max-tokens", 8, "--devices", 3,
@@ -41,7 +42,11 @@ def test_main_script_answers_reports_and_writes(tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert max(map(len, result.stdout.splitlines())) <= 80
-    for words in ("4-bit in groups of 64, the rest float32", "contiguous, 42 to 43 of 128 experts", "by stock mlx-lm"):
+    for words in (
+        "experts 4-bit in groups of 64, the rest also 8-bit (gate), float32",
+        "contiguous, 42 to 43 of 128 experts",
+        "by stock mlx-lm",
+    ):
         assert words in result.stdout
     for heading in ("Parity", "Routing", "Balance", "Memory per device", "Communication", "Speed"):
         assert heading in result.stdout
@@ -55,21 +60,19 @@ def test_main_script_answers_reports_and_writes(tmp_path):
     prompt, layers, top_k = figures["generation"]["prompt_tokens"], 4, 8
     assert sum(map(sum, figures["balance"]["device_loads"])) == (prompt + 8) * layers * top_k
     assert sorted(p.name for p in (tmp_path / "plots").iterdir()) == ["device_loads.png", "expert_loads.png"]
-    again = run_script(
-        SCRIPT, "--model", SHIPPED, "--prompt", "import os\n", "--max-tokens", 8, "--devices", 3, "--quiet",
+    again = here(
+        "--model", SHIPPED, "--prompt", "import os\n", "--max-tokens", 8, "--devices", 3, "--quiet",
         "--placement", files["placement"],
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
     assert again.stdout.strip() == figures["generation"]["text"].strip()
 
 
-def test_prompts_from_file_and_standard_input(tmp_path):
+def test_prompts_from_file_and_standard_input(here, tmp_path):
     (tmp_path / "prompt.txt").write_text("import sys\n")
     common = ("--model", SHIPPED, "--max-tokens", 4, "--quiet", "--no-verify")
-    answers = [
-        run_script(SCRIPT, *common, "--prompt", prompt, stdin="import sys\n").stdout
-        for prompt in ("import sys\n", tmp_path / "prompt.txt", "-")
-    ]
+    answers = [here(*common, "--prompt", prompt).stdout for prompt in ("import sys\n", tmp_path / "prompt.txt")]
+    answers.append(run_script(SCRIPT, *common, "--prompt", "-", stdin="import sys\n").stdout)
     assert answers[0]
     assert answers[0] == answers[1] == answers[2]
 
@@ -81,10 +84,26 @@ def test_sampling_with_a_seed_is_repeatable(here):
     assert one != other
 
 
+MINIMAL = ROOT / "minimal_qwen3_example.py"
+
+
 def test_minimal_example_runs():
-    result = run_script("minimal_qwen3_example.py")
+    result = run_script(MINIMAL.name)
     assert result.returncode == 0, result.stderr
     assert "balancedness" in result.stdout
+
+
+def test_minimal_example_pasted_into_a_notebook_takes_any_model(tmp_path, monkeypatch, capsys):
+    """There is no __file__, the arguments are the notebook's; of Mixtral, gpt-oss, DeepSeek the first layer is dense or
+    args have no num_experts."""
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    monkeypatch.chdir(tmp_path)
+    folder = save_model(random_model(vocab_size=4096, mlp_only_layers=[0]), tmp_path / "model", vocab_size=4096,
+                        mlp_only_layers=[0])  # fmt: skip
+    lines = MINIMAL.read_text()
+    assert len(lines.splitlines()) <= 40 and "load(str(SHIPPED))" in lines
+    exec(compile(lines.replace("load(str(SHIPPED))", f"load({str(folder)!r})"), "<cell>", "exec"), {})
+    assert "balancedness 0." in capsys.readouterr().out
 
 
 def test_default_model_comes_from_the_hub_cache_if_it_is_there(tmp_path):
@@ -181,10 +200,9 @@ def test_a_bad_placement_file(here, tmp_path, text):
 
 def test_scripts_explain_themselves():
     for script in sorted(ROOT.glob("*_*.py")):
-        if script.name != "minimal_qwen3_example.py":
-            result = run_script(script.name, "--help")
-            assert result.returncode == 0, result.stderr
-            assert "python " + script.name in result.stdout
+        result = run_script(script.name, "--help")
+        assert result.returncode == 0, result.stderr
+        assert "python " + script.name in result.stdout and "balancedness 0." not in result.stdout
 
 
 def test_a_long_prompt_is_no_file_name(here):
@@ -240,13 +258,17 @@ def test_a_reader_that_closes_the_pipe_ends_it_in_silence(arguments):
     os.close(reading)
     with os.fdopen(writing, "w") as pipe:
         command = [sys.executable, SCRIPT, *map(str, QUICK[:-1]), *arguments]
-        result = subprocess.run(command, cwd=ROOT, stdout=pipe, stderr=subprocess.PIPE, text=True, timeout=120)
+        result = subprocess.run(
+            command, cwd=ROOT, env=of_a_user(), stdout=pipe, stderr=subprocess.PIPE, text=True, timeout=120
+        )
     assert (result.returncode, result.stderr) == (141, "")
 
 
 def test_standard_output_may_be_closed():
     command = f"{sys.executable} {SCRIPT} --max-tokens 2 --no-verify >&-"
-    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env=of_a_user(), capture_output=True, text=True, timeout=120
+    )
     assert (result.returncode, result.stderr) == (0, "")
 
 
@@ -269,7 +291,10 @@ def test_prompts_that_are_none(here, tmp_path, prompt, words):
 
 def test_closed_standard_input_is_an_empty_prompt():
     command = f"{sys.executable} {SCRIPT} --prompt - <&-"
-    refused(subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True), "prompt is empty")
+    refused(
+        subprocess.run(["bash", "-c", command], cwd=ROOT, env=of_a_user(), capture_output=True, text=True),
+        "prompt is empty",
+    )
 
 
 def test_more_tokens_than_the_context_holds_are_cut_and_that_is_said(here, tmp_path):
@@ -278,6 +303,18 @@ def test_more_tokens_than_the_context_holds_are_cut_and_that_is_said(here, tmp_p
     figures = json.loads((tmp_path / "o.json").read_text())["generation"]
     assert figures["prompt_tokens"] + len(figures["tokens"]) == 512
     assert f"--max-tokens 600 is cut to {len(figures['tokens'])}" in " ".join(result.stdout.split())
+
+
+def test_a_context_in_the_text_part_of_a_configuration_counts(here, tmp_path):
+    """Qwen3.5, Llama 4, gemma 4 and Kimi-K2.5 keep it there: longer prompts were run."""
+    folder = save_model(random_model(vocab_size=4096), tmp_path / "model")
+    weights = mx.load(str(folder / "model.safetensors"))
+    mx.save_safetensors(str(folder / "model.safetensors"), {f"language_model.{n}": a for n, a in weights.items()})
+    config = {"model_type": "qwen3_vl_moe", "text_config": CONFIG | {"vocab_size": 4096}, "eos_token_id": 0}
+    (folder / "config.json").write_text(json.dumps(config))
+    refused(here("--model", folder, "--prompt", "x = 1\n" * 64), "tokens, the model's context is 128")
+    result = here("--model", folder, "--prompt", "x = 1\n" * 31, "--max-tokens", 100, "--no-verify")
+    assert "--max-tokens 100 is cut to" in result.stdout and result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("arguments", [["--max-tokens", "ten"], ["--combine", "sum"], ["--no-such-option"]], ids=str)
@@ -309,8 +346,10 @@ def test_a_placement_file_says_how_many_devices(here, tmp_path):
     refused(here(*QUICK, "--placement-trace", tmp_path / "p.json"), "of no use with --placement contiguous")
 
 
-def test_a_file_that_is_no_trace(here):
-    refused(here(*QUICK, "--placement", "balanced", "--placement-trace", "README.md"), "README.md", "no routing trace")
+def test_a_file_that_is_no_trace(here, tmp_path):
+    (tmp_path / "prose.md").write_text("Words with a comma,\nand others.\n")  # which is no table that was cut off
+    arguments = ("--placement", "balanced", "--placement-trace", tmp_path / "prose.md")
+    refused(here(*QUICK, *arguments), "prose.md: it is no routing trace that this project knows")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
@@ -324,7 +363,7 @@ def test_an_interrupt_in_mid_answer_leaves_one_line_and_no_file(tmp_path):
     command = [sys.executable, SCRIPT, "--max-tokens", "490", "--json", tmp_path / "o.json", "--trace", tmp_path / "t"]
     heeded = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a job in the background ignores it
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes, **heeded)
+    process = subprocess.Popen(command, cwd=ROOT, env=of_a_user(), text=True, **pipes, **heeded)
     while "class Parser" not in process.stdout.readline():  # the answer begins after its prompt
         assert process.poll() is None, process.stderr.read()
     process.send_signal(signal.SIGINT)
@@ -336,7 +375,7 @@ def test_an_interrupt_in_mid_answer_leaves_one_line_and_no_file(tmp_path):
 @pytest.mark.parametrize(("dtype", "value"), [("float32", 4), ("float16", 2), ("keep", 2)])
 def test_communication_follows_the_dtype_of_the_run(here, tmp_path, dtype, value):
     """The report counted 4 bytes a value on every CPU, whatever --dtype said; the shipped model is bfloat16."""
-    result = here(*QUICK[:2], "--max-tokens", 2, "--dtype", dtype, "--json", tmp_path / "o.json")
+    result = here(*QUICK[:2], "--prompt", "a", "--max-tokens", 2, "--dtype", dtype, "--json", tmp_path / "o.json")
     figures = json.loads((tmp_path / "o.json").read_text())
     assert figures["communication"]["value_bytes"] == value
     assert figures["communication"]["bytes_per_token"] == 4 * 256 * value  # layers, hidden

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, SHIPPED, run_script
+from conftest import ROOT, SHIPPED
 
 from expert_parallel import Placement, place_experts
 from expert_parallel.formats.placements import WRITERS, read_placement
@@ -222,29 +222,29 @@ def test_what_is_refused(case, tmp_path):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_the_main_script_takes_them(tmp_path):
+def test_the_main_script_takes_them(run_here, tmp_path):
     table = [np.random.default_rng(l).permutation(128).tolist() for l in range(4)]
     (tmp_path / "vllm.json").write_text(json.dumps(table))
     line = ("--model", SHIPPED, "--max-tokens", 2, "--quiet", "--placement", tmp_path / "vllm.json", "--json", "-")
-    done = run_script("qwen3_expert_parallel.py", *line, "--devices", 4)
+    done = run_here("qwen3_expert_parallel.py", *line, "--devices", 4)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["parity"]["tokens_equal"] and document["placement"]["strategy"] == "vllm.json"
     assert document["placement"]["experts_per_device"] == [[32] * 4] * 4
-    done = run_script("qwen3_expert_parallel.py", *line)
+    done = run_here("qwen3_expert_parallel.py", *line)
     assert done.returncode == 2 and "say --devices" in done.stderr
 
 
-def test_the_main_script_writes_them(tmp_path):
+def test_the_main_script_writes_them(run_here, tmp_path):
     asked = ("--model", SHIPPED, "--max-tokens", 2, "--quiet", "--no-verify", "--save-placement", tmp_path / "out")
-    done = run_script("qwen3_expert_parallel.py", *asked, "--placement-format", "tensorrt-llm", "--devices", 4)
+    done = run_here("qwen3_expert_parallel.py", *asked, "--placement-format", "tensorrt-llm", "--devices", 4)
     assert done.returncode == 0, done.stderr
     assert yaml.safe_load((tmp_path / "out").read_text())["initial_global_assignments"][3] == list(range(128))
     again = ("--model", SHIPPED, "--max-tokens", 2, "--quiet", "--no-verify", "--placement", tmp_path / "out")
-    assert run_script("qwen3_expert_parallel.py", *again, "--devices", 4).returncode == 0
-    done = run_script("qwen3_expert_parallel.py", *asked, "--placement-format", "vllm", "--devices", 3)
+    assert run_here("qwen3_expert_parallel.py", *again, "--devices", 4).returncode == 0
+    done = run_here("qwen3_expert_parallel.py", *asked, "--placement-format", "vllm", "--devices", 3)
     assert done.returncode == 2 and "needs as many everywhere" in done.stderr and len(done.stderr.splitlines()) == 1
-    done = run_script("qwen3_expert_parallel.py", "--placement-format", "vllm")
+    done = run_here("qwen3_expert_parallel.py", "--placement-format", "vllm")
     assert done.returncode == 2 and "--placement-format needs --save-placement" in done.stderr
 
 

@@ -9,7 +9,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHIPPED, run_script
+from conftest import ROOT, SHIPPED
 
 from expert_parallel import RoutingTrace
 from expert_parallel.formats.traces import from_arrays, notes_of, read_loads, read_trace
@@ -266,18 +266,18 @@ def test_numbers_that_do_not_fit(tmp_path):
         from_arrays([choices(50, 1, 2)], num_experts=8)
 
 
-def test_counts_place_experts_in_the_main_script(tmp_path):
+def test_counts_place_experts_in_the_main_script(run_here, tmp_path):
     """And a phone's trace of the right shape; affinity wants tokens."""
     counts = np.ones((4, 128), dtype=int)
     counts[:, :16] = 50
     (tmp_path / "counts.json").write_text(json.dumps({"logical_count": counts.tolist()}))
     options = ("--model", SHIPPED, "--max-tokens", 2, "--no-verify", "--quiet", "--devices", 4)
     by_counts = ("--placement-trace", tmp_path / "counts.json", "--save-placement", tmp_path / "p.json")
-    done = run_script("qwen3_expert_parallel.py", *options, "--placement", "balanced", *by_counts)
+    done = run_here("qwen3_expert_parallel.py", *options, "--placement", "balanced", *by_counts)
     assert done.returncode == 0, done.stderr
     placed = json.loads((tmp_path / "p.json").read_text())
     assert placed["strategy"] == "balanced" and placed["num_devices"] == 4
-    done = run_script("qwen3_expert_parallel.py", *options, "--placement", "affinity", *by_counts)
+    done = run_here("qwen3_expert_parallel.py", *options, "--placement", "affinity", *by_counts)
     assert done.returncode == 2 and "counts and no tokens" in done.stderr
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import SHIPPED, launch, random_model, run_script
+from conftest import SHIPPED, launch, random_model
 
 from expert_parallel import Placement, place_experts, record_routing, shard_model
 from expert_parallel.layers import expert_tensors, moe_layers
@@ -207,10 +207,10 @@ def test_shipped_model_under_every_placement_and_moved_while_it_writes(shipped):
 # --- in a run ---------------------------------------------------------------------------------------
 
 
-def test_a_run_that_rebalances_says_the_same(tmp_path):
+def test_a_run_that_rebalances_says_the_same(run_here, tmp_path):
     out = tmp_path / "o.json"
-    options = ("--max-tokens", 100, "--rebalance-every", 32, "--rebalance-horizon", 10**6, "--devices", 4)
-    result = run_script("qwen3_expert_parallel.py", "--model", SHIPPED, *options, "--verify", "--json", out)
+    options = ("--max-tokens", 50, "--rebalance-every", 16, "--rebalance-horizon", 10**8, "--devices", 4)
+    result = run_here("qwen3_expert_parallel.py", "--model", SHIPPED, *options, "--verify", "--json", out)
     assert result.returncode == 0, result.stderr
     figures = json.loads(out.read_text())
     assert figures["parity"]["tokens_equal"] and figures["parity"]["max_abs_logit_difference"] == 0
@@ -219,10 +219,10 @@ def test_a_run_that_rebalances_says_the_same(tmp_path):
     assert all(look["pause_seconds"] > 0 for look in moved)
 
 
-def test_nothing_moves_where_it_would_not_repay_the_pause(tmp_path):
+def test_nothing_moves_where_it_would_not_repay_the_pause(run_here, tmp_path):
     out = tmp_path / "o.json"
-    options = ("--max-tokens", 70, "--rebalance-every", 32, "--rebalance-horizon", 1, "--devices", 4)
-    result = run_script("qwen3_expert_parallel.py", "--model", SHIPPED, *options, "--no-verify", "--json", out)
+    options = ("--max-tokens", 20, "--rebalance-every", 8, "--rebalance-horizon", 1, "--devices", 4)
+    result = run_here("qwen3_expert_parallel.py", "--model", SHIPPED, *options, "--no-verify", "--json", out)
     assert result.returncode == 0, result.stderr
     looks = json.loads(out.read_text())["rebalancing"]["looks"]
     assert looks and not any(look["moved"] for look in looks)
@@ -230,7 +230,7 @@ def test_nothing_moves_where_it_would_not_repay_the_pause(tmp_path):
 
 def test_ranks_read_only_what_moves_to_them_and_say_the_same(tmp_path):
     out = tmp_path / "o.json"
-    options = ("--max-tokens", 100, "--rebalance-every", 32, "--rebalance-horizon", 10**6, "--verify", "--json", out)
+    options = ("--max-tokens", 26, "--rebalance-every", 8, "--rebalance-horizon", 10**8, "--verify", "--json", out)
     command = ("qwen3_expert_parallel.py", "--model", SHIPPED, *options)
     results = launch("ring", 2, *command, tmp_path=tmp_path)
     assert all(status == 0 for status, _, _ in results), results
@@ -244,10 +244,11 @@ def test_ranks_read_only_what_moves_to_them_and_say_the_same(tmp_path):
     ("options", "line"),
     [
         (("--rebalance-every", 0), "--rebalance-every must be at least 1"),
+        (("--rebalance-every", 5, "--rebalance-horizon", "9" * 400), "must be between 1 and 1000000000000, got 999"),
         (("--rebalance-horizon", 5), "of no use without --rebalance-every"),
         (("--rebalance-every", 5, "--rebalance-threshold", 2), "--rebalance-threshold must be between"),
     ],
 )
-def test_odd_rebalancing_options(options, line):
-    result = run_script("qwen3_expert_parallel.py", "--model", SHIPPED, *options)
+def test_odd_rebalancing_options(run_here, options, line):
+    result = run_here("qwen3_expert_parallel.py", "--model", SHIPPED, *options)
     assert result.returncode == 2 and line in result.stderr and "Traceback" not in result.stderr

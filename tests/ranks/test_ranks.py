@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx_lm
 import pytest
 from checkpoints import QWEN3, Rank, save
-from conftest import ROOT, SHIPPED, launch, launch_command, run_script
+from conftest import ROOT, SHIPPED, launch, launch_command
 
 SCRIPT = "qwen3_expert_parallel.py"
 CASES = "tests/ranks/rank_cases.py"
@@ -34,7 +34,8 @@ def test_two_ranks_say_what_stock_says(backend, combine, tmp_path):
     assert counted["payload_bytes_per_token"] == pytest.approx(figures["communication"]["bytes_per_token"], rel=0.15)
     held = [rank["expert_bytes"] for rank in figures["ranks"]]
     assert held[0] == held[1] == figures["memory"]["full_model_expert_bytes"] // 2
-    assert len([out for _, out, _ in results if "Parity" in out]) == 1
+    reports = [out for _, out, _ in results if "Parity" in out]
+    assert len(reports) == 1 and "\x1b" not in reports[0]  # Open MPI's ranks have a terminal, this test has none
 
 
 # --- many cases in one launch -----------------------------------------------------------------------
@@ -49,41 +50,43 @@ MODELS = {
 BY_HAND = {  # of 8 experts, copies among them
     2: ["0-4", "3-7"],
     3: ["0-3", "3-5", "6,7,0"],
-    4: ["0,7", "1,6", "2,5", "3,4,0"],
-    5: ["0,1,7", "2", "3,4", "5,7", "6"],
     8: ["7", "6", "5", "4", "3", "2", "1,0", "0"],
 }
+COPIES = {2: ["0-111", "16-127"], 3: ["0-127", "42-127", "85-127"]}  # of the shipped model's 128
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(run_here, tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     folders = {name: save(root / name, **how) for name, how in MODELS.items()}
     trace = root / "trace.npz"
     options = ("--model", folders["4bit"], "--max-tokens", 20, "--devices", 2, "--trace", trace, "--no-verify")
-    result = run_script(SCRIPT, *options, "--prompt", "w5 w90 w17")
+    result = run_here(SCRIPT, *options, "--prompt", "w5 w90 w17")
     assert result.returncode == 0, result.stderr
     return folders | {"shipped": SHIPPED, "trace": trace}
 
 
 def cases_of(ranks):
-    """{name: options}, with {model} names to fill in."""
+    """{name: options}, with {model} names to fill in: every way over two ranks, over more what depends on how many."""
     replicated = ("--placement", "replicated", "--placement-trace", "{trace}", "--redundant-experts", "3")
+    shipped = ("--model", "{shipped}", "--prompt", "import os\n")
+    moving = (*shipped, "--max-tokens", "25", "--rebalance-every", "8", "--rebalance-horizon", "100000000")
     cases = {
-        "contiguous": ("--model", "{4bit}"),
-        "gather": ("--model", "{4bit}", "--combine", "gather", "--placement", "round-robin"),
         "by hand": ("--model", "{float32}", "--placement", "{by_hand}"),
         "replicated": ("--model", "{hf}", *replicated),
-        "sampled": ("--model", "{4bit}", "--temp", "0.8", "--seed", "7", "--max-tokens", "16"),
         "hybrid": ("--model", "{4bit}" if ranks == 2 else "{float32}", "--attention", "sharded"),
     }
-    shipped = ("--model", "{shipped}", "--prompt", "import os\n")
-    moving = (*shipped, "--max-tokens", "48", "--rebalance-every", "8", "--rebalance-horizon", "100000000")
     if ranks <= 3:
+        cases["contiguous"] = ("--model", "{4bit}")
+    if ranks == 2:
+        cases["sampled"] = ("--model", "{4bit}", "--temp", "0.8", "--seed", "7", "--max-tokens", "16")
+        cases["copies"] = (*shipped, "--placement", "{copies}")
         cases["rebalanced"] = (*moving, "--combine", "gather")
-        cases["rebalanced copies"] = (*moving, "--placement", "{copies}")
     if ranks == 3:
         cases["more ranks than experts"] = ("--model", "{few}")
+        cases["rebalanced copies"] = (*moving, "--placement", "{copies}")
+    else:
+        cases["gather"] = ("--model", "{4bit}", "--combine", "gather", "--placement", "round-robin")
     if ranks == 8:  # where mlx-lm's tensor parallelism cannot split it, see below
         cases["shipped"] = shipped
     return cases
@@ -91,18 +94,15 @@ def cases_of(ranks):
 
 def refusal(name, ranks):
     """What the line of a case that cannot run says, None for one that runs."""
-    if name == "hybrid" and ranks not in (2, 4):
+    if name == "hybrid" and ranks > 2:
         return f"4 heads (n_heads), which do not divide over {ranks} ranks"
     return "3 devices: needs 1 to 2" if name == "more ranks than experts" else None
 
 
-@pytest.mark.parametrize(("backend", "ranks"), [("ring", 2), ("ring", 3), ("mpi", 5), ("mpi", 8)])
+@pytest.mark.parametrize(("backend", "ranks"), [("ring", 2), ("ring", 3), ("mpi", 8)])
 def test_every_way_to_spread_says_what_stock_says(backend, ranks, models, tmp_path):
     places = {name: str(path) for name, path in models.items()}
-    for name, devices in {
-        "by_hand": BY_HAND[ranks],
-        "copies": [f"{d * 128 // ranks}-127" for d in range(ranks)],
-    }.items():
+    for name, devices in {"by_hand": BY_HAND[ranks], "copies": COPIES.get(ranks)}.items():
         places[name] = str(tmp_path / f"{name}-placement.json")
         Path(places[name]).write_text(json.dumps({"every_layer": devices}))
     cases = cases_of(ranks)
@@ -132,6 +132,9 @@ def test_every_way_to_spread_says_what_stock_says(backend, ranks, models, tmp_pa
         if name == "hybrid":
             rest = figures["memory"]["full_model_bytes"] - figures["memory"]["full_model_expert_bytes"]
             assert figures["ranks"][0]["rest_bytes"] < rest * 0.8
+        if name == "copies":  # share the slots
+            slots = [sum(rank["slots_computed_per_layer"]) for rank in figures["ranks"]]
+            assert abs(slots[0] - slots[1]) < 0.1 * sum(slots), slots  # by the first holder alone: 0.8
 
 
 def test_tensor_parallelism_cannot_split_the_shipped_model_over_eight_ranks():
@@ -140,16 +143,8 @@ def test_tensor_parallelism_cannot_split_the_shipped_model_over_eight_ranks():
         model.shard(Rank(0, 8))
 
 
-def test_copies_share_the_slots(tmp_path):
-    (tmp_path / "p.json").write_text('{"every_layer": ["0-79", "48-127"]}')
-    figures, _ = figures_of("mpi", 2, tmp_path, "--placement", tmp_path / "p.json")
-    assert_parity(figures)
-    slots = [sum(rank["slots_computed_per_layer"]) for rank in figures["ranks"]]
-    assert abs(slots[0] - slots[1]) < 0.2 * sum(slots)
-
-
-def test_one_process_is_the_same_code_path():
-    assert run_script(*RUN, "--devices", 2).returncode == 0
+def test_one_process_is_the_same_code_path(run_here):
+    assert run_here(*RUN, "--devices", 2).returncode == 0
 
 
 @pytest.mark.skipif(not shutil.which("mpirun"), reason="no mpirun on this machine")

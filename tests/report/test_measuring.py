@@ -6,7 +6,7 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, random_model
+from conftest import ROOT, of_a_user, random_model
 
 from expert_parallel import place_experts, shard_model
 from expert_parallel.layers import moe_layers
@@ -18,7 +18,7 @@ GROW = "import numpy; block = numpy.ones(50_000_000)\n"  # 400 MB
 
 def peak_of(code):
     command = [sys.executable, "-c", code]
-    return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    return int(subprocess.run(command, cwd=ROOT, env=of_a_user(), capture_output=True, text=True, check=True).stdout)
 
 
 def test_peak_memory_is_not_inherited_from_a_large_launcher():
@@ -44,4 +44,5 @@ def test_time_in_experts_is_counted_once(slots):
         for _ in range(20):
             mx.eval(model(mx.array([[1]])))
     assert seconds.tokens == 20
+    assert not any(layer.experts.slots_served.any() for layer in moe_layers(model))  # these are none of the run's
     assert 0 < seconds.experts < seconds.total

@@ -84,9 +84,9 @@ def test_the_whole_report_takes_seconds_and_400_mb(name, tmp_path):
         assert sum(first["milliseconds"].values()) == pytest.approx(1e3 / first["tokens_per_second"], rel=1e-3)
 
 
-def test_the_shipped_model_with_text_and_files(tmp_path):
-    result = run_script(
-        SCRIPT, "--model", SHIPPED, "--prompt", "code=import os\nimport sys\n", "numbers=1, 2, 3, 4, 5, 6, 7",
+def test_the_shipped_model_with_text_and_files(here, tmp_path):
+    result = here(
+        "--model", SHIPPED, "--prompt", "code=import os\nimport sys\n", "numbers=1, 2, 3, 4, 5, 6, 7",
         "--prompt-tokens", 8, "--json", tmp_path / "o.json",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -100,11 +100,20 @@ def test_the_shipped_model_with_text_and_files(tmp_path):
     assert "How alike texts" in result.stdout
 
 
-def test_a_damaged_checkpoint_is_reported_with_status_1(tmp_path):
+def test_a_text_longer_than_the_context_is_cut_and_that_is_said(here, tmp_path):
+    """600 tokens were run through a model of 512."""
+    arguments = ("--devices", 1, "--prompt", "a=README.md", "b=x = 1\n", "--prompt-tokens", 515)
+    result = here("--model", SHIPPED, *arguments, "--json", tmp_path / "o.json")
+    texts = json.loads((tmp_path / "o.json").read_text())["forward"]["texts"]
+    assert (texts["a"]["tokens"], texts["a"]["tokens_cut"], texts["b"]["tokens_cut"]) == (512, 3, 0)
+    assert result.stdout.count("cut to the model's context, 3 tokens fewer than asked for") == 1
+
+
+def test_a_damaged_checkpoint_is_reported_with_status_1(here, tmp_path):
     folder = shutil.copytree(SHIPPED, tmp_path / "model")
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    result = run_script(SCRIPT, "--model", folder)
+    result = here("--model", folder)
     assert result.returncode == 1
     assert "truncated" in result.stdout
     assert "Traceback" not in result.stderr
@@ -150,6 +159,7 @@ def test_what_is_refused(here, tmp_path):
     refused(here("--hardware", "abacus"), "abacus", "m3-ultra")
     refused(here("--forward"), "needs weights")
     refused(here("--prompt", "x = 1"), "needs weights")
+    refused(here("--model", SHIPPED, "--prompt", "a=x", "b=y", "a=z"), "two texts are named a")
     (tmp_path / "prompt").write_bytes(b"\xff\xfe")
     refused(here("--model", SHIPPED, "--prompt", tmp_path / "prompt", "--quiet"), "prompt is not UTF-8")
     dead = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}  # nobody listens there
@@ -161,6 +171,10 @@ def test_what_is_refused(here, tmp_path):
     refused(here("--device-memory", 0), "--device-memory")
     refused(here("--group-size", 0), "--group-size")
     refused(here("--model", SHIPPED, "--group-size", 32), "give --bits")
+    refused(here("--bits", 16, "--group-size", 32), "give --bits")
+    refused(here("--bits", 16, "--mode", "mxfp4"), "give --bits")
+    refused(here("--bits", 4, "--group-size", 10**9), f"groups of {10**9} divide no weight")
+    refused(here("--context", "9" * 400), "--context must be between 1 and 1000000000000, got 999")
     (tmp_path / "t.npz").write_text("no")
     refused(here("--trace", tmp_path / "t.npz"), "t.npz")
     RoutingTrace(np.zeros((4, 4, 8), dtype=int) + np.arange(8), 128).save(tmp_path / "t.npz")

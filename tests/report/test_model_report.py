@@ -71,6 +71,7 @@ def test_memory_of_the_fullest_device(described):
     figures, text = sections(tables)["memory"], printed(tables)
     assert figures["source"] == "modelled" and "Memory of the fullest device (modelled)" in text
     columns = columns_of(text, "Memory of the fullest device", len(DEVICES))
+    assert all(f"{word}:" in text for word in ("per layer", "less", "hybrid"))
     for n, row in enumerate(figures["devices"]):
         experts = -(-128 // DEVICES[n])
         whole = experts * 48 * 2_654_208 + 873_459_712
@@ -150,15 +151,17 @@ def test_forward_tables_show_chance_beside_what_was_found():
         for l, lift in enumerate((2.0, None, 3.0))
     ]  # fmt: skip
     texts = {
-        name: {"source": "measured", "tokens": 40, "overlap_by_chance": 0.25, "layers": rows} for name in ("code", "x")
+        name: {"source": "measured", "tokens": 40, "tokens_cut": cut, "overlap_by_chance": 0.25, "layers": rows}
+        for name, cut in (("code", 0), ("x", 7))
     }
     similarity = {"code": {"code": 1.0, "x": 0.25}, "x": {"code": 0.25, "x": 1.0}}
-    tables = checks.forward(texts, similarity, {"prompt": [0.002, 0.004], "token": [0.001, 0.0005]})
+    tables = checks.forward_tables(texts, similarity, {"prompt": [0.002, 0.004], "token": [0.001, 0.0005]})
     document, text = sections(tables)["forward"], printed(tables)
     json.dumps(document, allow_nan=False)
     columns = columns_of(text, "Routing of code (measured, 40 tokens; by chance 0.25 as before)", 3)
     assert columns["foretold (by use)"] == ("-", *(f"{a:.2f} ({b:.2f})" for a, b in zip(recall, by_use, strict=True)))
     assert columns["strongest pair"] == ("#1 #2", "-", "#1 #2")
+    assert text.count("cut to the model's context, 7 tokens fewer than asked for") == text.count("cut to") == 1
     assert columns["as before"] == columns["lowest 10%"] == ("-",) * 3
     assert document["texts"]["code"]["layers"][2]["foretold_by_layer_before"] == pytest.approx(recall[1])
     assert document["domains"] == {"source": "measured", "similarity": similarity}

@@ -202,6 +202,7 @@ def test_what_is_printed_is_what_the_json_has(described):
     figures, text = report(described, setting_of(), HYBRID)
     title = "Projection (modelled): Apple M4 Max, [thunderbolt-jaccl], uniform routing"
     columns = columns_of(text, title, len(DEVICES))
+    assert all(f"{word}:" in text for word in ("if even", "hybrid", "prompt/s"))
 
     def shown(speed):
         return f"{speed:.0f}" if speed >= 1000 else f"{speed:.1f}" if speed >= 10 else f"{speed:.3f}"

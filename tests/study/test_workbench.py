@@ -177,8 +177,8 @@ def test_hot_experts_and_proposal():
 # --- the script ---------------------------------------------------------------------------------------
 
 
-def test_script_on_scenarios(tmp_path):
-    result = run_script("expert_parallel_poc.py", *SMALL, "--json", tmp_path / "poc.json")
+def test_script_on_scenarios(run_here, tmp_path):
+    result = run_here("expert_parallel_poc.py", *SMALL, "--json", tmp_path / "poc.json")
     assert result.returncode == 0, result.stderr
     assert max(map(len, result.stdout.splitlines())) <= 80
     figures = json.loads((tmp_path / "poc.json").read_text())["results"]
@@ -198,18 +198,19 @@ def test_script_on_scenarios(tmp_path):
     assert figures["balanced"]["hot_experts"]["count"] == 0
 
 
-def test_script_on_traces(tmp_path):
+def test_script_on_traces(run_here, tmp_path):
     for name, start in (("one", 0), ("two", 24)):
         wish = np.zeros((3000, 32)) + 2 * (np.arange(32) // 8 == start // 8)
         experts = [gumbel_choices(wish, 4, seed=start + l).experts for l in range(2)]
         experts = np.concatenate(experts, axis=1)
         experts[:20] = experts[0]  # warm-up
         RoutingTrace(experts, 32, model="m").save(tmp_path / f"{name}.npz")
-    result = run_script("expert_parallel_poc.py", *SMALL[:4], "--trace", tmp_path / "one.npz", "--devices", 4)
+    result = run_here("expert_parallel_poc.py", *SMALL[:4], "--trace", tmp_path / "one.npz", "--devices", 4)
     assert result.returncode == 0, result.stderr
     assert "one.npz: left out 20 warm-up rows" in " ".join(result.stdout.split())
-    assert "re-route" not in result.stdout and "load-aware" not in result.stdout  # a trace has no gates
-    result = run_script("expert_parallel_poc.py", *SMALL[:4], "--trace", tmp_path / "one.npz", "--devices", 4,
+    assert "no cap and re-route and no load-aware router: they need" in result.stdout  # a trace has no gates
+    assert result.stdout.count("re-route") == result.stdout.count("load-aware") == 1
+    result = run_here("expert_parallel_poc.py", *SMALL[:4], "--trace", tmp_path / "one.npz", "--devices", 4,
                         "--test-trace", tmp_path / "two.npz", "--json", tmp_path / "j.json", "--quiet")  # fmt: skip
     assert result.returncode == 0 and result.stdout == ""
     figures = json.loads((tmp_path / "j.json").read_text())["results"]["one.npz"]
@@ -226,7 +227,8 @@ def test_script_on_traces(tmp_path):
         (["--devices", 129], "129 devices: needs 1 to 128"),
         (["--scenarios", "even"], "unknown scenario 'even'"),
         (["--top-k", 200], "--top-k 200"),
-        (["--tokens", 10], "--tokens must be at least"),
+        (["--tokens", 10], "--tokens must be between 1024 and"),
+        (["--hidden", "9" * 400], "--hidden must be between 1 and 65536, got 999"),
         (["--redundant-experts", -1], "-1 redundant experts"),
         (["--bandwidth", 0], "--bandwidth 0"),
         (["--latency", "nan"], "--latency nan"),
