@@ -208,7 +208,9 @@ def test_what_a_file_says_of_itself_is_checked(lie, message, tmp_path):
 
 def test_impossible_traces_are_refused():
     with pytest.raises(ValueError, match="expert 9 does not exist"):
-        RoutingTrace(np.full((1, 1, 1), 9), 9)
+        RoutingTrace(np.array([[[3, 9]]]), 9)
+    with pytest.raises(ValueError, match="expert -1 does not exist: the trace is of 9 experts"):
+        RoutingTrace(np.array([[[3, -1]]]), 9)
     with pytest.raises(ValueError, match="tokens, layers, chosen"):
         RoutingTrace(np.zeros((4, 4)), 9)
 

@@ -35,7 +35,7 @@ def content_of(path):
                 return _Tensors(archive, pickled[0]).load()
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    text = path.read_text(encoding="utf-8-sig")  # some write a byte-order mark first
+    text = path.read_bytes().decode("utf-8-sig")  # some write a byte-order mark first
     try:
         return json.loads(text)
     except ValueError:

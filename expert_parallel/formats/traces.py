@@ -166,9 +166,12 @@ def _number(row, column, kind=int):
 
 def _table(triples, num_experts: int | None) -> np.ndarray:
     """[L, E] of (layer, expert, how often); an expert below 0 is a slot that was left blank."""
-    layer, expert, often = np.array([triple for triple in triples if triple[1] >= 0], dtype=float).reshape(-1, 3).T
+    kept = [triple for triple in triples if triple[1] >= 0]
+    if not kept:
+        raise ValueError("it has no routing decisions in it")
+    layer, expert, often = np.array(kept, float).T
     layers, at = np.unique(layer, return_inverse=True)
-    table = np.zeros((len(layers), max(num_experts or 0, int(expert.max(initial=-1)) + 1)))
+    table = np.zeros((len(layers), max(num_experts or 0, int(expert.max()) + 1)))
     np.add.at(table, (at, expert.astype(int)), often)
     return table
 

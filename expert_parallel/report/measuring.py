@@ -81,7 +81,7 @@ def time_parts(tokens: int, group=None):
             mx.eval(x)
             begin = time.perf_counter()
             if is_rank(group):
-                mx.eval(all_sum(mx.zeros(1), group=group))
+                mx.eval(all_sum(mx.array(0.0), group=group))
             ready = time.perf_counter()
             y = original(x, *args, **kwargs)
             mx.eval(y)

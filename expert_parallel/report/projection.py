@@ -131,7 +131,7 @@ def _figures(described, setting, count, hybrid_bytes) -> dict:
         "milliseconds": {part: 1e3 * getattr(decoded, part) for part in step.PARTS},
     }
     if count > 1 and hybrid_bytes:
-        share = (hybrid_bytes - fullest_device_bytes(weighed, count, rest=0)) / weighed.rest
+        share = 1 - (fullest_device_bytes(weighed, count) - hybrid_bytes) / weighed.rest
         sharded = step.estimate(*where, load, context=setting.context, rest_share=share)
         row["hybrid_tokens_per_second"] = sharded.tokens_per_second
     return row

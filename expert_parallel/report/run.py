@@ -168,8 +168,8 @@ def balance(trace: RoutingTrace, changes: list, layer_numbers: list[int], model=
     ]
     uniform = None
     if int(first.copies.max()) == 1:
-        counts = first.held.sum(axis=2).mean(axis=0).round().astype(int)
-        uniform = expected_fan_out(counts, trace.num_experts, trace.experts.shape[2])
+        counts = first.held.sum(axis=2).tolist()  # [L, D]
+        uniform = np.mean([expected_fan_out(row, trace.num_experts, trace.experts.shape[2]) for row in counts])
         uniform = Figure("fan_out_if_uniform_modelled", "uniform", uniform, "{:.2f}", "modelled")
     whole = [
         Figure("balancedness_layers", "balancedness, mean over layers (SGLang)", metrics.balancedness(loads), "{:.3f}",

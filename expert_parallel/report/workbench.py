@@ -39,7 +39,7 @@ def study(
     wish = mx.zeros((MEASURED, layer.num_experts)) if preference is None else mx.array(preference)
     placement = place_experts(loads[worst : worst + 1], num_devices)
     y, phases = run_phases(layer, x, wish, placement, experts)
-    traffic = traffic_matrix(test.experts[rows, worst][:, None], placement.held, layer.hidden)[0]
+    traffic = traffic_matrix(test.experts[rows, worst][:, None], placement.held, layer.hidden, x.dtype.size)[0]
 
     # 2. Every remedy, fitted on one part of the tokens and judged on the other; slowest devices are timed in turn.
     per_slot = sum(phases.device_seconds) / sum(phases.device_slots)

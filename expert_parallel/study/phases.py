@@ -145,7 +145,7 @@ def _one_pass(layer, stores, streams, serving, x, preference, experts):
     mx.eval(parts)
     # 4. Combine: rows in their places, weighed and summed.
     clock.append(time.perf_counter())
-    at = np.empty(ids.size, dtype=np.int32)
+    at = np.empty(ids.size, np.int32)
     at[np.concatenate(slots)] = np.arange(ids.size)
     y = mx.concatenate(parts)[mx.array(at)].reshape(*ids.shape, -1)
     y = (y * weights[..., None]).sum(axis=-2)
@@ -156,7 +156,7 @@ def _one_pass(layer, stores, streams, serving, x, preference, experts):
 
 def given(experts):
     """(None, experts [T, k], weights [T, k]), as `route` has them, for choices made elsewhere: weights all alike."""
-    chosen = mx.array(np.asarray(experts, dtype=np.uint32))
+    chosen = mx.array(np.asarray(experts, np.uint32))
     return None, chosen, mx.full(chosen.shape, 1 / chosen.shape[1])
 
 

@@ -84,6 +84,26 @@ def test_one_swap_repays_its_pause_or_nothing_moves():
     assert stay.placement is current and not len(stay.moves) and stay.pause_seconds == stay.gain_seconds == 0
 
 
+def test_a_gain_that_only_repays_its_pause_moves_nothing():
+    """The swap of above saves 3 seconds a token; two reads of 1.5 seconds each take as long."""
+    current, loads = placed([0, 1], [2, 3]), np.array([[6.0, 4, 1, 1]])
+    assert exactly(current, loads, Costs(3, 2.0, 1.0), 1).placement is current
+    assert len(exactly(current, loads, Costs(2, 2.0, 1.0), 1).moves) == 2
+
+
+def test_no_more_is_moved_than_repays_itself():
+    """22 and 4 slots: a swap of 9 for 1 leaves 14, for which two moves of 2 s are worth it; one of 2 for 1 saves 1."""
+    plan = exactly(placed([0, 1, 2, 3], [4, 5, 6, 7]), np.array([[9.0, 9, 2, 2, 1, 1, 1, 1]]), Costs(2, 1.0, 1.0), 1)
+    assert (len(plan.moves), plan.pause_seconds, plan.gain_seconds) == (2, 4, 8)
+    # A copy of 3 in place of one of 0 leaves 15 of 20.5; a swap too leaves 14, with one more move.
+    loads = np.array([[4.0, 11, 1, 20, 0.5]])
+    plan = exactly(placed([0, 1], [0, 2], [3, 4]), loads, Costs(5, 4.0, 1.0), 1)
+    assert plan.placement == placed([0, 1], [2, 3], [3, 4])
+    assert (plan.moves.tolist(), plan.gain_seconds) == ([[0, 1, 3]], 5.5)
+    cheaper = exactly(placed([0, 1], [0, 2], [3, 4]), loads, Costs(1, 4.0, 1.0), 1)
+    assert (len(cheaper.moves), cheaper.gain_seconds) == (2, 6.5)
+
+
 def test_only_layers_that_gain_are_touched():
     current = place_experts(np.ones((2, 8)), 2)
     loads = np.array([[9.0, 9, 9, 9, 1, 1, 1, 1], [1.0] * 8])

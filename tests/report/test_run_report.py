@@ -370,6 +370,7 @@ def test_speed_and_where_the_time_goes():
         "generation_tokens": 3, "text": "text", "tokens": [1, 2, 3],
     }  # fmt: skip
     assert document["time"] == {"source": "measured with a stop after each part", **vars(seconds)}
+    assert str(tables[1]).split("\n", 1) == [tables[1].heading(), ""]  # the figures are for programs alone
     assert "stock" not in str(cost.speed("", [], 1, last, seconds)[0])
     ended = cost.speed("", [1, 2], 17, last, seconds)[0]
     assert facts_of(str(ended), "Speed")["generation"] == "109.4 tokens/s (3 tokens, the end token among them)"
@@ -412,6 +413,25 @@ def test_chance_is_that_of_the_first_layers_devices():
     trace = RoutingTrace(np.tile(np.arange(4), (50, 2, 1)), 16)
     figures = sections(run.balance(trace, [(0, Placement(held))], [0, 1]))["balance"]
     assert figures["balancedness_if_uniform_simulated"] > 0.8  # of layer 1: 0.53
+
+
+def test_uniform_fan_out_of_layers_that_are_spread_differently():
+    """4 and 12 of 16 experts, the other way round in the next layer: not what 8 and 8 would give."""
+    held = np.zeros((2, 2, E), dtype=bool)
+    held[0, 0, :4] = held[0, 1, 4:] = held[1, 0, :12] = held[1, 1, 12:] = True
+    tables = run.balance(a_trace(layers=2), [(0, Placement(held))], [0, 1])
+    missed = (math.comb(12, K) + math.comb(4, K)) / math.comb(E, K)  # all K on the other device
+    assert sections(tables)["balance"]["fan_out_if_uniform_modelled"] == pytest.approx(2 - missed)
+
+
+def test_a_device_that_answered_nothing_is_there_with_nought():
+    held = np.zeros((1, 3, 16), dtype=bool)
+    held[0, 0, :4] = held[0, 1, 4:12] = held[0, 2, 12:] = True
+    trace = RoutingTrace(np.tile(np.arange(4), (50, 1, 1)), 16)
+    figures = sections(run.balance(trace, [(0, Placement(held))], [0]))["balance"]
+    assert figures["device_loads"] == [[200, 0, 0]]
+    assert figures["balancedness_aggregate"] == pytest.approx(1 / 3)
+    assert (figures["imbalance_ratio_per_layer"], figures["min_max_ratio_per_layer"]) == ([2], [0])
 
 
 # --- all of it --------------------------------------------------------------------------------------------------

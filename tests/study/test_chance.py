@@ -7,7 +7,9 @@ import pytest
 
 from expert_parallel import place_experts
 from expert_parallel.balance import fan_out
+from expert_parallel.projection.step import uniform_experts
 from expert_parallel.serving import devices_of_trace
+from expert_parallel.study import chance
 from expert_parallel.study.chance import expected_fan_out, uniform_routing
 
 
@@ -49,6 +51,22 @@ def test_17_tokens_look_skewed_by_chance_and_many_do_not():
     assert few["hottest_over_mean"] == pytest.approx(4.1, abs=0.2)
     assert few["never_used"] == pytest.approx(128 * (15 / 16) ** 17) == pytest.approx(42.7, abs=0.1)
     assert many["balancedness"] > 0.99 and many["hottest_over_mean"] < 1.05 and many["never_used"] < 1e-9
+
+
+def test_long_traces_take_few_draws(monkeypatch):
+    """At most four million random numbers for a figure: a long trace scatters little. And no two parts are alike."""
+    drawn = []
+
+    def spied(num_tokens, num_layers, num_experts, top_k, seed):
+        drawn.append((num_tokens * num_experts, seed))
+        return uniform_experts(num_tokens, num_layers, num_experts, top_k, seed)
+
+    monkeypatch.setattr(chance, "uniform_experts", spied)
+    held = place_experts(np.ones((1, 8)), 2).held[0]
+    for tokens, draws in ((17, 200), (10_000, 50), (100_000, 5), (600_000, 1)):
+        drawn.clear()
+        uniform_routing(tokens, 2, held)
+        assert sum(count for count, _ in drawn) == draws * tokens * 8 and len(set(drawn)) == len(drawn)
 
 
 def test_replicas_share():
