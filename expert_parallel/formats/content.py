@@ -44,8 +44,8 @@ def content_of(path):
     if lines and next(iter(lines.values())).lstrip().startswith("{"):
         return [_record(n, line) for n, line in lines.items()]
     rows = {n: line for n, line in lines.items() if not line.startswith("#")}
-    head = next(iter(rows.values()), "")
-    if "," in head and ":" not in head:
+    columns = next(iter(rows.values()), "").split(",")
+    if len(columns) > 1 and all(name and name == name.strip() and ":" not in name for name in columns):  # else prose
         return _table(rows, " ".join(line for n, line in lines.items() if n not in rows))
     try:
         return yaml.safe_load(text)

@@ -346,8 +346,10 @@ def test_a_placement_file_says_how_many_devices(here, tmp_path):
     refused(here(*QUICK, "--placement-trace", tmp_path / "p.json"), "of no use with --placement contiguous")
 
 
-def test_a_file_that_is_no_trace(here):
-    refused(here(*QUICK, "--placement", "balanced", "--placement-trace", "README.md"), "README.md", "no routing trace")
+def test_a_file_that_is_no_trace(here, tmp_path):
+    (tmp_path / "prose.md").write_text("Words with a comma,\nand others.\n")  # which is no table that was cut off
+    arguments = ("--placement", "balanced", "--placement-trace", tmp_path / "prose.md")
+    refused(here(*QUICK, *arguments), "prose.md: it is no routing trace that this project knows")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
