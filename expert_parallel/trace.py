@@ -96,7 +96,7 @@ class RoutingTrace:
     def load(path) -> RoutingTrace:
         """Read what `save` wrote. ValueError naming the file if it is not that."""
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with np.load(path) as file:
                 about = json.loads(str(file["about"]))
                 if about.get("format") != FORMAT:
                     raise ValueError(f"its format is {about.get('format')!r}, not {FORMAT!r}")

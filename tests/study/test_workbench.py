@@ -154,6 +154,14 @@ def test_choices_made_elsewhere_weigh_alike():
     assert phases.device_slots == [counts[low:high].sum() for low, high in pairwise(bounds)]
 
 
+def test_a_device_without_slots_takes_no_time():
+    layer, x = SmallLayer(32, 16, 24, 4), mx.random.normal((40, 32))
+    experts = np.tile([0, 1, 2, 6], (40, 1))  # of five devices the first has three, the second one
+    y, phases = run_phases(layer, x, mx.zeros((40, 24)), place_experts(np.ones((1, 24)), 5), experts)
+    assert phases.device_slots == [120, 40, 0, 0, 0] and phases.device_seconds[2:] == [0, 0, 0]
+    assert min(phases.device_seconds[:2]) > 0 and phases.device_seconds[0] != phases.device_seconds[1]
+
+
 def test_the_slowest_device_computes_its_slots_and_no_dropped_ones():
     layer, x = SmallLayer(32, 16, 8, 2), mx.random.normal((3, 32))
     held = place_experts(np.ones((1, 8)), 4).held[0]
