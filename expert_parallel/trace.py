@@ -95,7 +95,7 @@ class RoutingTrace:
     def load(path) -> RoutingTrace:
         """Read what `save` wrote. ValueError naming the file if it is not that."""
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with np.load(path) as file:
                 about = json.loads(str(file["about"]))
                 lies = [name for name, kind in KINDS.items() if type(about[name]) is not kind]
                 if lies or about["format"] != FORMAT:

@@ -247,6 +247,7 @@ def test_files_of_another_model(tmp_path):
     path = tmp_path / "placement.json"
     place_experts(ones(3, 8), 2).save(path)
     assert json.loads(path.read_text())["every_layer"] == ["0-3", "4-7"]
+    assert ' "every_layer": [\n  "0-3",\n  "4-7"\n ]\n' in path.read_text()  # to be read and changed by hand
     with pytest.raises(ValueError, match="it has 3 layers, the model has 4"):
         Placement.load(path, num_layers=4)
     with pytest.raises(ValueError, match="expert 7 does not exist: there are 4"):

@@ -21,19 +21,19 @@ def content_of(path):
     """Arrays, lists and dictionaries that a file holds; rows of a CSV as dictionaries, its comments under "#",
     their lines' numbers under "#line".
 
-    Raises ValueError or OSError for what is none of these; nothing in a file is ever executed.
+    Raises ValueError or OSError for what is none of these; nothing in a file is ever executed: numpy refuses pickles.
     """
     path = Path(path)
     with path.open("rb") as file:
         start = file.read(6)
     if start == b"\x93NUMPY":
-        return np.load(path, allow_pickle=False)
+        return np.load(path)
     if start[:2] == b"PK":
         with zipfile.ZipFile(path) as archive:
             pickled = [name for name in archive.namelist() if name.endswith("data.pkl")]
             if pickled:
                 return _Tensors(archive, pickled[0]).load()
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(path) as arrays:
             return {name: arrays[name] for name in arrays.files}
     text = path.read_bytes().decode("utf-8-sig")  # some write a byte-order mark first
     try:

@@ -118,7 +118,7 @@ def _recording(content, num_experts, name):
             return _counts(content["logical_count"])
         if answers := [one for one in (content, *content.get("choices", ())) if "routed_experts" in one]:
             coded = [base64.b64decode(answer["routed_experts"]) for answer in answers]
-            return from_arrays([np.load(io.BytesIO(one), allow_pickle=False) for one in coded], num_experts, name)
+            return from_arrays([np.load(io.BytesIO(one)) for one in coded], num_experts, name)
         if content and all(isinstance(value, np.ndarray) for value in content.values()):
             return from_arrays(list(content.values()), num_experts, name)
     elif isinstance(content, list) and content and isinstance(content[0], list | dict):

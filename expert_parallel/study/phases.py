@@ -72,10 +72,10 @@ class SmallLayer:
 
     def route(self, x: mx.array, preference: mx.array):
         """(gates [T, E], experts [T, k], weights [T, k]) for x [T, H] and preferences added to the logits."""
-        gates = mx.softmax(x @ self.gate + preference, axis=-1)
-        experts = mx.argpartition(gates, kth=-self.top_k, axis=-1)[:, -self.top_k :]
-        weights = mx.take_along_axis(gates, experts, axis=-1)
-        return gates, experts, weights / weights.sum(axis=-1, keepdims=True)
+        gates = mx.softmax(x @ self.gate + preference, axis=1)
+        experts = mx.argpartition(gates, kth=-self.top_k, axis=1)[:, -self.top_k :]
+        weights = mx.take_along_axis(gates, experts, axis=1)
+        return gates, experts, weights / weights.sum(axis=1, keepdims=True)
 
     def whole(self, x, experts, weights) -> mx.array:
         """[T, H]: mlx-lm's own SwitchGLU over all experts in one place."""
@@ -83,7 +83,7 @@ class SmallLayer:
 
     def dense(self, x, experts, weights) -> mx.array:
         """[T, H]: every expert for every token by plain products, unwanted ones weighed with 0."""
-        all_weights = mx.put_along_axis(mx.zeros((len(x), self.num_experts)), experts, weights, axis=-1)
+        all_weights = mx.put_along_axis(mx.zeros((len(x), self.num_experts)), experts, weights, axis=1)
         gate, up, down = (getattr(self.experts, f"{name}_proj").weight for name in ("gate", "up", "down"))
         result = mx.zeros_like(x)
         for e in range(self.num_experts):
@@ -115,7 +115,7 @@ def run_phases(layer: SmallLayer, x, preference, placement: Placement, experts=N
     for _ in range(PASSES + 1):
         y, ids, slots, of_pass = _one_pass(layer, stores, streams, serving, x, preference, experts)
         seconds.append(of_pass)
-    seconds = np.array(seconds[1:])  # without what is built at the first
+    seconds = np.array(seconds[-PASSES:])  # without what is built at the first
     works = [device_work(store, x, ids, mine) for store, mine in zip(stores, slots, strict=True)]
     names, alone = ("route", "dispatch", "compute", "combine"), np.median(interleaved(works), axis=1)
     spread = {name: (column.min(), column.max()) for name, column in zip(names, seconds.T, strict=True)}

@@ -225,6 +225,7 @@ BAD = {
     "a row that lists no slots": (json.dumps([[*range(16)], [0] * 16, [1] * 16]), 4, "layer 1: device 1 holds no"),
     "an expert that is none": (json.dumps([[*range(15), 16, 15, 15]] * 3), 3, "expert 16 is none of 16"),
     "an expert below 0": (json.dumps([[*range(16), -1, -2]] * 3), 2, "expert -2 is none of 16"),
+    "a device below 0": (json.dumps({"expert_to_ep_rank": [[-1] * 8 + [0] * 8] * 3}), 2, "-1 is none of 16"),
     "an expert that is nowhere": (json.dumps([[0] * 20] * 3), 4, "expert 1 is on no device"),
     "rows of different lengths": (json.dumps([[0, 1], [0]]), 4, "placement file"),
     "words": (json.dumps({"strategy": "x"}), 4, r"or slots \[layers, slots\]"),

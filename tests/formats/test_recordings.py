@@ -145,6 +145,14 @@ def test_nothing_in_a_file_is_executed(tmp_path, capsys):
         archive.writestr("bomb/data.pkl", pickle.dumps({"logical_count": Bomb()}))
     with pytest.raises(ValueError, match="bomb.pt: it holds builtins.print, which is no tensor"):
         read_loads(tmp_path / "bomb.pt")
+    bombs = np.array([Bomb()])
+    np.save(tmp_path / "bomb.npy", bombs)
+    np.savez(tmp_path / "bomb.npz", bombs)
+    np.savez(tmp_path / "own.npz", about=bombs, experts=bombs)
+    (tmp_path / "bomb.json").write_text(json.dumps({"routed_experts": as_base64(bombs)}))
+    for name in ("bomb.npy", "bomb.npz", "own.npz", "bomb.json"):
+        with pytest.raises(ValueError, match="Object arrays cannot be loaded|no routing trace"):
+            read_loads(tmp_path / name)
     assert "executed" not in capsys.readouterr().out
 
 
@@ -212,6 +220,8 @@ def test_layers_and_tokens_that_are_not_blank_stay():
     assert from_arrays([two[::2]], num_experts=8).metadata == {}
     assert len(from_arrays([np.zeros((4, 2, 1), dtype=int)], num_experts=8)) == 4
     assert len(from_arrays([np.zeros((0, 2, 2), dtype=int)], num_experts=8)) == 0
+    guessed = from_arrays([np.zeros((4, 2, 1), dtype=int)])
+    assert (guessed.num_experts, guessed.metadata) == (1, {"num_experts_guessed": True})
 
 
 def test_a_token_that_comes_twice_is_no_whole_one(tmp_path):

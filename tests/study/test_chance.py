@@ -1,5 +1,6 @@
 """Chance levels against closed forms and plain loops."""
 
+import math
 import random
 
 import numpy as np
@@ -26,7 +27,8 @@ def by_loops(tokens, top_k, devices_of, num_devices, rounds=400):
             for device in holders:
                 loads[device] += count / len(holders)
         mean = sum(counts) / len(counts)
-        found.append((max(counts) / mean, counts.count(0), sum(loads) / num_devices / max(loads)))
+        entropy = -sum(c / sum(counts) * math.log(c / sum(counts), len(counts)) for c in counts if c)
+        found.append((max(counts) / mean, counts.count(0), sum(loads) / num_devices / max(loads), entropy))
     return [sum(column) / rounds for column in zip(*found, strict=True)]
 
 
@@ -34,12 +36,13 @@ def by_loops(tokens, top_k, devices_of, num_devices, rounds=400):
 def test_uniform_routing_is_what_loops_find(tokens, top_k, num_experts, devices):
     held = place_experts(np.ones((1, num_experts)), devices).held[0]
     holders = [np.flatnonzero(column).tolist() for column in held.T]
-    hottest, never, even = by_loops(tokens, top_k, holders, devices)
+    hottest, never, even, entropy = by_loops(tokens, top_k, holders, devices)
     found = uniform_routing(tokens, top_k, held)
     assert found["hottest_over_mean"] == pytest.approx(hottest, rel=0.04)
     assert found["never_used"] == pytest.approx(never, rel=0.04, abs=0.1)
     assert found["balancedness"] == pytest.approx(even, rel=0.03)
     assert found == uniform_routing(tokens, top_k, held)  # the same every time
+    assert found["entropy"] == pytest.approx(entropy, rel=0.002)
     if tokens == 1:
         assert found["entropy"] == pytest.approx(np.log(top_k) / np.log(num_experts))
 
@@ -71,7 +74,7 @@ def test_long_traces_take_few_draws(monkeypatch):
 
 def test_replicas_share():
     held = np.array([[1, 1, 1, 0], [1, 0, 0, 1]], dtype=bool)
-    _, _, even = by_loops(40, 1, [[0, 1], [0], [0], [1]], 2)
+    _, _, even, _ = by_loops(40, 1, [[0, 1], [0], [0], [1]], 2)
     assert uniform_routing(40, 1, held)["balancedness"] == pytest.approx(even, rel=0.04)
 
 

@@ -175,6 +175,16 @@ def test_rebalancing_looks_at_whole_batches_and_sixteen_times_at_most(tokens, ev
         f"{name}_modelled": sum(getattr(look, name) for look in looks) for name in ("pause_seconds", "gain_seconds")
     }
     assert outcome.figures == pytest.approx(figures) and figures["moves"] > 0
+    # Judged batch by batch on the placement that stood when it came, the first one fitted on the tokens before.
+    again = Rebalancer(place_experts(FIT.loads(), D, "balanced"), COSTS, every, None, 2 * every, 2 * every)
+    again.learn(FIT.loads(), len(FIT.experts))
+    means = maxima = touched = 0.0
+    for batch in test.batches():
+        loads = again.placement.device_loads(batch.loads())
+        means, maxima = means + loads.mean(axis=1).sum(), maxima + loads.max(axis=1).sum()
+        touched += counted(again.placement, batch.experts)[1] / (tokens // 256)
+        again.observe(batch.loads(), 256)
+    assert (outcome.balancedness_test, outcome.fan_out) == pytest.approx((means / maxima, touched))
     assert outcome.price == f"{figures['moves']} moves, {figures['pause_seconds_modelled'] * 1000:.1f} ms"
 
 
@@ -192,6 +202,7 @@ def test_short_traces_are_cut_in_two_and_two_are_taken_whole(tmp_path):
     fit, test, notes = recorded([one])
     assert fit.experts.ravel().tolist() == list(range(500)) and test.experts.ravel().tolist() == list(range(500, 1000))
     assert (fit.num_experts, fit.experts.dtype, notes) == (4096, np.int64, [])
+    assert len(recorded([numbered(tmp_path / "least.npz", 64)])[0].experts) == 32
     fit, test, _ = recorded([one, two])
     assert (len(fit.experts), len(test.experts)) == (1000, 200)
     RoutingTrace(np.zeros((100, 2, 1)), 4096).save(tmp_path / "other.npz")
