@@ -15,7 +15,7 @@ in batches of 256 that wait for their fullest device.
 import argparse
 from pathlib import Path
 
-from expert_parallel.command import output
+from expert_parallel.command import options, output
 
 SCENARIOS = ("balanced", "skewed", "hot", "drifting", "correlated")
 WORDS = """words in the report:
@@ -27,9 +27,9 @@ WORDS = """words in the report:
                          devices), compute, combine (weigh and add up);
                          medians of so many passes
   machines               the same if each device were a machine: compute is the
-                         measured mean of the devices, straggler what the
-                         slowest takes longer, communication from --bandwidth
-                         and --latency; the largest is the bottleneck
+                         mean of the devices, straggler what the slowest takes
+                         longer, communication from --bandwidth and --latency;
+                         the largest is the bottleneck, of the sum
   balancedness           mean device load over the fullest one's; 1 is even
   if uniform             what routing without any preference would give for as
                          many tokens: the level of chance
@@ -41,8 +41,8 @@ WORDS = """words in the report:
   fit, test              balancedness on the tokens that a remedy was fitted on,
                          and on those that judge it
   fan-out                devices that a token is sent to
-  modelled, measured     ms of the slowest device: from the fit's balancedness,
-                         and run on 512 test tokens, in turn with the others
+  modelled, fit          ms of the slowest device, from the fit's balancedness;
+  measured, test         run on 512 test tokens, in turn with the others
   round-robin            expert e on device e mod D
   balanced               experts placed so that the fullest device has least
   replicated             balanced, with copies of hot experts
@@ -70,10 +70,10 @@ def setup_arg_parser():
         metavar="E",
         help="experts in the layer, or in the model of a trace (default: 128, or as many as the trace says or shows)",
     )
-    add("--top-k", type=int, default=8, help="experts chosen per token (default: 8)")
+    add("--top-k", type=int, metavar="K", help="experts chosen per token (default: 8; a trace has its own)")
     add("--hidden", type=int, default=256, help="width of a token (default: 256, Qwen3-Coder has 2048)")
     add("--expert-width", type=int, default=96, help="width of an expert (default: 96, Qwen3-Coder has 768)")
-    add("--tokens", type=int, default=8192, help="tokens routed per scenario (default: 8192)")
+    add("--tokens", type=int, metavar="N", help="tokens routed per scenario (default: 8192)")
     add("--bandwidth", type=float, default=5.0, help="GB/s of each device's link, for modelled times (default: 5)")
     add("--latency", type=float, default=20.0, help="microseconds of a message, for modelled times (default: 20)")
     add("--seed", type=int, default=0, help="of weights, tokens and scenarios (default: 0)")
@@ -84,10 +84,14 @@ def setup_arg_parser():
 
 def check_arguments(args):
     """Names of the scenarios asked for; ValueError for what cannot be."""
-    for name, low in (("experts", 1), ("top_k", 1), ("hidden", 1), ("expert_width", 1), ("tokens", 1024)):
-        if getattr(args, name) is not None and getattr(args, name) < low:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
-    if args.top_k > (args.experts or 128):
+    limits = dict.fromkeys(("experts", "top_k", "hidden", "expert_width"), (1, 1 << 16)) | {"tokens": (1024, 1 << 30)}
+    options.check_limits(args, limits)
+    if args.trace and args.top_k:
+        raise ValueError(f"--top-k {args.top_k} does not go with --trace, which has its own")
+    if args.trace and args.tokens and args.scenarios is None:
+        raise ValueError(f"--tokens {args.tokens} is for scenarios and --trace has none: add --scenarios LIST")
+    args.tokens, args.top_k = args.tokens or 8192, args.top_k or (None if args.trace else 8)
+    if args.top_k and args.top_k > (args.experts or 128):
         raise ValueError(f"--top-k {args.top_k}: there are {args.experts or 128} experts to choose from")
     if not (args.bandwidth > 0 and 0 <= args.latency < float("inf")):
         raise ValueError(f"--bandwidth {args.bandwidth}, --latency {args.latency}: needs more than 0, and 0 or more")

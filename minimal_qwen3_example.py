@@ -1,25 +1,25 @@
-"""Expert parallelism in 40 lines: paste it into a notebook, cell by cell.
+"""Expert parallelism in 40 lines: to read, to paste into a notebook cell by cell, to run. It has no options.
 
 Takes the small model that ships with the project; any Mixture-of-Experts model that mlx-lm
 knows goes in its place, for example mlx-community/Qwen3-Coder-30B-A3B-Instruct-4bit.
 """
 
-from pathlib import Path
-
 import mlx.core as mx
 from mlx_lm import generate, load
 
 from expert_parallel import balancedness, place_experts, record_routing, shard_model
+from expert_parallel.checkpoint.finding import SHIPPED
+from expert_parallel.layers import moe_shape
 
 # 1. mlx-lm loads the model as ever, and we note what it answers.
-model, tokenizer = load(str(Path(__file__).parent / "models/tiny-qwen3-moe"))
+model, tokenizer = load(str(SHIPPED))
 model.set_dtype(mx.float32)  # faster on a CPU; leave it out on a GPU
 prompt = tokenizer.encode("class Parser:\n    def parse(self, text):\n        if not text:")
 logits = model(mx.array([prompt]))
 
 # 2. Eight devices, 16 of the 128 experts on each; only the experts move, the router stays.
-num_devices, num_layers, num_experts = 8, len(model.layers), model.args.num_experts
-placement = place_experts([[0] * num_experts] * num_layers, num_devices, strategy="contiguous")
+num_layers, num_experts = moe_shape(model)
+placement = place_experts([[0] * num_experts] * num_layers, num_devices=8, strategy="contiguous")
 model = shard_model(model, placement)
 print(f"device 3 holds experts {placement.experts_on(layer=0, device=3)} of layer 0")
 

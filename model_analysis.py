@@ -11,7 +11,6 @@ says whether it is measured, simulated or modelled.
 """
 
 import argparse
-import logging
 import os
 import sys
 from dataclasses import replace
@@ -51,11 +50,10 @@ def setup_arg_parser():
 
 
 def check_arguments(args):
-    for name, low in (("context", 1), ("redundant_experts", 0), ("prompt_tokens", 1), ("group_size", 1)):
-        if getattr(args, name) is not None and getattr(args, name) < low:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
-    if args.bits is None and (args.group_size or args.mode != "affine"):
-        raise ValueError("--group-size and --mode say how --bits are stored: give --bits too")
+    lowest = {"context": 1, "redundant_experts": 0, "prompt_tokens": 1, "group_size": 1}
+    options.check_limits(args, {name: (low, options.MOST) for name, low in lowest.items()})
+    if args.bits in (None, 16) and (args.group_size or args.mode != "affine"):
+        raise ValueError("--group-size and --mode say how --bits are packed: give --bits from 2 to 8 too")
     if args.device_memory is not None and not 0 < args.device_memory < float("inf"):
         raise ValueError(f"--device-memory must be above 0 and finite, got {args.device_memory:g}")
     find("hardware", args.hardware, MACHINES)
@@ -66,6 +64,7 @@ def check_arguments(args):
 
 def run(args):
     check_arguments(args)
+    from expert_parallel.formats import traces
     from expert_parallel.models.architecture import describe
     from expert_parallel.models.configurations import load_configuration
     from expert_parallel.report import checks, model, projection, table
@@ -80,7 +79,8 @@ def run(args):
 
     # 1. What is in it
     configuration = load_configuration(args.model)
-    read = {"the model": configuration.folder or configuration.file, "the trace": args.trace}
+    alone = configuration.bundled or Path(args.model).expanduser().is_file()
+    read = {"the model": configuration.file if alone else configuration.file.parent, "the trace": args.trace}
     prompts = options.titled(args.prompt or ())
     read |= {f"the prompt {path}": path for path in prompts.values() if os.path.isfile(path)}  # noqa: PTH113
     output.check_outputs({"--json": args.json}, {what: path for what, path in read.items() if path})
@@ -107,12 +107,16 @@ def run(args):
         show(fit)
 
     # 3. What it would do, there and here
-    trace = read_trace(args.trace, described)
+    wanted = (described.num_moe_layers, described.chosen, described.num_experts)
+    trace = traces.read_trace_for(args.trace, *wanted) if args.trace else None
+    for note in traces.notes_of(trace, args.trace.name) if trace else ():
+        console.print(note)
     setting = projection.Setting(machine, wire, link, source, args.context, devices, trace, args.redundant_experts)
     hybrid = {row["devices"]: row["hybrid_bytes"] for row in needs[0].to_json()["devices"]}
     show(*projection.projection(described, setting, hybrid), *projection.one_sequence(described, setting))
     if args.measure:
-        here, links, measured = checks.machine(configuration, described, quantisation)
+        with output.progress_line(not args.quiet) as tell:
+            here, links, measured = checks.machine(configuration, described, quantisation, tell=tell)
         show(measured)
         for name, local in links.items():
             source = "all-sums of 2 processes on this machine, each of which is taken for a machine like it"
@@ -130,46 +134,15 @@ def run(args):
         show(*checks.checkpoint(checked))
     if args.forward or args.prompt:
         texts = {title: options.text_of(prompt) for title, prompt in (prompts or OWN_TEXTS).items()}
-        show(*forward_tables(args.model, texts, args.prompt_tokens))
+        with output.progress_line(not args.quiet) as tell:
+            tables = checks.forward(args.model, texts, args.prompt_tokens, tell)
+        show(*tables)
 
     if args.json:
         missing = dict.fromkeys(("fit", "one_sequence", "this_machine", "checkpoint", "forward"))
         about = {"options": vars(args), "environment": table.environment()}
         output.write_json(args.json, table.sections(shown, **about, **missing))
     return 0 if whole else 1
-
-
-def read_trace(path, described):
-    """The trace to project with; ValueError if it is of another shape of model."""
-    if path is None:
-        return None
-    from expert_parallel.formats import traces
-
-    trace = traces.read_trace(path, described.num_experts)
-    found = (trace.experts.shape[1], trace.experts.shape[2], trace.num_experts)
-    wanted = (described.num_moe_layers, described.chosen, described.num_experts)
-    if found != wanted:
-        shapes = ("{} layers, top-{} of {}".format(*shape) for shape in (found, wanted))
-        raise ValueError("{} is of {}; the model has {}".format(path, *shapes))
-    return trace
-
-
-def forward_tables(name, texts, most):
-    """Routing of each text, and where the first one's time goes."""
-    from expert_parallel.checkpoint.loading import load_whole
-    from expert_parallel.layers import moe_layers
-    from expert_parallel.models import forward
-    from expert_parallel.report import checks
-
-    logging.getLogger("transformers").setLevel(logging.ERROR)  # of texts longer than the context: they are cut below
-    model, tokenizer, _ = load_whole(name)
-    numbers = [layer.number for layer in moe_layers(model)]
-    tokens = {title: tokenizer.encode(text[: 20 * most])[:most] for title, text in texts.items()}
-    passes = {title: forward.run_text(model, ids, title) for title, ids in tokens.items()}
-    figures = {title: forward.routing_figures(*one, numbers) for title, one in passes.items()}
-    similarity = forward.load_similarity({title: trace for title, (trace, _) in passes.items()})
-    seconds = forward.time_layers(model, next(iter(tokens.values())))
-    return checks.forward(figures, similarity, seconds)
 
 
 def main():

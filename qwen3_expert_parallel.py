@@ -71,6 +71,7 @@ def run(args, watchdog):
     from expert_parallel.ranks.group import all_or_none, checkpoint_mark, gather_objects, start_group
     from expert_parallel.report import cost, run, table
     from expert_parallel.report.measuring import count_collectives, time_parts
+    from expert_parallel.report.verdict import verdict
     from expert_parallel.trace import record_routing
 
     def waiting_for(what):
@@ -92,7 +93,7 @@ def run(args, watchdog):
             options.check_files(args, folder)
         checkpoint = Checkpoint(folder, args.adapter_path, args.trust_remote_code)
         tokenizer, config = checkpoint.tokenizer(), checkpoint.config
-        prompt = options.read_prompt(args, tokenizer, config.get("max_position_embeddings"), typed)
+        prompt = options.read_prompt(args, tokenizer, finding.context_of(config), typed)
         numbers = [layer.number for layer in checkpoint.layers]
         placement = options.make_placement(args, checkpoint.shape, numbers, ranks)
         verify = checkpoint.folder.resolve() == finding.SHIPPED if args.verify is None else args.verify
@@ -101,7 +102,7 @@ def run(args, watchdog):
         same |= {"placement": placement.held.tobytes(), "prompt": prompt.ids}
         same["weights"] = checkpoint_mark(checkpoint.folder) if ranks > 1 else ""
         same["adapter"] = checkpoint_mark(args.adapter_path, "adapters*") if ranks > 1 and args.adapter_path else ""
-    for line in filter(None, (note, prompt.note)):
+    for line in filter(None, (note, prompt.note, *placement.metadata.get("notes", ()))):
         console.print(line)
 
     # 2. Every device reads its experts; nothing else of mlx-lm's model changes.
@@ -115,7 +116,7 @@ def run(args, watchdog):
             attention=args.attention, streams=args.streams, progress=progress, return_report=True,
         )  # fmt: skip
     name = str(args.model or checkpoint.folder.name)
-    where = run.what_runs_where(name, config, model, placement, ranks, reading, versions)
+    where = run.what_runs_where(name, model, placement, ranks, reading, versions)
     console.print()
     console.print(where)
 
@@ -168,14 +169,16 @@ def run(args, watchdog):
     tables += [*run.routing(trace, numbers), *run.balance(trace, changes, numbers, model)]
     tables += [run.rebalancing(live.figures(), changes, trace, model)] if live else []
     tables += cost.memory(whole, changes[-1][1], sum(entry.nbytes for entry in cache), per_rank)
-    tables += [cost.communication(model, trace, seconds.value_bytes, counted, args.combine, ranks)]
+    tables += [cost.communication(model, trace, seconds.value_bytes, counted, ranks)]
     tables += [cost.ranks_table(per_rank)] if ranks > 1 else []
     tables += cost.speed(text, tokens, len(prompt.ids), last, seconds, stock_speed)
     try:
         about = {"name": name, "config": config, "environment": versions}
         missing = dict.fromkeys(("parity", "not_a_number", "rebalancing", "ranks"))
         document = {"model": about, "environment": versions, "options": vars(args), **missing}
-        write_files(args, table.sections([where, *tables], **document), trace, changes[-1][1], numbers)
+        document = table.sections([where, *tables], **document)
+        tables.insert(0, verdict(document))
+        write_files(args, document, trace, changes[-1][1], numbers)
     finally:  # a disk that is full takes no file; the report is still there to read
         for part in filter(lambda part: part.title, tables):
             console.print()
@@ -199,7 +202,8 @@ def write_files(args, document, trace, placement, numbers):
 
 def main():
     args = options.parser_of(__doc__).parse_args()
-    rank, *_ = launched()
+    with output.exit_on_user_error():
+        rank, *_ = launched()
     name = f"rank {rank}: " if rank else ""
     with output.exit_on_user_error(name):
         from expert_parallel.ranks.watchdog import NoWatchdog, Watchdog, failing_together

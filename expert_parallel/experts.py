@@ -30,6 +30,7 @@ class ShardedExperts(StandIn):
     stores   {device: store} of the `devices` that are here: all D in one process, one on a rank
     held     bool [D, E]
     group    ranks over which slot outputs are summed ("gather"); None where the block sums, or nothing is to sum
+    combine  reduce or gather: what ranks do at this layer, and in one process would do
     streams  one mx.Stream per device that is here: they run side by side
 
     (x [..., H], indices [..., k]) -> [..., k, H]. Slots of others are skipped in one of two ways:
@@ -44,7 +45,7 @@ class ShardedExperts(StandIn):
         nn.Module.__init__(self)
         self["stores"] = list(stores.values())  # first of all: other attributes are looked for behind them
         self.devices, self.num_experts = np.array(list(stores)), held.shape[1]
-        self.group, self._streams = group, streams
+        self.group, self.combine, self._streams = group, "reduce", streams
         self.slots_served = np.zeros(len(stores), np.int64)
         self.masked_up_to = 0  # slots
         self._serve(held)
@@ -151,7 +152,7 @@ def shard_model(
     N ranks: each keeps the experts of device number `group.rank()`.
     combine    reduce  the block weighs its own slots, then its sum runs over all ranks: H values a token
                gather  all ranks sum slot outputs, then the block weighs them: k H values, right for any block
-               auto    reduce where the block can
+               auto    reduce where the block can; one process sums nothing, and asks the same
     attention  replicated, or sharded by mlx-lm's own tensor parallelism (hybrid.py)
     Before old experts are let go, the new ones must give the same answers for random tokens over all of them.
     Raises ValueError for what does not fit, and where the answers differ.
@@ -203,13 +204,13 @@ def install(layer: MoELayer, sharded: ShardedExperts, group, combine: str) -> No
     ValueError where the sum that was asked for would count something once per rank, or lose it.
     """
     split = getattr(layer.block, "sharding_group", None) is not None
-    why = why_not_reduce(layer) if is_rank(group) and not split else None
+    why = None if split else why_not_reduce(layer)
     if why and combine == "reduce":
         raise ValueError(f'combine "reduce" is not possible for {layer.path}: its block was tried, {why}; use "gather"')
     if split and combine == "gather":
         raise ValueError(f'{layer.path} is in a block that mlx-lm has sharded, whose sum needs combine "reduce"')
-    layer.experts = sharded
-    if is_rank(group) and (why or combine == "gather"):
+    layer.experts, sharded.combine = sharded, "gather" if why or combine == "gather" else "reduce"
+    if is_rank(group) and sharded.combine == "gather":
         sharded.group = group
     elif is_rank(group):
         sum_answers(layer.block, group)

@@ -16,7 +16,7 @@ def written_whole(path, mode: str = "w"):
     Raises OSError in one line that names the path.
     """
     path = Path(path)
-    straight = path.exists() and not path.is_file()
+    straight = os.path.exists(path) and not os.path.isfile(path)  # noqa: PTH110, PTH113, which raise for long names
     path = path if straight else Path(os.path.realpath(path))  # a link stays, its target is replaced
     beside = path if straight else path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -27,8 +27,8 @@ def written_whole(path, mode: str = "w"):
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
-        if not straight:
-            beside.unlink(missing_ok=True)
+        if not straight and os.path.exists(beside):  # noqa: PTH110
+            beside.unlink()
 
 
 def plain(value):

@@ -49,11 +49,9 @@ class ShardedHead(nn.Module):
 
     def __init__(self, head: nn.Module, group):
         super().__init__()
-        self._group = group
-        self._vocabulary = head.weight.shape[0]
+        self._group, self._vocabulary = group, head.weight.shape[0]
         self._share = -(-self._vocabulary // group.size())
-        first = group.rank() * self._share
-        self.part = head
+        self.part, first = head, group.rank() * self._share
         head.update(picked(head.parameters(), np.arange(first, min(first + self._share, self._vocabulary))))
 
     def __call__(self, x: mx.array) -> mx.array:

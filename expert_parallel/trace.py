@@ -16,7 +16,7 @@ import numpy as np
 from .files import written_whole
 from .layers import MoELayer, StandIn, moe_layers, num_experts
 
-FORMAT = "routing-trace/1"
+FORMAT, KINDS = "routing-trace/1", {"num_experts": int, "model": str, "metadata": dict}
 
 
 @dataclass(eq=False)
@@ -57,8 +57,7 @@ class RoutingTrace:
         if self.prefill.shape != (len(experts),):
             raise ValueError(f"prefill marks {list(self.prefill.shape)} do not fit {len(experts)} tokens")
         if self.steps is None:
-            first = np.append(True, ~(self.prefill[1:] & self.prefill[:-1]))[: len(experts)]
-            self.steps = first.cumsum()
+            self.steps = np.append(True, ~(self.prefill[1:] & self.prefill[:-1]))[: len(experts)].cumsum()
         self.steps = np.asarray(self.steps, np.int32)
         if self.steps.shape != (len(experts),) or (np.diff(self.steps) < 0).any():
             raise ValueError(f"forward passes {list(self.steps.shape)} do not fit {len(experts)} tokens, or go back")
@@ -98,13 +97,14 @@ class RoutingTrace:
         try:
             with np.load(path) as file:
                 about = json.loads(str(file["about"]))
-                if about.get("format") != FORMAT:
-                    raise ValueError(f"its format is {about.get('format')!r}, not {FORMAT!r}")
+                lies = [name for name, kind in KINDS.items() if type(about[name]) is not kind]
+                if lies or about["format"] != FORMAT:
+                    raise ValueError(f"its {(name := [*lies, 'format'][0])} is {about[name]!r}, not as in {FORMAT!r}")
                 experts, prefill, steps = file["experts"], file["prefill"], file.get("steps")  # early ones have none
             return RoutingTrace(experts, about["num_experts"], prefill, about["model"], about["metadata"], steps)
         except Exception as error:  # zipfile, numpy, json and os each have their own
             words = "it is no routing trace, which --trace and RoutingTrace.save write"
-            why = words if "pickle" in str(error) or isinstance(error, KeyError) else error
+            why = words if "pickle" in str(error) or isinstance(error, KeyError | TypeError) else error
             raise ValueError(f"cannot read routing trace {path}: {why}") from None
 
 

@@ -1,6 +1,7 @@
 """Traces: what the router decided, recorded without touching the answer."""
 
 import inspect
+import json
 
 import mlx.core as mx
 import numpy as np
@@ -180,6 +181,29 @@ def test_damaged_and_foreign_files_are_refused_by_name(tmp_path):
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
     with pytest.raises(ValueError, match="other.npz"):
         RoutingTrace.load(tmp_path / "other.npz")
+
+
+@pytest.mark.parametrize(
+    ("lie", "message"),
+    [
+        ({"metadata": [1]}, r"its metadata is \[1\], not as in 'routing-trace/1'"),
+        ({"metadata": None}, "its metadata is None"),
+        ({"num_experts": 128.0}, "its num_experts is 128.0"),
+        ({"num_experts": True}, "its num_experts is True"),
+        ({"num_experts": "128"}, "its num_experts is '128'"),
+        ({"model": 5}, "its model is 5"),
+        ({"format": "routing-trace/9"}, "its format is 'routing-trace/9', not as in 'routing-trace/1'"),
+        (None, "it is no routing trace"),
+        ([1], "it is no routing trace"),
+    ],
+)
+def test_what_a_file_says_of_itself_is_checked(lie, message, tmp_path):
+    about = {"format": "routing-trace/1", "num_experts": 128, "model": "", "metadata": {}}
+    about = {**about, **lie} if isinstance(lie, dict) else lie
+    np.savez(tmp_path / "own.npz", experts=np.zeros((3, 1, 2), int), prefill=np.zeros(3, bool), about=json.dumps(about))
+    with pytest.raises(ValueError, match=message) as error:
+        RoutingTrace.load(tmp_path / "own.npz")
+    assert "own.npz" in str(error.value)
 
 
 def test_impossible_traces_are_refused():

@@ -73,6 +73,12 @@ def in_a_line(error: BaseException, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
+def context_of(config: dict) -> int | None:
+    """Tokens that a model can look at, where its configuration says so: at its top, or of its text part."""
+    parts = (config, config.get("text_config") or {})
+    return next((part["max_position_embeddings"] for part in parts if part.get("max_position_embeddings")), None)
+
+
 def read_config(path) -> dict:
     """A config.json as a dictionary that names its model_type. ValueError naming the file if it is not that."""
     try:

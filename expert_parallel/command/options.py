@@ -11,7 +11,6 @@ import os
 import re
 import sys
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 
 from .output import Parser, check_outputs
@@ -22,6 +21,7 @@ CODE_PROMPT = "class Parser:\n    def parse(self, text):\n        if not text:"
 BY_TRACE = ("balanced", "replicated", "affinity")
 STRATEGIES = ("contiguous", "round-robin", *BY_TRACE)
 PLACEMENT_FORMATS = ("vllm", "vllm-ranks", "vllm-ascend", "sglang", "tensorrt-llm")  # besides this project's own
+MOST = 10**12  # of a whole number: far beyond all use, and no arithmetic here overflows
 OUTPUTS = ("trace", "save_placement", "json")  # files, each with an option of its own
 
 
@@ -92,17 +92,22 @@ def parser_of(description: str) -> argparse.ArgumentParser:
 
 def check_numbers(args) -> None:
     """What no file and no rank is needed for, the timeout of the first meeting included."""
-    limits = {"max_tokens": (1, inf), "redundant_experts": (0, inf), "temp": (0, 1e6), "top_p": (1e-6, 1)}
-    limits |= {"seed": (0, 2**64 - 1), "top_k": (0, inf), "min_p": (0, 1), "timeout": (0.1, 1e9), "devices": (1, inf)}
-    limits |= {"rebalance_every": (1, inf), "rebalance_horizon": (1, inf), "rebalance_threshold": (1e-9, 1)}
-    for name, (low, high) in limits.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:  # not a number fails too
-            limit = f"at least {low}" if high == inf else f"between {low} and {high}"
-            raise ValueError(f"{option(name)} must be {limit}, got {value}")
+    limits = {"max_tokens": (1, MOST), "redundant_experts": (0, MOST), "temp": (0, 1e6), "top_p": (1e-6, 1)}
+    limits |= {"seed": (0, 2**64 - 1), "top_k": (0, MOST), "min_p": (0, 1), "timeout": (0.1, 1e9), "devices": (1, MOST)}
+    limits |= {"rebalance_every": (1, MOST), "rebalance_horizon": (1, MOST), "rebalance_threshold": (1e-9, 1)}
+    check_limits(args, limits)
     for name in ("rebalance_threshold", "rebalance_horizon"):
         if getattr(args, name) is not None and args.rebalance_every is None:
             raise ValueError(f"{option(name)} is of no use without --rebalance-every TOKENS")
+
+
+def check_limits(args, limits: dict) -> None:
+    """ValueError for an option outside its limits, {name: (lowest, highest)}."""
+    for name, (low, high) in limits.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:  # not a number fails too
+            limit = f"at least {low}" if value < low and high == MOST else f"between {low} and {high}"
+            raise ValueError(f"{option(name)} must be {limit}, got {value}")
 
 
 def check_files(args, model_folder) -> None:
@@ -113,10 +118,12 @@ def check_files(args, model_folder) -> None:
     if args.plots:
         pictures = [args.plots / f"{name}_loads.png" for name in ("expert", "device")]
         outputs |= {f"--plots ({path.name})": path for path in (pictures if args.plots.is_dir() else [args.plots])}
-    inputs = {"the model": model_folder}
+    inputs = {"the model": model_folder} | ({"the adapter": args.adapter_path} if args.adapter_path else {})
     named = {"the prompt": args.prompt, "the placement": args.placement, "the trace": args.placement_trace}
     inputs |= {what: path for what, path in named.items() if path and os.path.isfile(path)}  # noqa: PTH113
     check_outputs(outputs, inputs)
+    if args.trace and args.trace.is_char_device():
+        raise ValueError(f"cannot write {args.trace}: a trace needs a file, a device such as this cannot hold one")
 
 
 def option(name: str) -> str:
@@ -183,12 +190,15 @@ def text_of(prompt: str, standard_input: str | None = None) -> str:
 
 
 def titled(prompts) -> dict[str, str]:
-    """{title: prompt} of several, each with a title before it (code=a.py) or without."""
+    """{title: prompt} of several, each with a title before it (code=a.py) or without; ValueError for one twice."""
     found = {}
     for number, prompt in enumerate(prompts, start=1):
         title, separator, value = prompt.partition("=")
-        whole = not separator or not title.isidentifier() or len(title) > 12
-        found |= {f"text {number}": prompt} if whole else {title: value}
+        if not separator or not title.isidentifier() or len(title) > 12:
+            title, value = f"text {number}", prompt
+        if title in found:
+            raise ValueError(f"--prompt: two texts are named {title}: give each a name of its own")
+        found[title] = value
     return found
 
 
@@ -235,6 +245,7 @@ def make_placement(args, shape: tuple[int, int], layer_numbers=None, ranks: int 
     """The Placement that was asked for, by strategy or from a file, for a model of (L, E).
 
     One process has as many devices as are asked for, as the file says, else 8, or as many as there are experts.
+    Metadata "notes" has lines for the user about the file.
     layer_numbers  [L] of the MoE layers, for files that count all layers
     Raises ValueError, also where --placement-format cannot say what it is.
     """
@@ -249,7 +260,7 @@ def _placement(args, shape, layer_numbers, ranks):
     import numpy as np
 
     from ..formats.placements import read_placement
-    from ..formats.traces import read_loads, read_trace
+    from ..formats.traces import notes_of, read_loads, read_trace
     from ..placing.held_out import fitted_on
     from ..placing.strategies import place_experts
 
@@ -277,4 +288,7 @@ def _placement(args, shape, layer_numbers, ranks):
     how = (num_devices, args.placement, args.redundant_experts)
     if trace is None:
         return place_experts(loads, *how)
-    return fitted_on(trace, lambda part: place_experts(part.loads(), *how, coactivation=part.experts))
+    placement = fitted_on(trace, lambda part: place_experts(part.loads(), *how, coactivation=part.experts))
+    if notes := notes_of(trace, args.placement_trace.name):
+        placement.metadata["notes"] = notes
+    return placement

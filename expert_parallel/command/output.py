@@ -34,11 +34,20 @@ def check_writable(path) -> None:
         raise ValueError("cannot write -: only --json - goes to standard output; give a file's name")
     if not folder.is_dir():
         raise ValueError(f"cannot write {path}: folder {folder} does not exist")
-    if path.is_dir():
+    # Not pathlib's, which raise for a name that is too long.
+    if os.path.isdir(path):  # noqa: PTH112
         raise ValueError(f"cannot write {path}: it is a folder")
-    special = path.exists() and not path.is_file()  # a pipe or a device
-    if not os.access(path if special else folder, os.W_OK):
-        raise ValueError(f"cannot write {path}: no permission")
+    if os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113
+        if not os.access(path, os.W_OK):  # a pipe or a device
+            raise ValueError(f"cannot write {path}: no permission")
+        return
+    # A name can be too long, a disk read-only, a folder another's: a file is begun and given up.
+    with contextlib.suppress(_GivenUp), written_whole(path):
+        raise _GivenUp
+
+
+class _GivenUp(Exception):
+    """The trial of `check_writable` is done."""
 
 
 def check_outputs(outputs: dict, inputs: dict) -> None:
@@ -51,16 +60,22 @@ def check_outputs(outputs: dict, inputs: dict) -> None:
     for option, path in outputs.items():
         if path is None or to_standard_output(path):
             continue
-        check_writable(path)
-        real = Path(path).resolve()
-        other = taken.setdefault(real, option)
+        other = taken.setdefault(Path(path).resolve(), option)
         if other != option:
             raise ValueError(f"{other} and {option} both name {path}: give each a file of its own")
         for what, source in inputs.items():
-            source = Path(source).expanduser()
-            # samefile: names may differ in case, or be links.
-            if source.exists() and any(p.exists() and p.samefile(source) for p in (real, *real.parents)):
+            if _is_read(Path(path), Path(source).expanduser()):
                 raise ValueError(f"{option} {path} would be written over {what}: give a file elsewhere")
+        check_writable(path)
+
+
+def _is_read(path: Path, source: Path) -> bool:
+    """Whether a file at `path` would lie in what is read, or take the place of a file that is read there."""
+    real, here = path.resolve(), path.parent.resolve()  # of a link both count: the hub's cache has links to its blobs
+    near = [place for place in (real, *real.parents, here, *here.parents) if os.path.exists(place)]  # noqa: PTH110
+    if source.exists() and any(map(source.samefile, near)):  # names may differ in case
+        return True
+    return real in near and any(file.exists() and file.samefile(real) for file in source.rglob("*"))
 
 
 def write_json(path, figures: dict) -> None:
@@ -83,9 +98,11 @@ def console(quiet: bool = False):
 
     if sys.stdout is None:  # started with >&-
         return Console(quiet=True, file=io.StringIO())
-    columns = os.environ.get("COLUMNS", "")
-    width = None if sys.stdout.isatty() else int(columns) if columns.isdecimal() and int(columns) else 80
-    return Reporting(quiet=quiet, width=width, highlight=False, markup=False, emoji=False)
+    columns, of_mpi = os.environ.get("COLUMNS", ""), "OMPI_COMM_WORLD_RANK" in os.environ
+    terminal = sys.stdout.isatty() and not of_mpi  # Open MPI gives ranks a terminal, wherever their output goes
+    width = None if terminal else int(columns) if columns.isdecimal() and int(columns) else 80
+    plain = {"force_terminal": False} if of_mpi else {}
+    return Reporting(quiet=quiet, width=width, highlight=False, markup=False, emoji=False, **plain)
 
 
 @contextlib.contextmanager
@@ -99,6 +116,18 @@ def progress_bar(what: str, show: bool = True):
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not show) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def progress_line(show: bool = True):
+    """What is under way, on standard error while the block runs, where that is a terminal; gives (what) -> None."""
+    from rich.console import Console
+
+    if not (show and sys.stderr is not None and sys.stderr.isatty()):
+        yield lambda what: None
+        return
+    with Console(stderr=True, markup=False).status("") as status:
+        yield status.update
 
 
 def exit_of(error: BaseException) -> tuple[int, str] | None:
@@ -120,6 +149,8 @@ def exit_on_user_error(prefix: str = ""):
         sys.stdin = open(os.devnull)  # noqa: SIM115, PTH123, for as long as the process lives
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a report goes on after what its encoding has not
     try:
         try:
             # Of ranks the watch process hears the launcher, see ranks/watch.py.

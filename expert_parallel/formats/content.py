@@ -18,7 +18,8 @@ STORAGES |= {"ByteStorage": np.uint8, "FloatStorage": np.float32, "DoubleStorage
 
 
 def content_of(path):
-    """Arrays, lists and dictionaries that a file holds; rows of a CSV as dictionaries, its comments under "#".
+    """Arrays, lists and dictionaries that a file holds; rows of a CSV as dictionaries, its comments under "#",
+    their lines' numbers under "#line".
 
     Raises ValueError or OSError for what is none of these; nothing in a file is ever executed: numpy refuses pickles.
     """
@@ -34,22 +35,40 @@ def content_of(path):
                 return _Tensors(archive, pickled[0]).load()
         with np.load(path) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    text = path.read_bytes().decode()
+    text = path.read_bytes().decode("utf-8-sig")  # some write a byte-order mark first
     try:
         return json.loads(text)
     except ValueError:
         pass
-    lines = [line for line in text.splitlines() if line.strip()]
-    if lines and lines[0].lstrip().startswith("{"):
-        return [json.loads(line) for line in lines]
-    rows = [line for line in lines if not line.startswith("#")]
-    if rows and "," in rows[0] and ":" not in rows[0]:
-        comments = " ".join(line for line in lines if line.startswith("#"))
-        return [{**row, "#": comments} for row in csv.DictReader(rows)]
+    lines = {n: line for n, line in enumerate(text.splitlines(), start=1) if line.strip()}
+    if lines and next(iter(lines.values())).lstrip().startswith("{"):
+        return [_record(n, line) for n, line in lines.items()]
+    rows = {n: line for n, line in lines.items() if not line.startswith("#")}
+    columns = next(iter(rows.values()), "").split(",")
+    if len(columns) > 1 and all(name and name == name.strip() and ":" not in name for name in columns):  # else prose
+        return _table(rows, " ".join(line for n, line in lines.items() if n not in rows))
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
         raise ValueError("it is neither numpy, torch, JSON, YAML nor CSV") from None
+
+
+def _record(number: int, line: str):
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from None
+
+
+def _table(rows: dict[int, str], comments: str) -> list[dict]:
+    """Of lines by number, the first of which names the columns."""
+    columns, *records = csv.reader(rows.values())
+    found = []
+    for number, fields in zip(list(rows)[1:], records, strict=True):
+        if len(fields) < len(columns):
+            raise ValueError(f"line {number} is cut off: it has {len(fields)} of {len(columns)} columns")
+        found.append({**dict(zip(columns, fields, strict=False)), "#": comments, "#line": number})
+    return found
 
 
 class _Tensors(pickle.Unpickler):

@@ -49,6 +49,15 @@ def _experts(entry) -> list[int]:
     return experts
 
 
+def counts_in(document: dict, *names: str) -> dict[str, int]:
+    """Those of the named counts that a file says; ValueError for one that is none."""
+    said = {name: document[name] for name in names if name in document}
+    for name, count in said.items():
+        if type(count) is not int or count < 1:
+            raise ValueError(f'"{name}" is {count!r}, not a count from 1 up')
+    return said
+
+
 def held_of(document, num_layers: int | None, num_experts: int | None) -> np.ndarray:
     """bool [L, D, E] that a file's JSON describes; ValueError says what is wrong with it."""
     # 1. Layers of devices of experts.
@@ -56,10 +65,10 @@ def held_of(document, num_layers: int | None, num_experts: int | None) -> np.nda
         raise ValueError('expected an object with either "every_layer" or "layers"')
     if document.get("format", FORMAT) != FORMAT:
         raise ValueError(f"its format is {document['format']!r}, not {FORMAT!r}")
+    said = counts_in(document, "num_layers", "num_devices", "num_experts")
     layers = document.get("layers")
     if layers is None:
-        count = document.get("num_layers", num_layers)
-        if type(count) is not int or count < 1:
+        if not (count := said.get("num_layers", num_layers)):
             raise ValueError('"every_layer" needs "num_layers", a count from 1 up, beside it')
         layers = [document["every_layer"]] * count
     if not isinstance(layers, list) or not layers or not all(isinstance(layer, list) and layer for layer in layers):
@@ -69,7 +78,7 @@ def held_of(document, num_layers: int | None, num_experts: int | None) -> np.nda
     layers = [[_experts(entry) for entry in layer] for layer in layers]
     # 2. As one table.
     named = {expert for layer in layers for experts in layer for expert in experts}
-    count = num_experts or document.get("num_experts") or max(named, default=-1) + 1
+    count = num_experts or said.get("num_experts") or max(named, default=-1) + 1
     if named and max(named) >= count:
         raise ValueError(f"expert {max(named)} does not exist: there are {count}")
     held = np.zeros((len(layers), widths.pop(), count), bool)
@@ -81,6 +90,30 @@ def held_of(document, num_layers: int | None, num_experts: int | None) -> np.nda
     if num_layers and num_layers != len(layers):
         raise ValueError(f"it has {len(layers)} layers, the model has {num_layers} MoE layers")
     for name, size in zip(("num_layers", "num_devices", "num_experts"), held.shape, strict=True):
-        if document.get(name, size) != size:
-            raise ValueError(f'"{name}" says {document[name]}, the lists say {size}')
+        if said.get(name, size) != size:
+            raise ValueError(f'"{name}" says {said[name]}, the lists say {size}')
     return held
+
+
+def metadata_of(document, held) -> dict:
+    """What a file says besides; ValueError where the program that uses it would stumble over it."""
+    metadata = document.get("metadata", {})
+    if not isinstance(metadata, dict):
+        raise ValueError(f'"metadata" is an object, got {metadata!r}')
+    if "num_nodes" in metadata:
+        if type(nodes := metadata["num_nodes"]) is not int:
+            raise ValueError(f'"num_nodes" is a count, got {nodes!r}')
+        check_nodes(held, nodes)
+    notes = metadata.get("notes", [])
+    if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+        raise ValueError(f'"notes" are lines of text, got {notes!r}')
+    return metadata
+
+
+def check_nodes(held, num_nodes: int) -> None:
+    """ValueError where nodes, equal runs of the devices in held [L, D, E], share experts or have not as many each."""
+    num_layers, num_devices, num_experts = held.shape
+    uneven = num_nodes < 1 or num_devices % num_nodes
+    of_node = None if uneven else held.reshape(num_layers, num_nodes, -1, num_experts).any(axis=2)
+    if uneven or (of_node.sum(axis=1) > 1).any() or (of_node.sum(axis=2) != num_experts / num_nodes).any():
+        raise ValueError(f"a placement with num_nodes {num_nodes} has as many experts in each, and none in two")

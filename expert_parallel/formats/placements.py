@@ -14,12 +14,13 @@ Dimensions: L MoE layers, E experts, D devices, S slots over all devices (physic
     expert to local row [L, D, E]   vllm-ascend's expert map (.pth), -1: not here
 
 Slots are dealt out to devices in equal parts, in order; a list [S] is for all layers. Two copies of an expert on one
-device are one here.
+device, as EPLB's global variant writes them, are one here; metadata "notes" says how many there were.
 """
 
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -40,30 +41,41 @@ def read_placement(path, num_layers=None, num_experts=None, num_devices=None, la
     try:
         if isinstance(content, dict) and ("every_layer" in content or "layers" in content):
             held = own.held_of(content, num_layers, num_experts)
-            return Placement(held, str(content.get("strategy", "custom")), content.get("metadata", {}))
-        return Placement(_held(content, num_layers, num_experts, num_devices, layer_numbers), Path(path).name)
+            return Placement(held, str(content.get("strategy", "custom")), own.metadata_of(content, held))
+        held, twice = _held(content, num_layers, num_experts, num_devices, layer_numbers)
+        note = f"{Path(path).name}: {twice} copies lie on a device that has their expert already, and count for nothing"
+        return Placement(held, Path(path).name, {"notes": [note]} if twice else {})
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise ValueError(f"placement file {path}: {error}") from None
 
 
-def _held(content, num_layers, num_experts, num_devices, layer_numbers) -> np.ndarray:
-    """bool [L, D, E]."""
+def _held(content, num_layers, num_experts, num_devices, layer_numbers) -> tuple[np.ndarray, int]:
+    """(bool [L, D, E], slots whose expert their device has in another one)."""
     # 1. Who has what, said device by device.
     if isinstance(content, dict) and "layer_list" in content:
         layers = [[device["device_expert"] for device in layer["device_list"]] for layer in content["layer_list"]]
+        if len(widths := {len(layer) for layer in layers}) != 1:
+            raise ValueError(f"layers name different numbers of devices: {sorted(widths)}")
         where = [np.repeat(np.arange(len(layer)), list(map(len, layer))) for layer in layers]
-        return _marked(where, list(map(np.concatenate, layers)), len(layers[0]), num_layers, num_experts)
+        what = [np.array(list(chain(*layer))) for layer in layers]
+        if any(experts.dtype.kind != "i" for experts in what):
+            raise ValueError('a "device_expert" is a list of experts, numbered from 0')
+        return _marked(where, what, widths.pop(), num_layers, num_experts)
     if isinstance(content, np.ndarray) and content.ndim == 3:
         for name, wanted, found in (("layers", num_layers, len(content)), ("experts", num_experts, content.shape[2])):
             if wanted not in (None, found):
                 raise ValueError(f"it is of {found} {name}, the model of {wanted}")
-        return content >= 0
+        least, most = content.min(), content.max()
+        if content.dtype.kind not in "biu" or least < -1 or least >= 0 and most > 1:
+            raise ValueError("a table [layers, devices, experts] is of 0 and 1, or of local rows and -1: not here")
+        return content == 1 if least >= 0 else content >= 0, 0
     # 2. A table, or one list for all layers: the expert of each slot, or the device of each expert.
-    table, of_devices = content, None
+    table, of_devices, said = content, None, {}
     if isinstance(content, dict):
         content = content.get("moe_config", content)
         content = content.get("load_balancer", content)
-        num_devices = num_devices or content.get("ep_size")
+        said = own.counts_in(content, "ep_size", "num_slots")
+        num_devices = num_devices or said.get("ep_size")
         of_devices = "expert_to_ep_rank" in content
         for key in ("physical_to_logical_map", "initial_global_assignments", "expert_to_ep_rank"):
             table = content.get(key, table)
@@ -72,6 +84,8 @@ def _held(content, num_layers, num_experts, num_devices, layer_numbers) -> np.nd
     table = np.asarray(table)
     if table.dtype.kind not in "iu" or table.ndim not in (1, 2) or not table.size:
         raise ValueError('expected an object with either "every_layer" or "layers", or slots [layers, slots]')
+    if said.get("num_slots", table.shape[-1]) != table.shape[-1]:
+        raise ValueError(f'"num_slots" says {said["num_slots"]}, the lists have {table.shape[-1]}')
     if table.ndim == 1:
         if num_layers is None:
             raise ValueError("it has one list for all layers and does not say how many there are")
@@ -92,8 +106,11 @@ def _held(content, num_layers, num_experts, num_devices, layer_numbers) -> np.nd
     return _marked([device] * len(table), table, num_devices, num_layers, num_experts)
 
 
-def _marked(devices, experts, num_devices, num_layers, num_experts) -> np.ndarray:
-    """held with a mark for each pair, layer by layer; ValueError for numbers that are none of the model's."""
+def _marked(devices, experts, num_devices, num_layers, num_experts) -> tuple[np.ndarray, int]:
+    """(held with a mark for each pair, layer by layer; pairs that came again).
+
+    ValueError for numbers that are none of the model's.
+    """
     num_experts = max(map(np.max, experts)) + 1 if num_experts is None else num_experts
     if num_layers not in (None, len(experts)):
         raise ValueError(f"it has {len(experts)} layers, the model has {num_layers} MoE layers")
@@ -103,7 +120,7 @@ def _marked(devices, experts, num_devices, num_layers, num_experts) -> np.ndarra
         if lowest < 0 or highest >= num_experts:
             raise ValueError(f"layer {layer}: expert {highest if lowest >= 0 else lowest} is none of {num_experts}")
         held[layer, where, what] = True
-    return held
+    return held, sum(map(len, experts)) - int(held.sum())
 
 
 # --- writing --------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import io
 import re
 import zipfile
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,15 @@ import numpy as np
 from ..placement import check_loads
 from ..trace import RoutingTrace
 from .content import content_of
+from .warm_up import without_warm_up
+
+LEFT_OUT = {"warm_up_rows": "warm-up rows, all alike", "incomplete_rows": "tokens that some layer lacks"}
+LEFT_OUT |= {"blank_rows": "tokens with blank choices", "repeated_slots": "choices that are there twice"}
+SLOT_COLUMNS = ("turn", "phase", "step", "layer", "slot", "expert")
 
 
 def read_trace(path, num_experts: int | None = None) -> RoutingTrace:
-    """The tokens of a recording.
+    """The tokens of a recording, without its warm-up rows; metadata says what was left out (`notes_of`).
 
     num_experts  E, where the file does not say; None: the highest expert that occurs, plus one, and the metadata's
                  "num_experts_guessed" says so
@@ -37,19 +43,45 @@ def read_trace(path, num_experts: int | None = None) -> RoutingTrace:
         found = _read(path, num_experts)
         if isinstance(found, np.ndarray):
             raise ValueError("it has counts and no tokens: enough for --placement balanced and replicated alone")
-        trace = found if isinstance(found, RoutingTrace) else found.trace(num_experts, Path(path).stem)
+        trace = _tokens(found if isinstance(found, RoutingTrace) else found.trace(num_experts, Path(path).stem))
         _check_experts(trace.num_experts, num_experts)
     return trace
 
 
+def read_trace_for(path, num_layers: int, top_k: int, num_experts: int) -> RoutingTrace:
+    """`read_trace` for a model of so many MoE layers and chosen experts; ValueError if it is of another."""
+    trace = read_trace(path, num_experts)
+    found, wanted = (*trace.experts.shape[1:], trace.num_experts), (num_layers, top_k, num_experts)
+    if found != wanted:
+        shapes = ("{} layers, top-{} of {}".format(*shape) for shape in (found, wanted))
+        raise ValueError("{} is of {}; the model has {}".format(path, *shapes))
+    return trace
+
+
+def notes_of(trace: RoutingTrace, name: str) -> list[str]:
+    """What was left out of a trace that was read, a line each; name of the file."""
+    counts = {what: trace.metadata.get(key) for key, what in LEFT_OUT.items()}
+    return [f"{name}: left out {count} {what}" for what, count in counts.items() if count]
+
+
+def _tokens(trace: RoutingTrace) -> RoutingTrace:
+    without = without_warm_up(trace)
+    if not without.experts.size:
+        raise ValueError(f"it has no tokens{f' but {len(trace)} warm-up rows, all alike' if len(trace) else ''}")
+    return without
+
+
 def read_loads(path, num_experts: int | None = None) -> np.ndarray:
-    """How often each expert was chosen, int [L, E]; of counts and of tokens, those too that some layer lacks."""
+    """How often each expert was chosen, [L, E]; of counts, averages, shares, and of tokens, those too that some layer
+    lacks.
+    """
     with _naming(path):
         found = _read(path, num_experts)
         if isinstance(found, RoutingTrace):
-            found = found.loads()
+            found = _tokens(found).loads()
         loads = found.loads(num_experts) if isinstance(found, _Slots) else found
         _check_experts(loads.shape[1], num_experts)
+        check_loads(loads)
     return loads
 
 
@@ -63,7 +95,8 @@ def _naming(path):
     try:
         yield
     except Exception as error:  # zipfile, numpy, json, csv, os, ... each have their own
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        text = " ".join(text.split()) or type(error).__name__
         raise ValueError(text if text.startswith("cannot") else f"cannot read routing trace {path}: {text}") from None
 
 
@@ -88,7 +121,7 @@ def _recording(content, num_experts, name):
             return from_arrays([np.load(io.BytesIO(one)) for one in coded], num_experts, name)
         if content and all(isinstance(value, np.ndarray) for value in content.values()):
             return from_arrays(list(content.values()), num_experts, name)
-    elif isinstance(content, list) and content:
+    elif isinstance(content, list) and content and isinstance(content[0], list | dict):
         first = content[0]
         if isinstance(first, list):
             return _counts(content)
@@ -106,57 +139,75 @@ def _recording(content, num_experts, name):
 
 
 def _counts(table) -> np.ndarray:
-    """int [L, E] of counts [..., L, E]: what stands before is steps or ranks, and is summed."""
+    """[L, E] of counts, averages or shares [..., L, E]: what stands before is steps or ranks, and is summed."""
     table = np.asarray(table)
     if table.ndim < 2 or table.dtype.kind not in "iuf":
         raise ValueError(f"expected [tokens, layers, k] or counts [layers, experts], got {list(table.shape)}")
     table = table.reshape(-1, *table.shape[-2:]).sum(axis=0)
-    check_loads(table)
-    return table[table.any(axis=1)].astype(np.int64)  # dense layers have none
+    return table[table.any(axis=1)]  # dense layers have none
 
 
 def _of_pairs(rows, num_experts) -> np.ndarray:
     """Counts of a CSV with a layer and an expert in each line, and how often, if not once."""
     layer, expert = ("layer", "expert") if "layer" in rows[0] else ("layer_id", "expert_id")
-    return _table([(int(row[layer]), int(row[expert]), int(row.get("count", 1))) for row in rows], num_experts)
+    often = [_number(row, "count", float) for row in rows] if "count" in rows[0] else [1] * len(rows)
+    where = [(_number(row, layer), _number(row, expert)) for row in rows]
+    return _table([(*one, count) for one, count in zip(where, often, strict=True)], num_experts)
+
+
+def _number(row, column, kind=int):
+    try:
+        return kind(row[column])
+    except ValueError:
+        raise ValueError(
+            f"line {row['#line']}: {column} is {row[column]!r}, no {'whole ' * (kind is int)}number"
+        ) from None
 
 
 def _table(triples, num_experts: int | None) -> np.ndarray:
-    """int [L, E] of (layer, expert, how often); an expert below 0 is a slot that was left blank."""
+    """[L, E] of (layer, expert, how often); an expert below 0 is a slot that was left blank."""
     kept = [triple for triple in triples if triple[1] >= 0]
     if not kept:
         raise ValueError("it has no routing decisions in it")
-    layer, expert, often = np.array(kept).T
+    layer, expert, often = np.array(kept, float).T
     layers, at = np.unique(layer, return_inverse=True)
-    table = np.zeros((len(layers), max(num_experts or 0, expert.max() + 1)), dtype=np.int64)
-    np.add.at(table, (at, expert), often)
+    table = np.zeros((len(layers), max(num_experts or 0, int(expert.max()) + 1)))
+    np.add.at(table, (at, expert.astype(int)), often)
     return table
 
 
 def _by_slot(rows):
-    """(token, layer, expert) of each line; BigMoeOnEdge numbers a token by turn, phase (0: prompt) and step."""
+    """(token, layer, slot, expert) of each line; BigMoeOnEdge numbers a token by turn, phase (0: prompt) and step."""
     for row in rows:
-        yield (int(row["turn"]), int(row["phase"]), int(row["step"])), int(row["layer"]), int(row["expert"])
+        turn, phase, step, layer, slot, expert = (_number(row, column) for column in SLOT_COLUMNS)
+        yield (turn, phase, step), layer, slot, expert
 
 
 def _by_record(records):
     for record in records:
         if record.get("type", "route") == "route" and "topk_ids" in record:
-            for expert in record["topk_ids"]:
-                yield (record.get("req_id"), record["token_idx"]), record["layer"], expert
+            for slot, expert in enumerate(record["topk_ids"]):
+                yield (record.get("req_id"), record["token_idx"]), record["layer"], slot, expert
         elif "topk_experts" in record:
             for token, chosen in enumerate(record["topk_experts"]):
-                for expert in chosen:
-                    yield (record["batch_id"], token), record["layer"], expert
+                for slot, expert in enumerate(chosen):
+                    yield (record["batch_id"], token), record["layer"], slot, expert
 
 
 class _Slots:
-    """Routing decisions (token, layer, expert) in the order in which tokens first come; E where the file says it."""
+    """Routing decisions (token, layer, slot, expert) in the order in which tokens first come; E where the file says it.
+
+    The same decision twice, as two tensor-parallel ranks log it, counts once; ValueError for two different ones.
+    """
 
     def __init__(self, slots, num_experts: int | None = None):
-        self.tokens, self.num_experts = {}, num_experts
-        for token, layer, expert in slots:
-            self.tokens.setdefault(token, {}).setdefault(layer, []).append(expert)
+        self.tokens, self.num_experts, self.repeated = {}, num_experts, 0
+        for token, layer, slot, expert in slots:
+            of_layer = self.tokens.setdefault(token, {}).setdefault(layer, {})
+            self.repeated += slot in of_layer
+            if of_layer.setdefault(slot, expert) != expert:
+                both = f"experts {of_layer[slot]} and {expert} in one place: two requests under one name?"
+                raise ValueError(f"token {token} has in layer {layer} {both}")
         self.layers = sorted({layer for of_layers in self.tokens.values() for layer in of_layers})
         if not self.layers:
             raise ValueError("it has no routing decisions in it")
@@ -166,26 +217,27 @@ class _Slots:
             (layer, expert, 1)
             for of_layers in self.tokens.values()
             for layer, experts in of_layers.items()
-            for expert in experts
+            for expert in experts.values()
         ]
         return _table(triples, self.num_experts or num_experts)
 
     def trace(self, num_experts, name) -> RoutingTrace:
         """Tokens that some layer lacks are dropped, and counted in metadata "incomplete_rows": llama.cpp computes the
-        last layer for the last token of a prompt only.
+        last layer for the last token of a prompt only. "repeated_slots" counts what was there twice.
         """
         sizes = [len(experts) for of_layers in self.tokens.values() for experts in of_layers.values()]
         k = max(set(sizes), key=sizes.count)
         whole = {
-            token: [of_layers[layer] for layer in self.layers]
+            token: [list(of_layers[layer].values()) for layer in self.layers]
             for token, of_layers in self.tokens.items()
             if len(of_layers) == len(self.layers) and all(len(experts) == k for experts in of_layers.values())
         }
         if not whole:
             raise ValueError(f"no token has decisions in all of its {len(self.layers)} layers")
         trace = from_arrays([np.array(list(whole.values()))], self.num_experts or num_experts, name)
-        trace.prefill[:] = [len(token) == 3 and token[1] == 0 for token in whole]
-        trace.metadata |= {"layers": self.layers, "incomplete_rows": len(self.tokens) - len(whole)}
+        trace = replace(trace, prefill=[len(token) == 3 and token[1] == 0 for token in whole], steps=None)
+        counts = {"incomplete_rows": len(self.tokens) - len(whole), "repeated_slots": self.repeated}
+        trace.metadata |= {"layers": self.layers, **counts}
         return trace
 
 

@@ -5,11 +5,9 @@ Dimensions: L MoE layers, E experts, k chosen per token, H hidden.
 
 from __future__ import annotations
 
-from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
@@ -20,7 +18,7 @@ from ..layers import expert_tensors, hidden_size, moe_layers, twin
 from ..projection.step import Demand
 from .configurations import Configuration
 from .lazy import build_model
-from .memory import ModelBytes, array_bytes, model_bytes
+from .memory import ModelBytes, array_bytes, dtype_name, model_bytes, stored_as
 from .parts import CacheEntry, Part, attention_of, cache_entries, parts_of, try_a_token
 
 
@@ -157,33 +155,14 @@ def describe_model(model: nn.Module, name: str = "") -> Architecture:
         model_type=model.model_type,
         hidden=hidden_size(moe[0].experts),
         chosen=token.chosen,
-        quantisation=_quantisation(model),
+        quantisation=stored_as(model),
         bytes=model_bytes(model),
         layers=layers,
         outside=parts[None],
-        expert_shapes={n: (str(list(a.shape)), _dtype(a)) for n, a in expert_tensors(moe[0].experts).items()},
+        expert_shapes={n: (str(list(a.shape)), dtype_name(a)) for n, a in expert_tensors(moe[0].experts).items()},
         cache=[entry for one in token.cache for entry in cache_entries(one)],
         model=model,
     )
-
-
-def _quantisation(model) -> str:
-    """In words, from the modules themselves, most common first."""
-    kinds = Counter()
-    for _, module in model.named_modules():
-        if "scales" in module:
-            kinds[f"{module.bits}-bit {getattr(module, 'mode', 'affine')}, groups of {module.group_size}"] += (
-                array_bytes(module)
-            )
-        else:
-            for array in module.values():
-                if isinstance(array, mx.array):
-                    kinds[_dtype(array)] += array.nbytes
-    return "; ".join(name for name, _ in kinds.most_common(3))
-
-
-def _dtype(array) -> str:
-    return str(array.dtype).rpartition(".")[2]
 
 
 # --- over devices -----------------------------------------------------------------------------------------

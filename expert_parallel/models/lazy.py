@@ -49,6 +49,7 @@ def build_model(configuration: Configuration, bits=None, group_size=None, mode="
         elif bits != UNQUANTISED:
             with contextlib.redirect_stdout(io.StringIO()):  # it prints the bits per weight
                 quantize_model(model, {}, group_size, bits, mode=mode)
+            _check_packed(model, group_size, mode)
     except Exception as error:  # whatever mlx and mlx-lm stumble over in odd numbers
         raise ValueError(f"{where}: this quantisation is not possible: {in_a_line(error)}") from None
     return _cast(model, config)
@@ -79,7 +80,7 @@ def _quantise(model, quantization: dict | None, config: dict):
     ]
     usual = getattr(model, "quant_predicate", lambda path, module: True)
     group_size, mode = quantization["group_size"], quantization.get("mode", "affine")
-    width = group_size or {"affine": 64, "nvfp4": 16}.get(mode, 32)  # null: mlx's own for the mode
+    width = _group_of(group_size, mode)
 
     def decide(path, module):
         if path in quantization or not hasattr(module, "to_quantized") or module.weight.shape[-1] % width:
@@ -89,8 +90,17 @@ def _quantise(model, quantization: dict | None, config: dict):
         return bool(usual(path, module))  # other bits than the usual ones would stand in the configuration
 
     nn.quantize(model, group_size=group_size, bits=quantization["bits"], mode=mode, class_predicate=decide)
+    _check_packed(model, group_size, mode)
+
+
+def _group_of(group_size, mode) -> int:
+    """Null is mlx's own for the mode."""
+    return group_size or {"affine": 64, "nvfp4": 16}.get(mode, 32)
+
+
+def _check_packed(model, group_size, mode):
     if not any("scales" in module for _, module in model.named_modules()):
-        raise ValueError(f"groups of {width} divide no weight of this model")
+        raise ValueError(f"groups of {_group_of(group_size, mode)} divide no weight of this model")
 
 
 def _cast(model, config):

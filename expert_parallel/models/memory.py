@@ -6,6 +6,7 @@ evaluated, so a lazily built model of any size can be asked.
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -75,6 +76,47 @@ def live_expert_bytes(model: nn.Module) -> np.ndarray:
         row[here] = [sum(a.nbytes for a in expert_tensors(module).values()) for module in _modules_of(experts)]
         total = total + row
     return total
+
+
+def stored_as(model: nn.Module) -> str:
+    """In words, most bytes first: "experts 4-bit in groups of 64, the rest also 8-bit (gate), float32".
+
+    By the modules themselves: a checkpoint's default says nothing of those that have bits of their own.
+    """
+    inside = tuple(f"{layer.path}." for layer in moe_layers(model))
+    kinds, names = {True: Counter(), False: Counter()}, defaultdict(set)
+    for path, kind, num_bytes in _stored(model):
+        kinds[f"{path}.".startswith(inside)][kind] += num_bytes
+        names[kind].add(path.rpartition(".")[2])
+    experts, rest = ([kind for kind, _ in each.most_common()] for each in kinds.values())
+
+    groups = f" in groups of {experts[0].rpartition(' ')[2]}"  # said once
+
+    def in_words(kind):
+        if kind == experts[0]:
+            return kind
+        few = sorted(names[kind]) if "-bit" in kind and len(names[kind]) <= 2 else []
+        return kind.removesuffix(groups) + (f" ({' and '.join(few)})" if few else "")
+
+    others = [kind for kind in rest if kind not in experts]
+    said = ", ".join(map(in_words, experts))
+    also = "" if len(others) == len(rest) else "also "
+    return f"experts {said}, the rest {also}{', '.join(map(in_words, others))}" if others else said
+
+
+def _stored(model):
+    """(path, kind, bytes) of every packed module, and of every array in the others."""
+    for path, module in model.named_modules():
+        if "scales" in module:
+            kind = f"{module.bits}-bit {getattr(module, 'mode', 'affine')} in groups of {module.group_size}"
+            yield path, kind.replace(" affine", ""), array_bytes(module)
+        else:
+            arrays = {name: array for name, array in module.items() if isinstance(array, mx.array)}
+            yield from ((path, dtype_name(a), a.nbytes) for name, a in arrays.items() if not name.startswith("_"))
+
+
+def dtype_name(array: mx.array) -> str:
+    return str(array.dtype).rpartition(".")[2]
 
 
 def _modules_of(experts) -> list[nn.Module]:

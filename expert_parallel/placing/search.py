@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..formats.own import check_nodes
 from .copies import count_copies, device_loads, replicate
 
 EVEN = 1.005  # fullest over mean device with which a layer is left alone: closer fits noise (held-out load gets worse)
@@ -145,12 +146,11 @@ def within_nodes(loads, held, num_nodes: int, search) -> np.ndarray:
     """`held` bool [L, D, E] after `search(loads, held)` in each node apart, so that no expert leaves its node.
 
     search  sees every node as a layer of its own: [L nodes, E / nodes] and bool [L nodes, D / nodes, E / nodes]
-    Raises ValueError where nodes differ in size or share experts, as in a placement file changed by hand.
+    Raises ValueError where nodes differ in size or share experts.
     """
     num_layers, num_devices, num_experts = held.shape
-    of_node = None if num_devices % num_nodes else held.reshape(num_layers, num_nodes, -1, num_experts).any(axis=2)
-    if of_node is None or (of_node.sum(axis=1) > 1).any() or (of_node.sum(axis=2) != num_experts / num_nodes).any():
-        raise ValueError(f"a placement with num_nodes {num_nodes} has as many experts in each, and none in two")
+    check_nodes(held, num_nodes)
+    of_node = held.reshape(num_layers, num_nodes, -1, num_experts).any(axis=2)
     ids = np.argsort(~of_node, axis=2, kind="stable")[..., : num_experts // num_nodes]  # [L, nodes, E / nodes]
     of_nodes = np.take_along_axis(loads[:, None], ids, axis=2).reshape(num_layers * num_nodes, -1)
     whole = held.reshape(num_layers, num_nodes, -1, num_experts)

@@ -77,13 +77,13 @@ def seconds_of_prompt(model, tokens: list[int], rounds: int = 3) -> float:
 
 def seconds_after(model, context: int) -> float:
     """Of a token after so many others; zeros in their place cost the same attention, and nothing needs to be read."""
-    cache = make_prompt_cache(model)
-    mx.eval(model(mx.array([[1]]), cache=cache))
+    cache, token = make_prompt_cache(model), mx.array([random_tokens(model, 1)])
+    mx.eval(model(token, cache=cache))
     for entry in cache:
         one = entry.keys, entry.values
         entry.update_and_fetch(*(mx.zeros((*a.shape[:2], context, a.shape[3]), a.dtype) for a in one))
-    mx.eval(model(mx.array([[1]]), cache=cache))
-    return seconds_of(lambda: model(mx.array([[2]]), cache=cache))
+    mx.eval(model(token, cache=cache))
+    return seconds_of(lambda: model(token, cache=cache))
 
 
 def cache_speed(model, demand: Demand, tokens: int = 16384, rounds: int = 3) -> float:

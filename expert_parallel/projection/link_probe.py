@@ -18,11 +18,11 @@ from .links import Link, fit_link
 PAYLOADS = (8192, 65536, 524288, 4194304)  # bytes
 
 
-def measure_link(backend: str, num_ranks: int = 2, timeout: float = 120) -> tuple[Link, list[tuple[int, float]]]:
+def measure_link(backend: str, num_ranks: int = 2) -> tuple[Link, list[tuple[int, float]]]:
     """(link fitted, [(payload bytes, seconds)]) of all-sums between local processes."""
-    output = run_ranks(backend, num_ranks, [sys.executable, "-m", "expert_parallel.projection.link_probe"], timeout)
-    measured = next((json.loads(line) for line in output.splitlines() if line.startswith('{"size"')), {"size": 0})
-    if measured["size"] != num_ranks:
+    output = run_ranks(backend, num_ranks, [sys.executable, "-m", "expert_parallel.projection.link_probe"], timeout=120)
+    measured = next((json.loads(line) for line in output.splitlines() if line.startswith('{"size"')), {})
+    if measured.get("size") != num_ranks:
         raise ValueError(f"{num_ranks} ranks over {backend} did not find each other: MLX does not load this backend")
     return fit_link(PAYLOADS, measured["seconds"], num_ranks), list(zip(PAYLOADS, measured["seconds"], strict=True))
 
@@ -42,4 +42,4 @@ if __name__ == "__main__":
     ranks = mx.distributed.init()
     seconds = [all_sum_seconds(payload, ranks) for payload in PAYLOADS]
     if ranks.rank() == 0:
-        print(json.dumps({"size": ranks.size(), "seconds": seconds}), flush=True)
+        print(json.dumps({"size": ranks.size(), "seconds": seconds}))

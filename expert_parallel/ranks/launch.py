@@ -23,7 +23,7 @@ def launched() -> tuple[str | None, int, str]:
     """(rank, number of processes, variable that says so) of the launch that this process is part of.
 
     (None, 1, "") for a process by itself; a number that the launcher does not tell counts as 2. The launcher that
-    comes first below decides: those after it may have started the job in which it runs.
+    comes first below decides: those after it may have started the job in which it runs. ValueError for no number.
     """
     environment, task = os.environ.get, os.environ.get("SLURM_PROCID", "0")
     found = (
@@ -35,6 +35,8 @@ def launched() -> tuple[str | None, int, str]:
         (task, environment("SLURM_NTASKS") if task != "0" else None, "SLURM_NTASKS"),
     )
     rank, number, by = next((row for row in found if row[1]), (None, 1, ""))
+    if not str(number).isdecimal():
+        raise ValueError(f"{by} is {number!r}, which is no number of processes: unset it to run alone")
     return (rank, int(number), by) if int(number) > 1 else (None, 1, "")
 
 
@@ -62,6 +64,8 @@ def check_hostfile() -> list[list[str]] | None:
         )
     if not rank.isdigit() or int(rank) >= len(hosts):
         raise ValueError(f"MLX_HOSTFILE {path} is for ranks 0 to {len(hosts) - 1}, MLX_RANK is {rank or 'not set'}")
+    if len(hosts) == 1:  # MLX would try for half a minute
+        raise ValueError(f"MLX_HOSTFILE {path} has one entry, a ring has two or more: unset MLX_HOSTFILE to run alone")
     return hosts
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import replace
 
-from ..checkpoint.loading import activation_dtype
+from ..checkpoint.finding import context_of
+from ..checkpoint.loading import activation_dtype, load_whole
 from ..files import plain
+from ..layers import moe_layers
 from ..models.architecture import Architecture, describe
 from ..models.configurations import Configuration
+from ..models.forward import load_similarity, routing_figures, run_text, time_layers
 from ..models.lazy import fill_randomly, shortened
 from ..projection.constants import measure_machine
 from ..projection.link_probe import measure_link
@@ -33,7 +37,30 @@ def checkpoint(figures: dict) -> list[Table]:
     return [verdict, *([Table("Problems", [Figure(None, "what", problems)])] if problems else [])]
 
 
-def forward(texts: dict[str, dict], similarity: dict, seconds: dict) -> list[Table]:
+def forward(model: str, texts: dict[str, str], most: int, tell=lambda what: None) -> list[Table]:
+    """Of a folder or hub id with weights: routing of each text, and where the first one's time goes.
+
+    most  tokens of each text, which is cut to the model's context
+    tell  hears what is under way
+    """
+    # 1. The model, and as many tokens as it can look at.
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # of texts longer than the context: they are cut here
+    tell(f"reading {model}")
+    model, tokenizer, config = load_whole(model)
+    context, numbers = context_of(config) or most, [layer.number for layer in moe_layers(model)]
+    tokens = {title: tokenizer.encode(text[: 20 * most])[:most] for title, text in texts.items()}
+    # 2. Each text through it.
+    traces, figures = {}, {}
+    for title, ids in tokens.items():
+        tell(f"running {title}, {len(ids[:context])} tokens")
+        traces[title], scores = run_text(model, ids[:context], title)
+        figures[title] = routing_figures(traces[title], scores, numbers) | {"tokens_cut": len(ids[context:])}
+    tell("timing its layers")
+    seconds = time_layers(model, next(iter(tokens.values()))[:context])
+    return forward_tables(figures, load_similarity(traces), seconds)
+
+
+def forward_tables(texts: dict[str, dict], similarity: dict, seconds: dict) -> list[Table]:
     """Of models/forward.py: `routing_figures` by text, `load_similarity`, and seconds of each decoder layer."""
     texts = plain(texts)  # what is no number shows as missing
     tables = [_routing_of(name, text) for name, text in texts.items()]
@@ -49,7 +76,7 @@ def forward(texts: dict[str, dict], similarity: dict, seconds: dict) -> list[Tab
 
 
 def _routing_of(name: str, text: dict) -> Table:
-    rows, chance = text["layers"], text["overlap_by_chance"]
+    rows, chance, cut = text["layers"], text["overlap_by_chance"], text["tokens_cut"]
     by_use = Figure(None, "by use", [row["foretold_by_popularity"] for row in rows], "{:.2f}")
     foretold = [row["foretold_by_layer_before"] for row in rows]
     table = of_records(
@@ -65,13 +92,20 @@ def _routing_of(name: str, text: dict) -> Table:
             lambda row: "#{} #{}".format(*row["strongest_pair"]) if row["strongest_pair"] else None,
             "strongest pair",
         ),
+        note=f"cut to the model's context, {cut} tokens fewer than asked for" if cut else "",
     )
     table.figures.insert(-1, Figure(None, "foretold", foretold, "{:.2f}", beside=by_use))
     return table
 
 
-def machine(configuration: Configuration, described: Architecture, quantisation: dict, most_bytes=2e9):
-    """(Machine, {backend: Link}, Table): this machine, fitted on first layers with random weights, and local links."""
+def machine(
+    configuration: Configuration, described: Architecture, quantisation: dict, most_bytes=2e9, tell=lambda what: None
+):
+    """(Machine, {backend: Link}, Table): this machine, fitted on first layers with random weights, and local links.
+
+    tell  hears what is under way
+    """
+    tell("measuring this machine on layers with random weights")
     dense = next(layer.number for layer in described.layers if layer.moe)
     count = dense + max(1, min(4, int(most_bytes // described.layers[dense].whole.bytes)))
     few = replace(configuration, config=shortened(configuration.config, count), folder=None)  # no weights to look at
@@ -84,6 +118,7 @@ def machine(configuration: Configuration, described: Architecture, quantisation:
     found = replace(found, memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     links, rows, missing = {}, {}, {}
     for backend in ("ring", "mpi"):
+        tell(f"measuring a link between two processes over {backend}")
         try:
             links[backend], rows[backend] = measure_link(backend)
         except ValueError as error:

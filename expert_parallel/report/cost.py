@@ -63,23 +63,24 @@ def memory(whole: ModelBytes, placement: Placement, key_values: int, per_rank: l
     ]
 
 
-def communication(model, trace: RoutingTrace, value_bytes: int, counted: dict, combine: str, ranks: int) -> Table:
+def communication(model, trace: RoutingTrace, value_bytes: int, counted: dict, ranks: int) -> Table:
     """Bytes per token of both ways to combine, by formula; with ranks also what was counted at the calls.
 
     value_bytes  of one value that the experts gave in this run
-    combine      what was asked for; of ranks the way that was taken counts
     """
-    layers, top_k = moe_layers(model), trace.experts.shape[2]
-    experts = layers[0].experts
-    shape = (hidden_size(experts), top_k, len(layers), value_bytes)
-    both = {how: bytes_per_token(*shape, how) for how in ("reduce", "gather")}
-    used = "gather" if experts.group is not None or combine == "gather" else "reduce"
-    sent = round(ring_traffic(both[used], len(experts.held)))
+    experts, top_k = [layer.experts for layer in moe_layers(model)], trace.experts.shape[2]
+    shape = (hidden_size(experts[0]), top_k, 1, value_bytes)
+    one = {how: bytes_per_token(*shape, how) for how in ("reduce", "gather")}  # of a layer
+    both = {how: len(experts) * each for how, each in one.items()}
+    used = " and ".join(how for how in both if how in {each.combine for each in experts})
+    taken = sum(one[each.combine] for each in experts)  # some layers may add more than their experts' answers
+    sent = round(ring_traffic(taken, len(experts[0].held)))
     figures = [
         Figure(None, "reduce: weighted sums, all-summed", both["reduce"], per_token),
         Figure(None, "gather: every slot's output, all-summed", both["gather"], per_token),
         Figure("ring_bytes_sent_per_token_and_rank", f"{used} by a ring, sent by each rank", sent, per_token),
     ]
+    note = ""
     if ranks > 1:
         calls, payload = (sum(counts[n] for counts in counted.values()) for n in (0, 1))
         source = "measured at the calls, sharded head and attention included; an upper bound, for of a prompt MLX"
@@ -87,33 +88,37 @@ def communication(model, trace: RoutingTrace, value_bytes: int, counted: dict, c
                  "calls": calls, "payload_bytes": payload, "by_kind": counted,
                  "payload_bytes_per_token": payload / max(1, len(trace))}  # fmt: skip
         text = f"{per_token(about['payload_bytes_per_token'])} at most, {calls} calls"
+        note = "at most: of a prompt MLX carries out only what its caches need; calls: of collectives, by each rank"
         figures.append(Figure("counted", "counted at the calls", about, lambda _: text, "measured"))
-    one = "" if ranks > 1 else "; in one process nothing is sent"
-    title = f"Communication (modelled, {value_bytes}-byte values{one})"
+    alone = "" if ranks > 1 else "; in one process nothing is sent"
+    title = f"Communication (modelled, {value_bytes}-byte values{alone})"
     also = {
         "combine": used,
         "value_bytes": value_bytes,
-        "bytes_per_token": both[used],
+        "bytes_per_token": taken,
         "bytes_per_token_by_combine": both,
     }
-    return Table(title, figures, "communication", "modelled", also=also, facts=True)
+    return Table(title, figures, "communication", "modelled", note, also=also, facts=True)
 
 
 def speed(text: str, tokens: list[int], prompt_tokens: int, last, seconds: Seconds, stock_speed=None) -> list[Table]:
     """Speed of the run, and where the time of one token goes; `last` is mlx-lm's last response.
 
-    An answer of one token has no speed: there is no time between two.
+    An answer of one token has no speed: there is no time between two. mlx-lm counts the end token, too, which went
+    through the model.
     """
-    share = seconds.experts / max(seconds.total, 1e-12)
+    share, count = seconds.experts / max(seconds.total, 1e-12), last.generation_tokens
+    count = f"{count} tokens" + (", the end token among them" if count > len(tokens) else "")
     figures = [
         Figure("prompt_tokens_per_second", "prompt", last.prompt_tps, f"{{:.1f}} tokens/s ({prompt_tokens} tokens)"),
-        Figure("tokens_per_second", "generation", decoding_speed(last), f"{{:.1f}} tokens/s ({len(tokens)} tokens)"),
+        Figure("tokens_per_second", "generation", decoding_speed(last), f"{{:.1f}} tokens/s ({count})"),
         Figure(None, "generation by stock mlx-lm", stock_speed, "{:.1f} tokens/s"),
         Figure(None, "share of time in experts", share, f"{{:.0%}} (measured on {seconds.tokens} tokens with stops)"),
     ]
-    also = {"prompt_tokens": prompt_tokens, "text": text, "tokens": tokens}
+    note = "with stops: extra tokens, with a wait after each part, which makes them slower"
+    also = {"prompt_tokens": prompt_tokens, "generation_tokens": last.generation_tokens, "text": text, "tokens": tokens}
     return [
-        Table("Speed", figures, "generation", "measured", also=also, facts=True),
+        Table("Speed", figures, "generation", "measured", note, also=also, facts=True),
         Table("", [], "time", "measured with a stop after each part", also=vars(seconds), facts=True),
     ]
 
@@ -138,6 +143,7 @@ def ranks_table(per_rank: list[dict]) -> Table:
         (lambda each: sum(each["slots_computed_per_layer"]), "slots"),
         *((milliseconds(part), f"{part} ms", "{:.2f}") for part in ("experts", "collectives", "waiting")),
         section="",
+        note="slots: (token, chosen expert) pairs that a rank computed, in all layers; waiting: for the slowest rank",
     )
     table.figures.insert(0, Figure(None, "rank", range(len(per_rank))))
     return table

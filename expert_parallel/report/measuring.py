@@ -66,10 +66,11 @@ def time_parts(tokens: int, group=None):
     def timed_experts(original):
         def call(self, x, indices):
             mx.eval(x, indices)
-            begin = time.perf_counter()
+            begin, served = time.perf_counter(), self.slots_served.copy()
             y = original(self, x, indices)
             mx.eval(y)
             seconds.experts += time.perf_counter() - begin
+            self.slots_served[:] = served  # those of the real tokens alone are counted
             seconds.value_bytes = y.dtype.size
             return y
 
@@ -80,7 +81,7 @@ def time_parts(tokens: int, group=None):
             mx.eval(x)
             begin = time.perf_counter()
             if is_rank(group):
-                mx.eval(all_sum(mx.zeros(1), group=group))
+                mx.eval(all_sum(mx.array(0.0), group=group))
             ready = time.perf_counter()
             y = original(x, *args, **kwargs)
             mx.eval(y)

@@ -10,6 +10,8 @@ from ..models.architecture import Architecture, Part, fewest_devices, fullest_de
 from ..models.configurations import Configuration
 from .table import Figure, Table, facts, of_records, size
 
+HYBRID = "hybrid: all but the experts split over devices (--attention sharded)"
+
 
 def billions(count: float) -> str:
     """Parameters for people: 30.53 B, 4.72 M."""
@@ -40,7 +42,7 @@ def architecture(described: Architecture, configuration: Configuration, context:
             ("attention", "attention"),
             ("parameters_each", "parameters", billions),
             ("bytes_each", "bytes", size),
-            (lambda row: size(row["expert_bytes_each"]) if row["expert_bytes_each"] else "", "experts"),
+            (lambda row: size(row["expert_bytes_each"]) if row["expert_bytes_each"] else "", "expert bytes"),
             section="architecture",
         ),
         of_records(
@@ -157,7 +159,7 @@ def memory(described: Architecture, devices: list[int], redundant: int = 0) -> l
         "devices",
         rows,
         ("devices", "devices"),
-        ("experts_per_layer", "experts"),
+        ("experts_per_layer", "per layer"),
         ("expert_bytes", "experts only", size),
         ("replicated_rest_bytes", "+ rest on each", size),
         ("reduction", "less", "{:.2f}x"),
@@ -165,6 +167,7 @@ def memory(described: Architecture, devices: list[int], redundant: int = 0) -> l
         *([("with_copies_bytes", f"+{redundant} copies", size)] if redundant else []),
         section="memory",
         source="modelled",
+        note=f"per layer: experts; less: than the whole model, with the rest on each device; {HYBRID}",
         also={"redundant_experts": redundant, "hybrid_not_possible": why},
     )
     on = f"on {', '.join(map(str, without))}"

@@ -17,7 +17,7 @@ def load_map(loads, across: str, title: str = "", source: str = "measured"):
     figure = Figure(figsize=(9, 1.5 + 0.25 * max(4, len(loads))), layout="constrained")
     axes = figure.subplots()
     relative = loads / np.maximum(loads.mean(axis=1, keepdims=True), 1e-12)
-    image = axes.imshow(relative, aspect="auto", interpolation="nearest", cmap="viridis")
+    image = axes.imshow(relative, aspect="auto")
     axes.set(xlabel=across, ylabel="MoE layer")
     axes.set_title(f"Slots per {across}, over the layer's mean\n{title} ({source})", parse_math=False)
     figure.colorbar(image, ax=axes)

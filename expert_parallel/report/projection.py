@@ -16,6 +16,7 @@ from ..projection.ceiling import break_even, ceiling, expected_fullest
 from ..projection.hardware import Machine
 from ..projection.links import Link
 from ..trace import RoutingTrace
+from .model import HYBRID
 from .table import Table, facts, of_records, size
 
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
@@ -93,6 +94,8 @@ def projection(described: Architecture, setting: Setting, hybrid=None, section: 
         ("prompt_tokens_per_second", "prompt/s", speed),
         ("bottleneck", "most time goes to"),
         section=section,
+        note=f"if even: tokens/s, did all devices have as many of a token's experts; {HYBRID}; prompt/s: tokens of a"
+        " prompt read per second",
         source="modelled",
         also=also,
     )
@@ -128,7 +131,7 @@ def _figures(described, setting, count, hybrid_bytes) -> dict:
         "milliseconds": {part: 1e3 * getattr(decoded, part) for part in step.PARTS},
     }
     if count > 1 and hybrid_bytes:
-        share = (hybrid_bytes - fullest_device_bytes(weighed, count, rest=0)) / weighed.rest
+        share = 1 - (fullest_device_bytes(weighed, count) - hybrid_bytes) / weighed.rest
         sharded = step.estimate(*where, load, context=setting.context, rest_share=share)
         row["hybrid_tokens_per_second"] = sharded.tokens_per_second
     return row

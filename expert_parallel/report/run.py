@@ -14,10 +14,10 @@ from operator import getitem
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
 from .. import balance as metrics
 from ..layers import moe_layers
+from ..models.memory import stored_as
 from ..placement import Placement
 from ..serving import devices_of_trace
 from ..study.chance import expected_fan_out, uniform_routing
@@ -25,15 +25,14 @@ from ..trace import RoutingTrace
 from .table import Figure, Table, facts, of_records, shades, size
 
 PHASES = ("prefill", "decode")
+BALANCEDNESSES = (
+    "SGLang: mean load over the fullest device's in each layer, then the mean of layers; vLLM: both are summed over"
+    " layers first."
+)
 
 
-def what_runs_where(name: str, config: dict, model, placement: Placement, ranks: int, reading, versions) -> Table:
+def what_runs_where(name: str, model, placement: Placement, ranks: int, reading, versions) -> Table:
     """Model, types, devices, placement, hardware, versions; `reading` is a ReadReport."""
-    arrays = [array for _, array in tree_flatten(model.parameters())]
-    dtype = next(array.dtype for array in arrays if mx.issubdtype(array.dtype, mx.floating))
-    packed = config.get("quantization") or {}
-    groups = f" in groups of {packed['group_size']}" if packed.get("group_size") else ""
-    weights = f"{packed['bits']}-bit{groups}, the rest " if packed else ""
     counts = placement.held.sum(axis=2)  # [L, D]
     held = " to ".join(map(str, sorted({int(counts.min()), int(counts.max())})))
     copies = int(placement.copies.sum()) // placement.num_layers - placement.num_experts
@@ -43,7 +42,7 @@ def what_runs_where(name: str, config: dict, model, placement: Placement, ranks:
     figures = [
         Figure(None, "model", name),
         Figure(None, "MoE layers", f"{placement.num_layers} x {placement.num_experts} experts"),
-        Figure(None, "dtype", f"{weights}{str(dtype).removeprefix('mlx.core.')}"),
+        Figure(None, "dtype", stored_as(model)),
         Figure(None, "devices", spread),
         Figure(
             "strategy",
@@ -56,6 +55,7 @@ def what_runs_where(name: str, config: dict, model, placement: Placement, ranks:
         Figure(None, "versions", "mlx {mlx}, mlx-lm {mlx_lm}, Python {python}".format(**versions)),
     ]
     also = {"source": "as asked for", "devices": placement.num_devices, "ranks": ranks, "experts_per_device": counts}
+    also["notes"] = placement.metadata.get("notes", [])
     return Table("What runs where", figures, "placement", also=also, facts=True)
 
 
@@ -168,8 +168,8 @@ def balance(trace: RoutingTrace, changes: list, layer_numbers: list[int], model=
     ]
     uniform = None
     if int(first.copies.max()) == 1:
-        counts = first.held.sum(axis=2).mean(axis=0).round().astype(int)
-        uniform = expected_fan_out(counts, trace.num_experts, trace.experts.shape[2])
+        counts = first.held.sum(axis=2).tolist()  # [L, D]
+        uniform = np.mean([expected_fan_out(row, trace.num_experts, trace.experts.shape[2]) for row in counts])
         uniform = Figure("fan_out_if_uniform_modelled", "uniform", uniform, "{:.2f}", "modelled")
     whole = [
         Figure("balancedness_layers", "balancedness, mean over layers (SGLang)", metrics.balancedness(loads), "{:.3f}",
@@ -190,15 +190,16 @@ def balance(trace: RoutingTrace, changes: list, layer_numbers: list[int], model=
             label = f"balancedness in {name} ({count} tokens)"
             whole.append(Figure(None, label, both["balancedness_layers"], "{:.3f}", beside=replace(chance, key=None)))
     note = "A device's load: the slots, (token, chosen expert) pairs, that it answered."
+    wide = "three characters" if len(shades(loads[0])) > first.num_devices else "a character"
     least_balanced = {"first": per_layer[1].value, "order": "the least balanced"}
     return [
         Table("Balance over devices", per_layer, "balance", "measured", note, **least_balanced),
-        Table("Balance over all layers", whole, "balance", "measured", also={"phases": phases}, facts=True),
+        Table("Balance over all layers", whole, "balance", "measured", BALANCEDNESSES, {"phases": phases}, facts=True),
         Table(
             "Load per device",
             [Figure(None, "layer", layer_numbers), Figure("device_loads", "devices", loads, shades)],
             "balance",
-            note="blank: under 1/4 of the layer's mean, █: over 7/4",
+            note=f"{wide} a device; blank: under 1/4 of the layer's mean, █: over 7/4",
             **least_balanced,
         ),
     ]

@@ -16,6 +16,8 @@ from ..study.remedies import BATCH, Choices, compare
 from ..study.scenarios import hot_experts, tokens_until_hot
 from .table import Figure, Table, of_records
 
+MEASURED_PARTS = ("compute", "straggler", "routing")  # of `layer_parts`
+STEERED = ("cap and re-route", "load-aware router")  # by the router's scores
 UNCHANGED = ("contiguous", "round-robin", "balanced", "replicated", "affinity")  # the model's output stays
 
 
@@ -37,7 +39,7 @@ def study(
     wish = mx.zeros((MEASURED, layer.num_experts)) if preference is None else mx.array(preference)
     placement = place_experts(loads[worst : worst + 1], num_devices)
     y, phases = run_phases(layer, x, wish, placement, experts)
-    traffic = traffic_matrix(test.experts[rows, worst][:, None], placement.held, layer.hidden)[0]
+    traffic = traffic_matrix(test.experts[rows, worst][:, None], placement.held, layer.hidden, x.dtype.size)[0]
 
     # 2. Every remedy, fitted on one part of the tokens and judged on the other; slowest devices are timed in turn.
     per_slot = sum(phases.device_seconds) / sum(phases.device_slots)
@@ -71,7 +73,7 @@ def study(
     batch = min(BATCH, len(test.experts))
     about["balancedness_if_uniform_simulated"] = uniform_routing(batch, layer.top_k, placement.held[0])["balancedness"]
     hot["uniform_simulated"] = uniform_routing(len(fit.experts), layer.top_k, placement.held[0])["hottest_over_mean"]
-    tables = [_overview(device_loads, off, phases, parts, bound, hot, remedies, about), _remedies(remedies)]
+    tables = [_overview(device_loads, off, phases, parts, bound, hot, remedies, about), *_remedies(remedies)]
     return tables if preference is not None else [*tables, _learning(curve, bool(redundant))]
 
 
@@ -88,8 +90,8 @@ def _overview(device_loads, off, phases, parts, bound, hot, remedies, about) -> 
         Figure("parity", "off mlx-lm, off dense", off, "{0[whole_layer]:.1g}, {0[dense]:.1g} (measured)"),
         Figure("phases_seconds_measured", "one pass, ms", vars(phases),
                milliseconds("route", "dispatch", "compute", "combine"), "measured"),
-        Figure("parts_seconds_modelled", "machines, ms", parts,
-               milliseconds("compute", "straggler", "communication"), "modelled"),
+        Figure("parts_seconds", "machines, ms", parts, lambda parts: milliseconds(*MEASURED_PARTS)(parts)
+               + f" (measured); {milliseconds('communication')(parts)} (modelled)"),
         Figure("bottleneck", "bottleneck", slowest, f"{{}}, {parts[slowest] / sum(parts.values()):.0%} of the layer"),
         Figure("most_balancedness_without_copies", "balance without copies", bound, "at most {:.3f} (bound)"),
         Figure(None, "balance if uniform", about["balancedness_if_uniform_simulated"],
@@ -106,28 +108,43 @@ def _overview(device_loads, off, phases, parts, bound, hot, remedies, about) -> 
                " fitted, {0[fullest_over_balanced_test]:+.1%} on the test"),
     ]  # fmt: skip
     title = f"{device_loads.shape[1]} contiguous devices, {MEASURED} tokens, {PASSES} passes, layer {about['layer']}"
-    return Table(title, figures, "", also={**about, "hot_experts": hot}, facts=True)
+    sources = dict.fromkeys(parts, "modelled") | dict.fromkeys(MEASURED_PARTS, "measured")
+    return Table(title, figures, "", also={**about, "parts_sources": sources, "hot_experts": hot}, facts=True)
 
 
-def _remedies(remedies: list[dict]) -> Table:
-    def measured(remedy):
-        low, high = remedy["slowest_device_seconds_spread"]
-        return f"{1e3 * remedy['slowest_device_seconds_measured']:.1f} ({1e3 * low:.0f}-{1e3 * high:.0f})"
+def _remedies(remedies: list[dict]) -> list[Table]:
+    def milliseconds(seconds):
+        return f"{1e3 * seconds:.1f}"
 
-    return of_records(
-        "Remedies (balancedness and fan-out simulated; ms of the slowest device)",
+    missing = [name for name in STEERED if name not in {remedy["remedy"] for remedy in remedies}]
+    note = f"no {' and no '.join(missing)}: they need the router's scores, which a trace has not" if missing else ""
+    balance = of_records(
+        "Remedies (balancedness and fan-out simulated)",
         "remedies",
         remedies,
         ("remedy", "remedy"),
         ("balancedness_fit", "fit", "{:.2f}"),
         ("balancedness_test", "test", "{:.2f}"),
         ("fan_out", "fan-out", "{:.1f}"),
-        ("slowest_device_seconds_modelled", "modelled", lambda seconds: f"{1e3 * seconds:.1f}"),
-        (measured, "measured"),
         ("price", "price"),
         section="",
-        note=f"measured: median of {PASSES} passes in turn with the others' (quickest-slowest)",
+        note=note,
     )
+    times = of_records(
+        "Remedies, ms of the slowest device",
+        None,
+        remedies,
+        ("remedy", "remedy"),
+        ("slowest_device_seconds_modelled", "modelled, fit", milliseconds),
+        ("slowest_device_seconds_measured", "measured, test", milliseconds),
+        (
+            lambda remedy: "{:.1f} to {:.1f}".format(*(1e3 * s for s in remedy["slowest_device_seconds_spread"])),
+            "range",
+        ),
+        note=f"measured: median of {PASSES} passes in turn with the others', and their range; not the load that is"
+        " modelled",
+    )
+    return [balance, times]
 
 
 def _learning(curve: list[dict], copies: bool) -> Table:
@@ -162,10 +179,11 @@ def hottest_text(hot: dict) -> str:
 
 def proposed_text(plan: dict) -> str:
     if plan["remedy"] == "contiguous":
-        return "nothing: no placement is quicker by 2% or more (modelled)"
+        return "nothing: no placement is quicker by 2% or more (modelled, fit)"
     measured, modelled = ([1e3 * s for s in plan[f"seconds_{source}"]] for source in ("measured", "modelled"))
     change = "{:.1f} to {:.1f}"
-    return f"{plan['remedy']}: {change.format(*measured)} ms measured, {change.format(*modelled)} modelled"
+    measured, modelled = change.format(*measured), change.format(*modelled)
+    return f"{plan['remedy']}: {measured} ms (measured, test), {modelled} (modelled, fit)"
 
 
 # --- figures --------------------------------------------------------------------------------------------------
@@ -184,9 +202,10 @@ def differences(layer, x, preference, y, chosen=None) -> dict:
 def layer_parts(phases: Phases, link: Link, traffic) -> dict:
     """Seconds of a layer's parts if each device were a machine of its own; the largest is the bottleneck.
 
-    compute        mean of the devices' measured seconds
-    straggler      what the slowest takes longer: all others wait for it
+    compute        mean of the devices' seconds, measured
+    straggler      what the slowest takes longer, measured: all others wait for it
     communication  tokens sent to their experts' devices and back, traffic [D, D] bytes over `link` (modelled)
+    routing        of all tokens, measured
     """
     seconds = np.array(phases.device_seconds)
     parts = {

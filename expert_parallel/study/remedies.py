@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..balance import balancedness, fan_out
-from ..formats.traces import read_trace
+from ..formats.traces import notes_of, read_trace
 from ..moving.plan import Costs, Rebalancer
 from ..placement import Placement
 from ..placing.affinity import coactivation
@@ -22,7 +22,7 @@ from ..placing.strategies import place_experts
 from ..router.bias import fit_bias
 from ..router.capacity import expert_capacity, limit_slots
 from ..serving import devices_of_trace
-from .traces import fit_and_test, without_warm_up
+from ..trace import RoutingTrace
 
 BATCH = 256  # tokens that pass a layer together
 CAPACITY = 1.25  # factor of the limit per expert and batch
@@ -76,15 +76,13 @@ def recorded(paths, num_experts: int | None = None) -> tuple[Choices, Choices, l
     """
     parts, notes = [], []
     for path in map(Path, paths):
-        trace = without_warm_up(read_trace(path, num_experts))
-        warm = trace.metadata.get("warm_up_rows", 0)
+        trace = read_trace(path, num_experts)
+        notes += notes_of(trace, path.name)
         if trace.metadata.get("num_experts_guessed"):
             notes.append(f"{path.name}: taken for {trace.num_experts} experts, the highest that occurs (--experts)")
-        if warm:
-            notes.append(f"{path.name}: left out {warm} warm-up rows, all alike")
         if len(trace) < LEAST_TRACED:
-            left = f" after {warm} warm-up rows, all alike" if warm else ""
-            raise ValueError(f"{path}: {len(trace)} tokens{left}, at least {LEAST_TRACED} are needed")
+            left = "".join(f" ({note})" for note in notes_of(trace, "the file"))
+            raise ValueError(f"{path}: {len(trace)} tokens, at least {LEAST_TRACED} are needed{left}")
         if len(trace) > MOST_TRACED:
             notes.append(
                 f"{path.name}: every {len(trace) / MOST_TRACED:.1f}th batch of its {len(trace)} tokens is taken"
@@ -96,6 +94,14 @@ def recorded(paths, num_experts: int | None = None) -> tuple[Choices, Choices, l
         raise ValueError(f"the traces are of different models: {parts[0]}, {parts[1]}")
     fit, test = parts if len(parts) == 2 else fit_and_test(parts[0])
     return *(Choices(part.experts.astype(np.int64), part.num_experts) for part in (fit, test)), notes
+
+
+def fit_and_test(trace: RoutingTrace, fit_share: float = 0.5) -> tuple[RoutingTrace, RoutingTrace]:
+    """(first part, rest): placements are fitted on the one and judged on the other, as time runs."""
+    cut = round(len(trace) * fit_share)
+    if not 0 < cut < len(trace):
+        raise ValueError(f"a trace of {len(trace)} tokens cannot be parted at {fit_share:g}: both parts need tokens")
+    return trace[:cut], trace[cut:]
 
 
 def capacity_choices(choices: Choices, factor: float, reroute: bool) -> Choices:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,6 +59,31 @@ def test_names_that_cannot_be_written(tmp_path):
         output.check_writable(tmp_path)
     with pytest.raises(ValueError, match="does not exist"):
         output.check_writable(tmp_path / "no" / "a.json")
+    for name in ("x" * 250, "x" * 300):  # the first is a name, but the file beside it has none
+        with pytest.raises(OSError, match="cannot write .*xxx: File name too long"):
+            output.check_outputs({"--json": tmp_path / name}, {"the model": tmp_path / "model"})
+    assert not list(tmp_path.iterdir())  # nor does the trial leave anything
+
+
+def test_a_trace_goes_into_a_pipe_and_is_refused_where_it_cannot_go(tmp_path, run_here):
+    done = run_here("qwen3_expert_parallel.py", "--model", SHIPPED, "--trace", os.devnull)
+    assert (done.returncode, done.stdout) == (2, "") and "cannot write /dev/null: a trace needs a file" in done.stderr
+    trace = RoutingTrace(np.zeros((3, 1, 2), dtype=int), 4)
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE)
+    trace.save(tmp_path / "pipe")
+    (tmp_path / "read.npz").write_bytes(reader.communicate(timeout=30)[0])
+    assert RoutingTrace.load(tmp_path / "read.npz").experts.shape == (3, 1, 2)
+
+
+def test_a_model_of_the_hub_by_its_name_is_not_written_over_either(tmp_path, monkeypatch, run_here):
+    """model_analysis.py reads no more than the configuration, but weights lie beside it."""
+    from expert_parallel.models import configurations
+
+    (tmp_path / "config.json").write_text((SHIPPED / "config.json").read_text())
+    monkeypatch.setattr(configurations, "resolve_model", lambda *_: tmp_path)
+    done = run_here("model_analysis.py", "--model", "owner/name", "--json", tmp_path / "model.safetensors")
+    assert done.returncode == 2 and "would be written over the model" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -80,6 +106,14 @@ def test_output_that_is_closed_or_taken_in_part_gives_no_traceback(command, stat
     assert len(done.stderr.splitlines()) == (status == 2)
 
 
+def test_characters_that_the_stream_cannot_encode_are_replaced():
+    """It stopped at the line after the answer, without a report."""
+    options = ("--model", SHIPPED, "--max-tokens", 2, "--no-verify")
+    result = run_script("qwen3_expert_parallel.py", *options, LC_ALL="POSIX", PYTHONIOENCODING="ascii")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "?" * 80 in result.stdout and "Speed (measured)" in result.stdout
+
+
 # --- output never destroys input ----------------------------------------------------------------------------
 
 
@@ -91,6 +125,11 @@ def readable(tmp_path):
     RoutingTrace(np.random.default_rng(0).integers(0, 128, (1100, 4, 8)), 128).save(tmp_path / "trace.npz")
     (tmp_path / "placement.json").write_text('{"every_layer": ["0-63", "64-127"]}')
     (tmp_path / "link.json").symlink_to(tmp_path / "model" / "config.json")
+    for folder in ("hub", "adapter"):
+        (tmp_path / folder).mkdir()
+    for path in filter(Path.is_file, (tmp_path / "model").iterdir()):  # as the hub's cache: links to its blobs
+        (tmp_path / "hub" / path.name).symlink_to(path)
+    (tmp_path / "adapter" / "adapters.safetensors").write_text("weights")
     return tmp_path
 
 
@@ -108,6 +147,13 @@ OVER = [
     [*MAIN, "--placement", "{0}/placement.json", "--save-placement", "{0}/placement.json"],
     [*MAIN, "--placement", "balanced", "--placement-trace", "{0}/trace.npz", "--trace", "{0}/trace.npz"],
     [*MAIN, "--plots", "{0}/model"],
+    [*MAIN, "--model", "{0}/hub", "--json", "{0}/hub/config.json"],
+    [*MAIN, "--model", "{0}/hub", "--json", "{0}/model/model.safetensors"],
+    [*MAIN, "--adapter-path", "{0}/adapter", "--json", "{0}/adapter/adapter_config.json"],
+    [*MAIN, "--adapter-path", "{0}/adapter", "--trace", "{0}/adapter/adapters.safetensors"],
+    ["model_analysis.py", "--model", "{0}/hub", "--json", "{0}/hub/config.json"],
+    ["model_analysis.py", "--model", "{0}/hub", "--json", "{0}/model/model.safetensors"],
+    ["model_analysis.py", "--model", "{0}/hub/config.json", "--json", "{0}/hub/config.json"],
     ["model_analysis.py", "--model", "{0}/model/config.json", "--json", "{0}/model/config.json"],
     ["model_analysis.py", "--model", "{0}/model", "--trace", "{0}/trace.npz", "--json", "{0}/trace.npz"],
     ["model_analysis.py", "--model", "{0}/model", "--prompt", "{0}/prompt.py", "--json", "{0}/prompt.py"],

@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 
+import mlx.core as mx
 import pytest
-from conftest import ROOT, SHIPPED, of_a_user, random_model, run_script, save_model
+from conftest import CONFIG, ROOT, SHIPPED, of_a_user, random_model, run_script, save_model
 
 SCRIPT = "qwen3_expert_parallel.py"
 
@@ -41,7 +42,11 @@ def test_main_script_answers_reports_and_writes(here, tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert max(map(len, result.stdout.splitlines())) <= 80
-    for words in ("4-bit in groups of 64, the rest float32", "contiguous, 42 to 43 of 128 experts", "by stock mlx-lm"):
+    for words in (
+        "experts 4-bit in groups of 64, the rest also 8-bit (gate), float32",
+        "contiguous, 42 to 43 of 128 experts",
+        "by stock mlx-lm",
+    ):
         assert words in result.stdout
     for heading in ("Parity", "Routing", "Balance", "Memory per device", "Communication", "Speed"):
         assert heading in result.stdout
@@ -79,10 +84,26 @@ def test_sampling_with_a_seed_is_repeatable(here):
     assert one != other
 
 
+MINIMAL = ROOT / "minimal_qwen3_example.py"
+
+
 def test_minimal_example_runs():
-    result = run_script("minimal_qwen3_example.py")
+    result = run_script(MINIMAL.name)
     assert result.returncode == 0, result.stderr
     assert "balancedness" in result.stdout
+
+
+def test_minimal_example_pasted_into_a_notebook_takes_any_model(tmp_path, monkeypatch, capsys):
+    """There is no __file__, the arguments are the notebook's; of Mixtral, gpt-oss, DeepSeek the first layer is dense or
+    args have no num_experts."""
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    monkeypatch.chdir(tmp_path)
+    folder = save_model(random_model(vocab_size=4096, mlp_only_layers=[0]), tmp_path / "model", vocab_size=4096,
+                        mlp_only_layers=[0])  # fmt: skip
+    lines = MINIMAL.read_text()
+    assert len(lines.splitlines()) <= 40 and "load(str(SHIPPED))" in lines
+    exec(compile(lines.replace("load(str(SHIPPED))", f"load({str(folder)!r})"), "<cell>", "exec"), {})
+    assert "balancedness 0." in capsys.readouterr().out
 
 
 def test_default_model_comes_from_the_hub_cache_if_it_is_there(tmp_path):
@@ -179,10 +200,9 @@ def test_a_bad_placement_file(here, tmp_path, text):
 
 def test_scripts_explain_themselves():
     for script in sorted(ROOT.glob("*_*.py")):
-        if script.name != "minimal_qwen3_example.py":
-            result = run_script(script.name, "--help")
-            assert result.returncode == 0, result.stderr
-            assert "python " + script.name in result.stdout
+        result = run_script(script.name, "--help")
+        assert result.returncode == 0, result.stderr
+        assert "python " + script.name in result.stdout and "balancedness 0." not in result.stdout
 
 
 def test_a_long_prompt_is_no_file_name(here):
@@ -285,6 +305,18 @@ def test_more_tokens_than_the_context_holds_are_cut_and_that_is_said(here, tmp_p
     assert f"--max-tokens 600 is cut to {len(figures['tokens'])}" in " ".join(result.stdout.split())
 
 
+def test_a_context_in_the_text_part_of_a_configuration_counts(here, tmp_path):
+    """Qwen3.5, Llama 4, gemma 4 and Kimi-K2.5 keep it there: longer prompts were run."""
+    folder = save_model(random_model(vocab_size=4096), tmp_path / "model")
+    weights = mx.load(str(folder / "model.safetensors"))
+    mx.save_safetensors(str(folder / "model.safetensors"), {f"language_model.{n}": a for n, a in weights.items()})
+    config = {"model_type": "qwen3_vl_moe", "text_config": CONFIG | {"vocab_size": 4096}, "eos_token_id": 0}
+    (folder / "config.json").write_text(json.dumps(config))
+    refused(here("--model", folder, "--prompt", "x = 1\n" * 64), "tokens, the model's context is 128")
+    result = here("--model", folder, "--prompt", "x = 1\n" * 31, "--max-tokens", 100, "--no-verify")
+    assert "--max-tokens 100 is cut to" in result.stdout and result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize("arguments", [["--max-tokens", "ten"], ["--combine", "sum"], ["--no-such-option"]], ids=str)
 def test_options_that_do_not_parse(here, arguments):
     refused(here(*arguments), arguments[0], "--help")
@@ -314,8 +346,10 @@ def test_a_placement_file_says_how_many_devices(here, tmp_path):
     refused(here(*QUICK, "--placement-trace", tmp_path / "p.json"), "of no use with --placement contiguous")
 
 
-def test_a_file_that_is_no_trace(here):
-    refused(here(*QUICK, "--placement", "balanced", "--placement-trace", "README.md"), "README.md", "no routing trace")
+def test_a_file_that_is_no_trace(here, tmp_path):
+    (tmp_path / "prose.md").write_text("Words with a comma,\nand others.\n")  # which is no table that was cut off
+    arguments = ("--placement", "balanced", "--placement-trace", tmp_path / "prose.md")
+    refused(here(*QUICK, *arguments), "prose.md: it is no routing trace that this project knows")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])

@@ -177,7 +177,48 @@ def test_unknown_formats_are_named(tmp_path):
         held(DEVICES).save(tmp_path / "p", "trt")
 
 
+def test_a_table_of_what_each_device_holds(tmp_path):
+    """0 and 1 were once local rows: every device held everything."""
+    whole = held(DEVICES).held
+    for name, table in {"bool": whole, "int": whole.astype(np.int64), "byte": whole.astype(np.uint8)}.items():
+        np.save(tmp_path / f"{name}.npy", table)
+        assert read_placement(tmp_path / f"{name}.npy", 3, 16) == held(DEVICES)
+    for name, table in {"rows": LOCAL - LOCAL.min(), "least": LOCAL - 1, "parts": whole * 1.0}.items():
+        np.save(tmp_path / f"{name}.npy", table)
+        with pytest.raises(ValueError, match=f"{name}.npy: a table .* is of 0 and 1, or of local rows and -1"):
+            read_placement(tmp_path / f"{name}.npy", 3, 16)
+
+
+def test_copies_beside_each_other_count_once_and_that_is_said(tmp_path, run_here):
+    """EPLB's global variant puts two copies of a hot expert on one device."""
+    slots = [[0, 0, *range(128), 1, 1]] * 4  # 33 slots a device: the first has expert 0 three times, the last 1 twice
+    (tmp_path / "eplb.json").write_text(json.dumps(slots))
+    line = ("--model", SHIPPED, "--max-tokens", 1, "--no-verify", "--devices", 4, "--placement", tmp_path / "eplb.json")
+    done = run_here("qwen3_expert_parallel.py", *line, "--json", tmp_path / "o.json")
+    said = "eplb.json: 12 copies lie on a device that has their expert already, and count for nothing"
+    assert " ".join(done.stdout.split()).count(said) == 1, done.stderr
+    document = json.loads((tmp_path / "o.json").read_text())["placement"]
+    assert document["notes"] == [said] and document["experts_per_device"] == [[31, 33, 33, 32]] * 4
+    ascend = {"layer_list": [{"device_list": [{"device_expert": [0, 0, 1]}, {"device_expert": [1, 2]}]}]}
+    (tmp_path / "ascend.json").write_text(json.dumps(ascend))
+    assert "ascend.json: 1 copies" in read_placement(tmp_path / "ascend.json").metadata["notes"][0]
+    (tmp_path / "once.json").write_text(json.dumps(SLOTS.tolist()))
+    assert not read_placement(tmp_path / "once.json", 3, 16, 4).metadata
+
+
+def ascend_of(*layers):
+    return json.dumps({"layer_list": [{"device_list": [{"device_expert": e} for e in layer]} for layer in layers]})
+
+
+TRT = {"initial_global_assignments": {0: [*range(16)], 1: [*range(16)], 2: [*range(16)]}}
 BAD = {
+    "lists of other slots": (json.dumps({**TRT, "num_slots": 20}), 4, '"num_slots" says 20, the lists have 16'),
+    "no count of slots": (json.dumps({**TRT, "num_slots": "16"}), 4, "\"num_slots\" is '16', not a count"),
+    "no device": (json.dumps({**TRT, "ep_size": 0}), None, '"ep_size" is 0, not a count from 1 up'),
+    "an idle device": (ascend_of(*[[[*range(16)], []]] * 3), None, "layer 0: device 1 holds no expert"),
+    "nothing but idle devices": (ascend_of(*[[[], []]] * 3), None, 'a "device_expert" is a list of experts'),
+    "parts of experts": (ascend_of(*[[[0.5], [1]]] * 3), None, 'a "device_expert" is a list of experts'),
+    "devices come and go": (ascend_of([[0], [1]], [[0, 1]], [[0], [1]]), None, r"numbers of devices: \[1, 2\]"),
     "more slots than devices take": (json.dumps(SLOTS.tolist()), 3, "16 slots a layer .* 3 devices do not divide"),
     "no number of devices": (json.dumps(SLOTS.tolist()), None, "not how many devices have them: say --devices"),
     "another model's layers": (json.dumps(SLOTS[:2].tolist()), 4, "it has 2 layers, the model has 3"),

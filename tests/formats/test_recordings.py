@@ -13,7 +13,7 @@ from conftest import ROOT, SHIPPED
 
 from expert_parallel import RoutingTrace
 from expert_parallel.formats.content import content_of
-from expert_parallel.formats.traces import from_arrays, read_loads, read_trace
+from expert_parallel.formats.traces import from_arrays, notes_of, read_loads, read_trace
 
 CASES = ROOT.parent / "shared" / "cases" / "17-recording-imports"
 REAL = ROOT.parent / "shared" / "traces" / "qwen3-30b-a3b.route.csv"
@@ -252,7 +252,16 @@ NO_TRACE = {
     "meta.jsonl": (b'{"type": "meta"}\n{"type": "meta"}\n', "no routing decisions"),
     "cut.jsonl": (b'{"type": "route", "req_id"', "cannot read"),
     "negative.json": (b"[[1, -2], [3, 4]]", "layer 0: expert 1 has load -2"),
-    "letters.csv": (b"layer,expert\n0,a\n", "invalid literal"),
+    "letters.csv": (b"layer,expert\n0,a\n", "line 2: expert is 'a', no whole number"),
+    "half.csv": (b"layer,expert\n0,0.5\n", "line 2: expert is '0.5', no whole number"),
+    "cut.csv": (b"# by hand\nlayer_id,expert_id,count\n\n0,0,5\n0,1\n", "line 5 is cut off: it has 2 of 3 columns"),
+    "gap.csv": (b"layer_id,expert_id,count\n0,0,\n", "line 2: count is '', no number"),
+    "minus.csv": (b"layer_id,expert_id,count\n0,0,5\n0,1,-5\n", "layer 0: expert 1 has load -5"),
+    "late.jsonl": (b'{"type": "meta"}\n\n{"type": "route", "req_id"', "line 3, column 27: Expecting ':'"),
+    "lacking.jsonl": (b'{"type": "route", "topk_ids": [1], "layer": 0}\n' * 2, "it lacks 'token_idx'"),
+    "numbers.json": (b"[1, 2]", "no routing trace that this project knows"),
+    "nothing.npy": (np.zeros((0, 4, 2), int), "it has no tokens"),
+    "none.npy": (np.zeros((5, 4, 0), int), "it has no tokens"),
 }
 
 
@@ -266,6 +275,48 @@ def test_files_that_are_no_trace(name, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         read_loads(tmp_path / name)
     assert name in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("parts", [1e-3, 1.0, 1e6])
+def test_averages_and_shares_are_loads_as_they_are(parts, tmp_path):
+    """Cut to integers they placed experts by nothing, or left a layer without any load."""
+    loads = np.random.default_rng(0).random((2, 16)) * parts
+    np.save(tmp_path / "share.npy", loads)
+    rows = [(l, e, loads[l, e]) for l in range(2) for e in range(16)]
+    (tmp_path / "share.csv").write_text(as_csv("layer_id,expert_id,count", rows))
+    for name in ("share.npy", "share.csv"):
+        assert np.array_equal(read_loads(tmp_path / name, 16), loads)
+    whole = as_csv("layer_id,expert_id,count", [(0, 0, "5.0"), (0, 1, "3")])
+    (tmp_path / "whole.csv").write_text(whole)
+    assert read_loads(tmp_path / "whole.csv").tolist() == [[5, 3]]
+
+
+@pytest.mark.parametrize("name", ["vllm.jsonl", "batch.jsonl", "phone.csv"])
+@pytest.mark.parametrize("how", ["each line twice", "one after the other"])
+def test_what_two_ranks_logged_counts_once(name, how, tmp_path):
+    """It doubled k: top-3 was read as top-6."""
+    lines = TOKENS[name].splitlines()
+    body = [line for line in lines if not line.startswith(("#", "turn"))]
+    twice = [line for line in body for _ in range(2)] if how == "each line twice" else body * 2
+    (tmp_path / name).write_text("\n".join([*lines[: len(lines) - len(body)], *twice]))
+    trace = read_trace(tmp_path / name, 16)
+    assert np.array_equal(trace.experts, CHOSEN) and trace.metadata["repeated_slots"] == CHOSEN.size
+    assert notes_of(trace, "x") == [f"x: left out {CHOSEN.size} choices that are there twice"]
+    assert read_loads(tmp_path / name, 16).tolist() == COUNTS
+
+
+def test_two_requests_under_one_name_are_refused(tmp_path):
+    other = {"type": "route", "req_id": "r", "token_idx": 4, "layer": 1, "topk_ids": [15, 15, 15]}
+    (tmp_path / "two.jsonl").write_text(routes() + as_lines(other))
+    for read in (read_trace, read_loads):
+        with pytest.raises(ValueError, match=r"token \('r', 4\) has in layer 1 experts \d+ and 15 in one place"):
+            read(tmp_path / "two.jsonl", 16)
+
+
+def test_a_byte_order_mark_is_no_letter(tmp_path):
+    for name, text in {**TOKENS, **LOADS}.items():
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert read_loads(tmp_path / name, 16).tolist() == COUNTS
 
 
 def test_numbers_that_do_not_fit(tmp_path):

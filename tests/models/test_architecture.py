@@ -88,7 +88,7 @@ def test_gpt_oss_checkpoints_have_the_size_of_its_model_card(name, gibibytes):
     """Experts in mxfp4, all else in bfloat16; model card, table 1."""
     configuration = load_configuration(name)
     found = describe(configuration)
-    assert found.quantisation.startswith("4-bit mxfp4, groups of 32; bfloat16")
+    assert found.quantisation == "experts 4-bit mxfp4 in groups of 32, the rest bfloat16"
     assert round(found.bytes.total / 2**30, 1) == gibibytes
 
 

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 from mlx_lm.models.qwen3_moe import Model, ModelArgs
 
-from expert_parallel import Placement, shard_model
-from expert_parallel.models.memory import live_expert_bytes, model_bytes
+from expert_parallel import Placement, place_experts, shard_model
+from expert_parallel.models.memory import live_expert_bytes, model_bytes, stored_as
 
 SMALL = {
     "model_type": "qwen3_moe",
@@ -76,3 +76,27 @@ def test_refuses_a_dense_model():
     for weigh in (model_bytes, live_expert_bytes):
         with pytest.raises(ValueError, match="no Mixture-of-Experts"):
             weigh(dense)
+
+
+@pytest.mark.parametrize(
+    ("bits", "words"),
+    [
+        (lambda path: 4, "experts 4-bit in groups of 32, the rest also float32"),
+        (lambda path: 8 if "switch_mlp" in path else 4, "experts 8-bit in groups of 32, the rest 4-bit, float32"),
+        (lambda path: 8 if path.endswith("mlp.gate") else 4,
+         "experts 4-bit in groups of 32, the rest also float32, 8-bit (gate)"),
+        (lambda path: 6 if "down_proj" in path else 4, "experts 4-bit in groups of 32, 6-bit (down_proj), the rest"),
+        (lambda path: None, "float32"),
+    ],
+)  # fmt: skip
+def test_what_experts_and_the_rest_are_stored_as(model, bits, words):
+    """With bits of their own for some modules the default's were said of all."""
+
+    def decide(path, module):
+        fits = bits(path) and hasattr(module, "to_quantized") and module.weight.shape[-1] % 32 == 0
+        return fits and {"bits": bits(path), "group_size": 32}
+
+    nn.quantize(model, class_predicate=decide)
+    assert stored_as(model).startswith(words)
+    shard_model(model, place_experts(np.ones((2, 6)), 3))
+    assert stored_as(model).startswith(words)

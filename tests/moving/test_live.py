@@ -259,6 +259,7 @@ def test_ranks_read_only_what_moves_to_them_and_say_the_same(tmp_path):
     ("options", "line"),
     [
         (("--rebalance-every", 0), "--rebalance-every must be at least 1"),
+        (("--rebalance-every", 5, "--rebalance-horizon", "9" * 400), "must be between 1 and 1000000000000, got 999"),
         (("--rebalance-horizon", 5), "of no use without --rebalance-every"),
         (("--rebalance-every", 5, "--rebalance-threshold", 2), "--rebalance-threshold must be between"),
     ],

@@ -198,6 +198,9 @@ def test_noise_moves_nothing():
 def test_a_gain_is_judged_on_fresh_tokens():
     current, loads = placed([0, 1], [2, 3]), np.array([[6.0, 4, 1, 1]])
     assert len(propose(current, loads, loads, 10**9, FREE, 10).moves)
+    hotter = np.array([[8.0, 4, 1, 1]])  # 12 and 2; 9 and 5 after the swap
+    plan = propose(current, loads, hotter, 10**9, FREE, 10)
+    assert (plan.balancedness_before, plan.balancedness_after) == pytest.approx((7 / 12, 7 / 9), abs=1e-4)
     gone = np.array([[3.0, 3, 3, 3]])
     assert not len(propose(current, loads, gone, 10**9, FREE, 10).moves)
     assert not len(propose(current, gone, loads, 10**9, FREE, 10).moves)  # nor is it fitted on fresh ones

@@ -1,6 +1,8 @@
 """Constants of this machine, fitted on times that are given: the machine that would have taken them is found again."""
 
 import json
+import runpy
+import sys
 
 import mlx.core as mx
 import numpy as np
@@ -133,6 +135,7 @@ def test_a_link_is_fitted_on_what_rank_0_printed(monkeypatch):
 
     def ranks(backend, count, command, timeout):
         asked.append((backend, count, command[1:]))
+        assert timeout <= 120  # it is one step of a report: who waits does not learn of more than this
         return "warning\n" + json.dumps({"size": 2, "seconds": seconds}) + "\n"
 
     monkeypatch.setattr(link_probe, "run_ranks", ranks)
@@ -141,7 +144,7 @@ def test_a_link_is_fitted_on_what_rank_0_printed(monkeypatch):
     assert rows == list(zip((8192, 65536, 524288, 4194304), seconds, strict=True))
     assert asked == [("ring", 2, ["-m", "expert_parallel.projection.link_probe"])]
     for output in ("", json.dumps({"size": 1, "seconds": seconds})):
-        monkeypatch.setattr(link_probe, "run_ranks", lambda *_, said=output: said)
+        monkeypatch.setattr(link_probe, "run_ranks", lambda *_, said=output, **more: said)
         with pytest.raises(ValueError, match="2 ranks over mpi did not find each other"):
             link_probe.measure_link("mpi")
 
@@ -153,3 +156,15 @@ def test_an_all_sum_takes_the_median_of_its_times(monkeypatch):
     monkeypatch.setattr(link_probe, "time", Clock(9, 2, 3))
     assert link_probe.all_sum_seconds(8192, group, repeats=3) == 3
     assert sizes == [8192] * 4
+
+
+def test_alone_the_probe_says_that_it_is(monkeypatch, capsys):
+    """What each rank runs, here as a group of one: a line of JSON, a time for each payload."""
+    asked = []
+    real = mx.distributed.all_sum
+    monkeypatch.setattr(mx.distributed, "all_sum", lambda x, group: asked.append(x.nbytes) or real(x, group=group))
+    monkeypatch.delitem(sys.modules, "expert_parallel.projection.link_probe")
+    runpy.run_module("expert_parallel.projection.link_probe", run_name="__main__")
+    found = json.loads(capsys.readouterr().out)
+    assert found["size"] == 1 and len(found["seconds"]) == 4 and all(s > 0 for s in found["seconds"])
+    assert sorted(set(asked)) == [8192, 65536, 524288, 4194304]

@@ -76,6 +76,7 @@ def test_the_number_of_ranks_of_mlx_launch_is_in_its_file(environment, tmp_path,
         ([["10.0.0.1"], []], 0, "should be like"),
         ([["10.0.0.1:5000"]], 1, "is for ranks 0 to 0, MLX_RANK is 1"),
         ([["10.0.0.1:5000"]], "", "MLX_RANK is not set"),
+        ([["10.0.0.1:5000"]], 0, "has one entry, a ring has two or more: unset MLX_HOSTFILE to run alone"),
     ],
 )
 def test_hostfiles_are_checked_and_named(environment, tmp_path, hosts, rank, words):
@@ -105,6 +106,8 @@ def test_where_rank_0_listens(environment, tmp_path):
     [
         ({"MLX_RANK": "1"}, r"rank 1: error: started as one of 2 processes \(MLX_RANK\), but MLX joined 1: .*"),
         ({"MLX_RANK": "0", "MLX_HOSTFILE": "/none.json"}, r"rank 0: error: MLX_HOSTFILE /none.json cannot be read: .*"),
+        ({"SLURM_STEP_NUM_TASKS": "2(x2)"}, r"error: SLURM_STEP_NUM_TASKS is '2\(x2\)', which is no number of .*"),
+        ({"OMPI_COMM_WORLD_SIZE": "abc"}, r"error: OMPI_COMM_WORLD_SIZE is 'abc', which is no number of processes: .*"),
     ],
 )
 def test_a_rank_without_others_stops_in_one_line_before_anything_is_read(names, line):

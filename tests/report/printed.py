@@ -19,12 +19,12 @@ def columns_of(text, title, rows):
 
 
 def facts_of(text, title):
-    """{name: value} of a table with a line each; lines that go on are joined."""
+    """{name: value} of a table with a line each; lines that go on are joined, the note below is left out."""
     found, name = {}, None
     for line in lines_of(text, title):
         parts = re.split(r"\s{2,}", line, maxsplit=1)
-        if parts[0]:
-            name, found[parts[0]] = parts[0], parts[-1]
-        else:
+        if parts[0] and len(parts) > 1:
+            name, found[parts[0]] = parts
+        elif not parts[0]:
             found[name] += f" {parts[-1]}"
     return found

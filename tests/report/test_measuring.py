@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -10,7 +11,8 @@ from conftest import ROOT, of_a_user, random_model
 
 from expert_parallel import place_experts, shard_model
 from expert_parallel.layers import moe_layers
-from expert_parallel.report.measuring import time_parts
+from expert_parallel.report import measuring
+from expert_parallel.report.measuring import count_collectives, resident_bytes, time_parts
 
 PEAK = "from expert_parallel.report.measuring import resident_bytes as r; print(r()['peak'])"
 GROW = "import numpy; block = numpy.ones(50_000_000)\n"  # 400 MB
@@ -44,4 +46,71 @@ def test_time_in_experts_is_counted_once(slots):
         for _ in range(20):
             mx.eval(model(mx.array([[1]])))
     assert seconds.tokens == 20
+    assert not any(layer.experts.slots_served.any() for layer in moe_layers(model))  # these are none of the run's
     assert 0 < seconds.experts < seconds.total
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
+def test_where_there_is_no_proc_the_peak_is_in_the_systems_own_unit(platform, unit, monkeypatch, tmp_path):
+    """getrusage gives kilobytes on Linux and bytes on macOS."""
+    monkeypatch.setattr(measuring, "Path", lambda _: tmp_path / "nothing")
+    monkeypatch.setattr(measuring.sys, "platform", platform)
+    monkeypatch.setattr(measuring.resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=5))
+    assert resident_bytes() == {"now": 0, "peak": 5 * unit}
+
+
+# --- a group of ranks, played -----------------------------------------------------------------------------------------
+
+
+class Ranks:
+    """Two ranks of which the other comes 2 s late to every meeting; a real collective then takes 3 s, others 1 s."""
+
+    def __init__(self):
+        self.now, self.asked = 0.0, []
+
+    def size(self):
+        return 2
+
+    def perf_counter(self):
+        return self.now
+
+    def all_sum(self, x, group=None):
+        self.now += 3 if x.size > 1 else 2
+        self.asked.append((group, x.size))
+        return x
+
+    def all_gather(self, x, group=None):
+        self.now += 1
+        return x
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    played = Ranks()
+    for kind in measuring.COLLECTIVES:
+        monkeypatch.setattr(mx.distributed, kind, getattr(played, kind))
+    monkeypatch.setattr(measuring, "time", played)
+    monkeypatch.setattr(measuring, "is_rank", lambda group: group is played)
+    return played
+
+
+def test_waiting_is_told_from_the_collective_itself(ranks):
+    """In an empty all-sum of the same group just before each."""
+    with time_parts(2, ranks) as seconds:
+        mx.distributed.all_sum(mx.ones(8), group=ranks)
+        mx.distributed.all_gather(mx.ones(8), group=ranks)
+    assert ranks.asked == [(ranks, 1), (ranks, 8), (ranks, 1)]
+    assert (seconds.waiting, seconds.collectives, seconds.total, seconds.tokens) == (4, 3 + 1, 8, 2)
+    with time_parts(1) as alone:
+        mx.distributed.all_sum(mx.ones(8))
+    assert (alone.waiting, alone.collectives) == (0, 3)
+
+
+def test_collectives_are_counted_by_kind_and_by_what_is_handed_in(ranks):
+    with count_collectives() as counted:
+        for values in (8, 2):
+            mx.distributed.all_sum(mx.ones(values), group=ranks)
+        mx.distributed.all_gather(mx.ones(3, dtype=mx.float16), group=ranks)
+    assert counted == {"all_sum": [2, (8 + 2) * 4], "all_gather": [1, 3 * 2]}
+    mx.distributed.all_sum(mx.ones(8))
+    assert counted["all_sum"][0] == 2  # not after the block

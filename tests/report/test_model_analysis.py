@@ -100,6 +100,15 @@ def test_the_shipped_model_with_text_and_files(here, tmp_path):
     assert "How alike texts" in result.stdout
 
 
+def test_a_text_longer_than_the_context_is_cut_and_that_is_said(here, tmp_path):
+    """600 tokens were run through a model of 512."""
+    arguments = ("--devices", 1, "--prompt", "a=README.md", "b=x = 1\n", "--prompt-tokens", 515)
+    result = here("--model", SHIPPED, *arguments, "--json", tmp_path / "o.json")
+    texts = json.loads((tmp_path / "o.json").read_text())["forward"]["texts"]
+    assert (texts["a"]["tokens"], texts["a"]["tokens_cut"], texts["b"]["tokens_cut"]) == (512, 3, 0)
+    assert result.stdout.count("cut to the model's context, 3 tokens fewer than asked for") == 1
+
+
 def test_a_damaged_checkpoint_is_reported_with_status_1(here, tmp_path):
     folder = shutil.copytree(SHIPPED, tmp_path / "model")
     path = folder / "model.safetensors"
@@ -111,7 +120,7 @@ def test_a_damaged_checkpoint_is_reported_with_status_1(here, tmp_path):
 
 
 def test_quiet_prints_nothing_and_a_trace_changes_the_projection(here, tmp_path):
-    hot = np.tile(np.arange(8, dtype=np.uint16), (64, 4, 1))  # the same 8 experts for ever: all on device 0
+    hot = np.tile(np.arange(16).reshape(2, 1, 8), (32, 4, 1))  # 8 experts and 8 others in turn: all on device 0
     RoutingTrace(hot, 128, model="hot").save(tmp_path / "hot.npz")
     common = ("--model", SHIPPED, "--quiet", "--json")
     assert here(*common, tmp_path / "a.json").stdout == ""
@@ -150,6 +159,7 @@ def test_what_is_refused(here, tmp_path):
     refused(here("--hardware", "abacus"), "abacus", "m3-ultra")
     refused(here("--forward"), "needs weights")
     refused(here("--prompt", "x = 1"), "needs weights")
+    refused(here("--model", SHIPPED, "--prompt", "a=x", "b=y", "a=z"), "two texts are named a")
     (tmp_path / "prompt").write_bytes(b"\xff\xfe")
     refused(here("--model", SHIPPED, "--prompt", tmp_path / "prompt", "--quiet"), "prompt is not UTF-8")
     dead = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}  # nobody listens there
@@ -161,6 +171,10 @@ def test_what_is_refused(here, tmp_path):
     refused(here("--device-memory", 0), "--device-memory")
     refused(here("--group-size", 0), "--group-size")
     refused(here("--model", SHIPPED, "--group-size", 32), "give --bits")
+    refused(here("--bits", 16, "--group-size", 32), "give --bits")
+    refused(here("--bits", 16, "--mode", "mxfp4"), "give --bits")
+    refused(here("--bits", 4, "--group-size", 10**9), f"groups of {10**9} divide no weight")
+    refused(here("--context", "9" * 400), "--context must be between 1 and 1000000000000, got 999")
     (tmp_path / "t.npz").write_text("no")
     refused(here("--trace", tmp_path / "t.npz"), "t.npz")
     RoutingTrace(np.zeros((4, 4, 8), dtype=int) + np.arange(8), 128).save(tmp_path / "t.npz")

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import SHIPPED
+from conftest import CONFIG, SHIPPED
 from printed import columns_of, facts_of, lines_of
 
 from expert_parallel.models.architecture import describe
-from expert_parallel.models.configurations import load_configuration
+from expert_parallel.models.configurations import Configuration, load_configuration
 from expert_parallel.models.forward import next_layer_recall
 from expert_parallel.projection.hardware import LINKS, MACHINES
 from expert_parallel.report import checks, model, projection
@@ -71,6 +71,7 @@ def test_memory_of_the_fullest_device(described):
     figures, text = sections(tables)["memory"], printed(tables)
     assert figures["source"] == "modelled" and "Memory of the fullest device (modelled)" in text
     columns = columns_of(text, "Memory of the fullest device", len(DEVICES))
+    assert all(f"{word}:" in text for word in ("per layer", "less", "hybrid"))
     for n, row in enumerate(figures["devices"]):
         experts = -(-128 // DEVICES[n])
         whole = experts * 48 * 2_654_208 + 873_459_712
@@ -132,6 +133,8 @@ def test_a_checkpoint_with_many_problems():
     }
     assert "[b]15" in printed(tables) and "[b]16" not in printed(tables)
     assert "16 of 30 rows" in printed(tables)
+    one = checks.checkpoint({**figures, "problems": problems[:1]})
+    assert facts_of(printed(one), "Checkpoint")["verdict"] == "1 problem"
     whole = {**figures, "ok": True, "problems": [], "bytes_loaded": 2345, "bytes_predicted": 3456}
     tables = checks.checkpoint(whole)
     facts = facts_of(printed(tables), "Checkpoint")
@@ -150,15 +153,17 @@ def test_forward_tables_show_chance_beside_what_was_found():
         for l, lift in enumerate((2.0, None, 3.0))
     ]  # fmt: skip
     texts = {
-        name: {"source": "measured", "tokens": 40, "overlap_by_chance": 0.25, "layers": rows} for name in ("code", "x")
+        name: {"source": "measured", "tokens": 40, "tokens_cut": cut, "overlap_by_chance": 0.25, "layers": rows}
+        for name, cut in (("code", 0), ("x", 7))
     }
     similarity = {"code": {"code": 1.0, "x": 0.25}, "x": {"code": 0.25, "x": 1.0}}
-    tables = checks.forward(texts, similarity, {"prompt": [0.002, 0.004], "token": [0.001, 0.0005]})
+    tables = checks.forward_tables(texts, similarity, {"prompt": [0.002, 0.004], "token": [0.001, 0.0005]})
     document, text = sections(tables)["forward"], printed(tables)
     json.dumps(document, allow_nan=False)
     columns = columns_of(text, "Routing of code (measured, 40 tokens; by chance 0.25 as before)", 3)
     assert columns["foretold (by use)"] == ("-", *(f"{a:.2f} ({b:.2f})" for a, b in zip(recall, by_use, strict=True)))
     assert columns["strongest pair"] == ("#1 #2", "-", "#1 #2")
+    assert text.count("cut to the model's context, 7 tokens fewer than asked for") == text.count("cut to") == 1
     assert columns["as before"] == columns["lowest 10%"] == ("-",) * 3
     assert document["texts"]["code"]["layers"][2]["foretold_by_layer_before"] == pytest.approx(recall[1])
     assert document["domains"] == {"source": "measured", "similarity": similarity}
@@ -167,6 +172,8 @@ def test_forward_tables_show_chance_beside_what_was_found():
         "0.25",
         "1.00",
     ]
+    alone = checks.forward_tables({"code": texts["code"]}, {"code": {"code": 1.0}}, {"prompt": [0.002]})
+    assert "How alike" not in printed(alone)  # to itself alone
     seconds = columns_of(text, "Time of decoder layers (measured", 2)
     assert (seconds["prompt ms"], seconds["token ms"]) == (("2.00", "4.00"), ("1.00", "0.50"))
     assert document["seconds"]["token"] == [0.001, 0.0005]
@@ -222,3 +229,30 @@ def test_this_machine_in_print_and_json(cache_speed, monkeypatch):
     assert figures["links"]["ring"] == {
         "latency_seconds": 20e-6, "bytes_per_second": 2e9, "measured": [{"payload_bytes": 4096}],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dense", "budget", "layers"),
+    [([], 0, 1), ([], 2.5, 2), ([], 100, 4), ([0, 1], 0, 3), ([0, 1], 100, 6)],
+    ids=str,
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_machine_is_measured_on_its_first_moe_layers(dense, budget, layers, tied, monkeypatch):
+    """One to four of them, as many as fit into the budget; the head is the embeddings where both are one."""
+    seen = []
+
+    def measured(model, demand, head_bytes):
+        seen.append((len(model.layers), demand.num_moe_layers, head_bytes))
+        return MACHINES["m4-max"]
+
+    monkeypatch.setattr(checks, "measure_machine", measured)
+    monkeypatch.setattr(checks, "measure_link", lambda backend: (LINK, []))
+    monkeypatch.setattr(checks.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1_000_000}.get)
+    config = {**CONFIG, "num_hidden_layers": 8, "mlp_only_layers": dense, "tie_word_embeddings": tied}
+    configuration = Configuration("eight", config | {"vocab_size": 96})
+    described = describe(configuration, bits=4)
+    budget *= described.layers[-1].whole.bytes
+    machine, _, table = checks.machine(configuration, described, {"bits": 4}, most_bytes=budget)
+    head = 96 * 64 * (4 + 0.5) / 8  # 4 bits, and half a bit of scale and bias
+    assert seen == [(layers, layers - len(dense), head)]
+    assert table.to_json()["layers"] == layers and machine.memory_bytes == 4096 * 1_000_000

@@ -18,6 +18,15 @@ def test_each_layer_is_held_against_its_own_mean():
     assert "(simulated)" in load_map(loads, "expert", source="simulated").axes[0].get_title()
 
 
+def test_a_map_grows_with_its_layers_and_fills_its_picture():
+    """A row of 128 experts drawn as squares would be a line; 48 layers in the picture of four could not be told."""
+    few, four, many = (load_map(np.ones((layers, 128)), "expert") for layers in (1, 4, 48))
+    assert few.get_figheight() == four.get_figheight() >= 2
+    assert many.get_figheight() - four.get_figheight() >= 0.2 * 44  # inches
+    assert many.get_figwidth() == four.get_figwidth()
+    assert {figure.axes[0].get_aspect() for figure in (few, four, many)} == {"auto"}
+
+
 def test_pictures_are_written_whole_into_a_folder(tmp_path):
     figures = {"device_loads": load_map(np.ones((2, 4)), "device", "$x_"), "b": load_map(np.ones((1, 1)), "expert")}
     paths = save_plots(tmp_path / "new" / "folder", figures)

@@ -202,6 +202,7 @@ def test_what_is_printed_is_what_the_json_has(described):
     figures, text = report(described, setting_of(), HYBRID)
     title = "Projection (modelled): Apple M4 Max, [thunderbolt-jaccl], uniform routing"
     columns = columns_of(text, title, len(DEVICES))
+    assert all(f"{word}:" in text for word in ("if even", "hybrid", "prompt/s"))
 
     def shown(speed):
         return f"{speed:.0f}" if speed >= 1000 else f"{speed:.1f}" if speed >= 10 else f"{speed:.3f}"
@@ -342,3 +343,27 @@ def test_one_sequence_with_a_trace_and_alone(described, trace):
     fullest = (home[..., None] == np.arange(4)).sum(axis=2).max(axis=2).mean()
     assert skewed["devices"][0]["fullest_experts"] == pytest.approx(fullest)
     assert skewed["devices"][0]["ceiling"] < uniform["devices"][0]["ceiling"]
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_more_sequences_at_once_by_plain_arithmetic(described, devices):
+    """Each has a cache of its own and its values in the all-sum; they share experts, of which the fullest is drawn."""
+    (row,) = projection.one_sequence(described, setting_of(devices=[devices]))[0].to_json()["devices"]
+    random, one_read = np.random.default_rng(7), LAYERS * PER_LAYER + REST / BANDWIDTH
+
+    def seconds(count, devices):
+        slots, different = [], []
+        for _ in range(max(2, 1000 // count)):
+            chosen = np.stack([random.permutation(EXPERTS)[:CHOSEN] for _ in range(count)])
+            slots.append(np.bincount(chosen.ravel() * devices // EXPERTS, minlength=devices).max())
+            different.append(np.bincount(np.unique(chosen) * devices // EXPERTS, minlength=devices).max())
+        reading, computing = (
+            np.mean(different) * EXPERT / BANDWIDTH,
+            np.mean(slots) * 2 * EXPERT_PARAMETERS / OPERATIONS,
+        )
+        collectives = sum(all_sum(count * HIDDEN * 2, devices))
+        caches = count * CACHE * CONTEXT / BANDWIDTH
+        return one_read + caches + LAYERS * (max(reading, computing) + collectives)
+
+    for count in (1, 8, 32, 128):
+        assert row[f"speed_up_{count}"] == pytest.approx(seconds(count, 1) / seconds(count, devices), rel=0.015)

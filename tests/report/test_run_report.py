@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import SHIPPED, random_model
+from mlx_lm.models.qwen3_moe import Qwen3MoeSparseMoeBlock
 from printed import columns_of, facts_of, lines_of
 
 from expert_parallel import Placement, RoutingTrace, place_experts, shard_model
@@ -306,7 +307,7 @@ def test_what_each_rank_did():
 def test_communication_by_formula_and_as_counted():
     model, trace = shard_model(random_model(), place_experts(np.zeros((L, E)), D)), a_trace()
     reduce, gather = 64 * 2 * L, 64 * 2 * L * K  # hidden, bytes of a value, layers
-    alone = cost.communication(model, trace, 2, {}, "auto", ranks=1)
+    alone = cost.communication(model, trace, 2, {}, ranks=1)
     assert alone.title == "Communication (modelled, 2-byte values; in one process nothing is sent)"
     figures = alone.to_json()
     assert figures["bytes_per_token_by_combine"] == {"reduce": reduce, "gather": gather}
@@ -319,7 +320,8 @@ def test_communication_by_formula_and_as_counted():
         "576 B per token",
     ]
     counted = {"all_sum": [180, 23_040], "all_gather": [20, 960]}
-    asked = cost.communication(model, trace, 2, counted, "gather", ranks=2)
+    model = shard_model(random_model(), place_experts(np.zeros((L, E)), D), combine="gather")
+    asked = cost.communication(model, trace, 2, counted, ranks=2)
     assert asked.title == "Communication (modelled, 2-byte values)"
     figures = asked.to_json()
     assert (figures["combine"], figures["bytes_per_token"]) == ("gather", gather)
@@ -328,6 +330,27 @@ def test_communication_by_formula_and_as_counted():
     assert (
         facts_of(str(asked), "Communication")["counted at the calls (measured)"] == "400 B per token at most, 200 calls"
     )
+
+
+class WithSharedExpert(Qwen3MoeSparseMoeBlock):
+    def __call__(self, x):
+        return super().__call__(x) + 0.5 * x
+
+
+def test_one_process_says_what_ranks_would_send():
+    """Of qwen2_moe, whose blocks add a shared expert, it said reduce: k times too few bytes."""
+    placement = place_experts(np.zeros((L, E)), D)
+    for adding, used in (([], "reduce"), ([1], "reduce and gather"), ([0, 1, 2], "gather")):
+        model = random_model()
+        for layer in adding:
+            model.model.layers[layer].mlp.__class__ = WithSharedExpert
+        figures = cost.communication(shard_model(model, placement), a_trace(), 2, {}, ranks=1).to_json()
+        assert figures["combine"] == used
+        assert figures["bytes_per_token"] == 64 * 2 * (len(adding) * K + L - len(adding))
+    model = random_model()
+    model.model.layers[1].mlp.__class__ = WithSharedExpert
+    with pytest.raises(ValueError, match=r'"reduce" is not possible for model\.layers\.1.*use "gather"'):
+        shard_model(model, placement, combine="reduce")
 
 
 def test_speed_and_where_the_time_goes():
@@ -344,10 +367,13 @@ def test_speed_and_where_the_time_goes():
     document = sections(tables)
     assert document["generation"] == {
         "source": "measured", "prompt_tokens_per_second": 282.04, "tokens_per_second": 109.36, "prompt_tokens": 17,
-        "text": "text", "tokens": [1, 2, 3],
+        "generation_tokens": 3, "text": "text", "tokens": [1, 2, 3],
     }  # fmt: skip
     assert document["time"] == {"source": "measured with a stop after each part", **vars(seconds)}
+    assert str(tables[1]).split("\n", 1) == [tables[1].heading(), ""]  # the figures are for programs alone
     assert "stock" not in str(cost.speed("", [], 1, last, seconds)[0])
+    ended = cost.speed("", [1, 2], 17, last, seconds)[0]
+    assert facts_of(str(ended), "Speed")["generation"] == "109.4 tokens/s (3 tokens, the end token among them)"
     last.generation_tokens = 1  # no time between two
     assert "generation" not in facts_of(str(cost.speed("", [1], 17, last, seconds)[0]), "Speed")
 
@@ -363,12 +389,11 @@ def test_what_runs_where_shows_a_strategy_as_it_is():
         "python": "3",
     }
     reading = SimpleNamespace(bytes_read_experts=15_000_000, bytes_read_rest=920_000, seconds=0.14)
-    config = {"quantization": {"bits": 4, "group_size": 64}}
-    table = run.what_runs_where("[red]model", config, random_model(), PLACEMENT, 1, reading, versions)
+    table = run.what_runs_where("[red]model", random_model(), PLACEMENT, 1, reading, versions)
     assert facts_of(str(table), "What runs where") == {
         "model": "[red]model",
         "MoE layers": "2 x 8 experts",
-        "dtype": "4-bit in groups of 64, the rest float32",
+        "dtype": "float32",
         "devices": "3 simulated in one process",
         "placement": "[/x] by hand, 1 to 4 of 8 experts on each device, 1 copies a layer",
         "running on": "CPU, x, 2 cores, s",
@@ -377,7 +402,7 @@ def test_what_runs_where_shows_a_strategy_as_it_is():
     }
     assert sections([table])["placement"] == {
         "source": "as asked for", "strategy": "[/x] by hand", "devices": 3, "ranks": 1,
-        "experts_per_device": [[4, 4, 1], [4, 4, 2]],
+        "experts_per_device": [[4, 4, 1], [4, 4, 2]], "notes": [],
     }  # fmt: skip
 
 
@@ -388,6 +413,25 @@ def test_chance_is_that_of_the_first_layers_devices():
     trace = RoutingTrace(np.tile(np.arange(4), (50, 2, 1)), 16)
     figures = sections(run.balance(trace, [(0, Placement(held))], [0, 1]))["balance"]
     assert figures["balancedness_if_uniform_simulated"] > 0.8  # of layer 1: 0.53
+
+
+def test_uniform_fan_out_of_layers_that_are_spread_differently():
+    """4 and 12 of 16 experts, the other way round in the next layer: not what 8 and 8 would give."""
+    held = np.zeros((2, 2, E), dtype=bool)
+    held[0, 0, :4] = held[0, 1, 4:] = held[1, 0, :12] = held[1, 1, 12:] = True
+    tables = run.balance(a_trace(layers=2), [(0, Placement(held))], [0, 1])
+    missed = (math.comb(12, K) + math.comb(4, K)) / math.comb(E, K)  # all K on the other device
+    assert sections(tables)["balance"]["fan_out_if_uniform_modelled"] == pytest.approx(2 - missed)
+
+
+def test_a_device_that_answered_nothing_is_there_with_nought():
+    held = np.zeros((1, 3, 16), dtype=bool)
+    held[0, 0, :4] = held[0, 1, 4:12] = held[0, 2, 12:] = True
+    trace = RoutingTrace(np.tile(np.arange(4), (50, 1, 1)), 16)
+    figures = sections(run.balance(trace, [(0, Placement(held))], [0]))["balance"]
+    assert figures["device_loads"] == [[200, 0, 0]]
+    assert figures["balancedness_aggregate"] == pytest.approx(1 / 3)
+    assert (figures["imbalance_ratio_per_layer"], figures["min_max_ratio_per_layer"]) == ([2], [0])
 
 
 # --- all of it --------------------------------------------------------------------------------------------------

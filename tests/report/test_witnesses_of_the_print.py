@@ -29,7 +29,7 @@ def mean(values):
 
 
 def test_every_block_is_known(run):
-    parts = ["What runs where", "answer", "Parity with stock mlx-lm", "Routing (", "Routing by phase"]
+    parts = ["What runs where", "answer", "In short", "Parity with stock mlx-lm", "Routing (", "Routing by phase"]
     parts += ["Balance over devices", "Balance over all layers", "Load per device", "Memory per device"]
     parts += ["Memory over all", "Communication", "Speed"]
     parts += ["Rebalancing"] if "rebalance_every" in run.asked else []
@@ -37,6 +37,24 @@ def test_every_block_is_known(run):
     titles = list(witness.blocks_of(run.text))
     assert len(titles) == len(parts)
     assert all(sum(title.startswith(part) for title in titles) == 1 for part in parts)
+
+
+def test_in_short(run):
+    """The verdict's figures are those of the tables under it."""
+    short, document = facts(block(run, "In short")[0]), run.document
+    parity, memory, balance = document["parity"], document["memory"], document["balance"]
+    off = parity["max_abs_logit_difference"]
+    logits = f"{parity['logits_compared']:,} logits " + ("to the bit" if off == 0 else f"within {off:.1g}")
+    assert short["answer"] == f"the same as stock mlx-lm's: {parity['tokens_compared']} tokens, {logits}"
+    fullest, whole = human(max(memory["per_device_bytes"])), human(memory["full_model_bytes"])
+    times = memory["full_model_bytes"] / max(memory["per_device_bytes"])
+    assert short["memory"] == f"the fullest device holds {fullest} of {whole}, {times:.2f}x less"
+    means, maxima = (sum(each(row) for row in balance["device_loads"]) for each in (mean, max))
+    assert f"devices wait {1 - means / maxima:.0%} of their time" in short["balance"]
+    assert f"uniform routing: {1 - balance['balancedness_if_uniform_simulated']:.0%}" in short["balance"]
+    ours, theirs = document["generation"]["tokens_per_second"], parity["stock_tokens_per_second"]
+    assert short["speed"].startswith(f"{ours:.1f} tokens/s, stock mlx-lm {theirs:.1f} (one run each)")
+    assert ("real ranks" in short) == (run.ranks == 1)
 
 
 def test_what_runs_where(run):
@@ -52,7 +70,7 @@ def test_what_runs_where(run):
     assert where == {
         "model": run.asked["model"],
         "MoE layers": f"{L} x {E} experts",
-        "dtype": "4-bit in groups of 64, the rest float32",
+        "dtype": "experts 4-bit in groups of 64, the rest also 8-bit (gate), float32",
         "devices": f"{run.ranks} ranks" if run.ranks > 1 else f"{len(first[0])} simulated in one process",
         "placement": f"{document['placement']['strategy']}, {held} of {E} experts on each device{more}",
         "running on": f"{about['device']}, {about['device_name']}, {about['cores']} cores, {about['system']}",
@@ -150,6 +168,10 @@ def test_balance_over_all_layers(run):
         phase = figures["phases"][name]
         line = f"balancedness in {name} ({phase['tokens']} tokens)"
         expected[line] = beside_chance(phase)
+    expected["note"] = (
+        "SGLang: mean load over the fullest device's in each layer, then the mean of layers; vLLM: both are summed over"
+        " layers first."
+    )
     assert facts(lines) == expected
 
 
@@ -161,7 +183,7 @@ def beside_chance(figures):
 def test_the_map_of_loads(run):
     lines, label = block(run, "Load per device")
     assert lines[0].split() == ["layer", "devices"]
-    assert lines[-1] == "blank: under 1/4 of the layer's mean, █: over 7/4"
+    assert lines[-1] == "three characters a device; blank: under 1/4 of the layer's mean, █: over 7/4"
     assert label in ("", " (measured)")
     expected = witness.shades(run.document["balance"]["device_loads"])
     assert len(lines) == 2 + L and sum(line is not None for line in expected) > 0
@@ -203,6 +225,9 @@ def test_communication(run):
         counted = figures["counted"]
         text = f"{human(counted['payload_bytes_per_token'])} per token at most, {counted['calls']} calls"
         expected[f"counted at the calls ({counted['source'].partition(' ')[0]})"] = text
+        expected["note"] = (
+            "at most: of a prompt MLX carries out only what its caches need; calls: of collectives, by each rank"
+        )
     assert facts(lines) == expected
 
 
@@ -210,13 +235,15 @@ def test_speed(run):
     lines, label = block(run, "Speed")
     figures, seconds = run.document["generation"], run.document["time"]
     assert label == f" ({figures['source']})" == " (measured)"
-    prompt, answer = figures["prompt_tokens"], len(figures["tokens"])
+    prompt, answer = figures["prompt_tokens"], f"{run.prefill.count(False)} tokens"
+    answer += ", the end token among them" if run is run_of("ended") else ""
     share = seconds["experts"] / seconds["total"]
     assert facts(lines) == {
         "prompt": f"{figures['prompt_tokens_per_second']:.1f} tokens/s ({prompt} tokens)",
-        "generation": f"{figures['tokens_per_second']:.1f} tokens/s ({answer} tokens)",
+        "generation": f"{figures['tokens_per_second']:.1f} tokens/s ({answer})",
         "generation by stock mlx-lm": f"{run.document['parity']['stock_tokens_per_second']:.1f} tokens/s",
         "share of time in experts": f"{share:.0%} (measured on {seconds['tokens']} tokens with stops)",
+        "note": "with stops: extra tokens, with a wait after each part, which makes them slower",
     }
     assert seconds["source"].startswith("measured")
 
@@ -246,7 +273,10 @@ def test_ranks(name):
     tokens = run.document["time"]["tokens"]
     assert label == f" (measured; milliseconds per token, on {tokens} tokens with stops)"
     head, rows, note = columns(lines, 2)
-    assert head == ["rank", "experts", "process", "slots", "experts ms", "collectives ms", "waiting ms"] and not note
+    assert head == ["rank", "experts", "process", "slots", "experts ms", "collectives ms", "waiting ms"]
+    assert note == (
+        "slots: (token, chosen expert) pairs that a rank computed, in all layers; waiting: for the slowest rank"
+    )
     for number, (rank, row) in enumerate(zip(run.document["ranks"], rows, strict=True)):
         took = [1000 * rank["seconds"][part] / tokens for part in ("experts", "collectives", "waiting")]
         slots = sum(rank["slots_computed_per_layer"])

@@ -290,11 +290,11 @@ def columns(lines, rows):
 
 
 def facts(lines):
-    """{name: value} of a table with a line each; lines that go on are joined."""
+    """{name: value} of a table with a line each; lines that go on are joined, the note below has the name "note"."""
     found, name = {}, None
     for line in lines:
         start, *value = re.split(r"\s{2,}", line, maxsplit=1)
-        name = start or name
+        name, value = (start or name, value) if value else ("note", [line])
         found[name] = " ".join(filter(None, (found.get(name), *value)))
     return found
 

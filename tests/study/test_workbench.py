@@ -23,7 +23,7 @@ from expert_parallel.study.phases import (
     scenario_tokens,
     slowest_device_work,
 )
-from expert_parallel.study.remedies import BATCH, Choices, capacity_choices, compare, learn_bias
+from expert_parallel.study.remedies import BATCH, Choices, capacity_choices, compare, fit_and_test, learn_bias
 from expert_parallel.study.scenarios import SCENARIOS, preferences
 
 SMALL = ("--hidden", 32, "--expert-width", 16, "--tokens", 2048, "--experts", 32, "--top-k", 4)
@@ -255,6 +255,16 @@ def test_a_batch_waits_for_its_fullest_device():
     assert found["round-robin"].balancedness_test == pytest.approx(1.0)
 
 
+def test_fit_and_test_parts():
+    trace = RoutingTrace(np.arange(20).reshape(10, 1, 2), 20)
+    fit, test = fit_and_test(trace, 0.7)
+    assert np.array_equal(np.concatenate([fit.experts, test.experts]), trace.experts)
+    assert len(fit) == 7
+    for share in (0, 1, 0.01):
+        with pytest.raises(ValueError, match="both parts need tokens"):
+            fit_and_test(trace, share)
+
+
 def test_capacity_per_batch_and_learned_bias():
     choices = gumbel_choices(preferences("hot", 1024, 32), 4)
     limited = capacity_choices(choices, 1.25, reroute=True)
@@ -281,6 +291,15 @@ def test_hot_experts_and_proposal():
     even = [dict(zip(keys, r, strict=True)) for r in [("contiguous", 5, 6), ("balanced", 4.95, 3)]]
     assert proposed(even)["remedy"] == "contiguous"
     assert plan == {"remedy": "balanced", "seconds_modelled": [5, 3], "seconds_measured": [6, 3.5]}
+
+
+def test_hot_experts_are_those_of_the_layer_with_the_hottest():
+    """Layer 0 is even, in layer 2 expert 5 has every second slot, in layer 1 it has less."""
+    experts = np.stack([np.arange(64), np.arange(64), np.arange(64)], axis=1) % 8
+    experts[::4, 1], experts[::2, 2] = 5, 5
+    figures = hot_figures(Choices(experts[..., None], 8), 4)
+    assert figures["layer"] == 2
+    assert hot_figures(Choices(experts[:, ::-1, None], 8), 4)["layer"] == 0
 
 
 # --- the script ---------------------------------------------------------------------------------------
@@ -317,7 +336,8 @@ def test_script_on_traces(run_here, tmp_path):
     result = run_here("expert_parallel_poc.py", *SMALL[:4], "--trace", tmp_path / "one.npz", "--devices", 4)
     assert result.returncode == 0, result.stderr
     assert "one.npz: left out 20 warm-up rows" in " ".join(result.stdout.split())
-    assert "re-route" not in result.stdout and "load-aware" not in result.stdout  # a trace has no gates
+    assert "no cap and re-route and no load-aware router: they need" in result.stdout  # a trace has no gates
+    assert result.stdout.count("re-route") == result.stdout.count("load-aware") == 1
     result = run_here("expert_parallel_poc.py", *SMALL[:4], "--trace", tmp_path / "one.npz", "--devices", 4,
                         "--test-trace", tmp_path / "two.npz", "--json", tmp_path / "j.json", "--quiet")  # fmt: skip
     assert result.returncode == 0 and result.stdout == ""
@@ -335,7 +355,8 @@ def test_script_on_traces(run_here, tmp_path):
         (["--devices", 129], "129 devices: needs 1 to 128"),
         (["--scenarios", "even"], "unknown scenario 'even'"),
         (["--top-k", 200], "--top-k 200"),
-        (["--tokens", 10], "--tokens must be at least"),
+        (["--tokens", 10], "--tokens must be between 1024 and"),
+        (["--hidden", "9" * 400], "--hidden must be between 1 and 65536, got 999"),
         (["--redundant-experts", -1], "-1 redundant experts"),
         (["--bandwidth", 0], "--bandwidth 0"),
         (["--latency", "nan"], "--latency nan"),
@@ -344,6 +365,9 @@ def test_script_on_traces(run_here, tmp_path):
         (["--seed", 1 << 64], f"--seed {1 << 64}"),
         (["--trace", "absent.npz"], "absent.npz"),
         (["--test-trace", "absent.npz"], "--test-trace needs --trace"),
+        (["--trace", "absent.npz", "--top-k", 3], "--top-k 3 does not go with --trace"),
+        (["--trace", "absent.npz", "--tokens", 5000], "--tokens 5000 is for scenarios and --trace has none"),
+        (["--trace", "absent.npz", "--tokens", 5000, "--scenarios", "hot"], "cannot read routing trace absent.npz"),
         (["--json", "absent/x.json"], "folder"),
     ],
 )
@@ -363,9 +387,13 @@ def choices_of(num_tokens, top_k, num_experts=16):
 @pytest.mark.parametrize(
     ("experts", "message"),
     [
-        (np.zeros((0, 2, 4)), "0 tokens, at least 64"),
-        (np.zeros((3000, 0, 4)), "0 tokens after 3000 warm-up rows"),
-        (np.full((3000, 2, 4), 3), "0 tokens after 3000 warm-up rows, all alike, at least 64"),
+        (np.zeros((0, 2, 4)), "it has no tokens"),
+        (np.zeros((3000, 0, 4)), "it has no tokens but 3000 warm-up rows"),
+        (np.full((3000, 2, 4), 3), "it has no tokens but 3000 warm-up rows, all alike"),
+        (
+            np.concatenate([np.full((3000, 2, 4), 3), choices_of(40, 4)]),
+            "40 tokens, at least 64 are needed (the file: left out 3000 warm-up rows, all alike)",
+        ),
         (choices_of(10, 4), "10 tokens, at least 64"),
     ],
 )
@@ -403,6 +431,15 @@ def test_every_token_may_choose_every_expert(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["x", *TINY[:4], "--trace", str(tmp_path / "all.npz"), "--devices", "3"])
     expert_parallel_poc.main()
     assert "warm-up" not in capsys.readouterr().out
+
+
+def test_a_trace_of_fewer_experts_than_the_default_chooses(tmp_path, run_here):
+    """--experts 4 was held against the default of --top-k, 8, which no trace is asked for."""
+    np.save(tmp_path / "few.npy", np.random.default_rng(0).random((2048, 2, 4)).argsort(axis=2)[..., :2])
+    common = ("--trace", tmp_path / "few.npy", "--devices", 2, "--hidden", 16, "--expert-width", 8)
+    for experts in (("--experts", 4), ()):
+        done = run_here("expert_parallel_poc.py", *common, *experts)
+        assert done.returncode == 0 and "4 experts, top-2, hidden 16" in done.stdout, done.stderr
 
 
 def test_closed_output_and_devices(tmp_path):

@@ -1,4 +1,4 @@
-"""Recorded traces: what has to be cut from them, and the parts to fit and to judge on.
+"""Warm-up: the rows of a recorded trace that no text explains.
 
 Dimensions: T tokens, L MoE layers, k chosen per token.
 """
@@ -41,11 +41,3 @@ def without_warm_up(trace: RoutingTrace) -> RoutingTrace:
     if not marks.any():
         return trace
     return replace(trace[~marks], metadata={**trace.metadata, "warm_up_rows": int(marks.sum())})
-
-
-def fit_and_test(trace: RoutingTrace, fit_share: float = 0.5) -> tuple[RoutingTrace, RoutingTrace]:
-    """(first part, rest): placements are fitted on the one and judged on the other, as time runs."""
-    cut = round(len(trace) * fit_share)
-    if not 0 < cut < len(trace):
-        raise ValueError(f"a trace of {len(trace)} tokens cannot be parted at {fit_share:g}: both parts need tokens")
-    return trace[:cut], trace[cut:]

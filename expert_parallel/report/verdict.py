@@ -1,0 +1,71 @@
+"""The verdict on a run, in six lines at most: from the figures of its report, for who reads no table."""
+
+from __future__ import annotations
+
+from .table import Table, facts, size
+
+CLEAR = 0.05  # of balancedness below chance level, from which on routing and not the number of tokens is the reason
+
+
+def verdict(document: dict) -> Table:
+    """Same answer or not, what a device holds, what imbalance costs and what would help, speed and its reason.
+
+    document  the run's JSON (see `table.sections`), with its options
+    """
+    items = {
+        "answer": _answer(document["parity"], document["not_a_number"]),
+        "memory": _memory(document["memory"]),
+        "balance": _balance(document["balance"], document["placement"]),
+        "speed": _speed(document),
+        "real ranks": _ranks(document),
+    }
+    return facts("In short", items)
+
+
+def _answer(parity: dict | None, broken: dict | None) -> str:
+    if broken:
+        return "not a number: see below"
+    if parity is None:
+        return "not compared with stock mlx-lm (--verify compares every token and logit)"
+    off = parity["max_abs_logit_difference"]
+    logits = f"{parity['logits_compared']:,} logits {'to the bit' if off == 0 else f'within {off:.1g}'}"
+    if parity["tokens_equal"]:
+        return f"the same as stock mlx-lm's: {parity['tokens_compared']} tokens, {logits}"
+    return f"{'no tokens' if parity['tokens_equal'] is None else 'NOT the same tokens'} as stock mlx-lm's; {logits}"
+
+
+def _memory(memory: dict) -> str:
+    fullest = size(max(memory["per_device_bytes"]))
+    return f"the fullest device holds {fullest} of {size(memory['full_model_bytes'])}, {memory['reduction']:.2f}x less"
+
+
+def _balance(balance: dict, placement: dict) -> str | None:
+    even, chance = balance["balancedness_aggregate"], balance["balancedness_if_uniform_simulated"]
+    if placement["devices"] == 1 or even is None:
+        return None
+    text = f"by slots, devices wait {1 - even:.0%} of their time for the fullest one; uniform routing: {1 - chance:.0%}"
+    if even > chance - CLEAR:
+        return f"{text}: no more than so few tokens scatter"
+    more = {"contiguous": "balanced", "round-robin": "balanced", "balanced": "replicated --redundant-experts 16"}
+    better = more.get(placement["strategy"])
+    return f"{text}. To try: --trace FILE, then --placement {better} --placement-trace FILE" if better else text
+
+
+def _speed(document: dict) -> str | None:
+    ours, placement = document["generation"]["tokens_per_second"], document["placement"]
+    stock = document["parity"] and document["parity"]["stock_tokens_per_second"]
+    if ours is None:
+        return None
+    text = f"{ours:.1f} tokens/s" + (f", stock mlx-lm {stock:.1f} (one run each)" if stock else "")
+    if placement["ranks"] > 1:
+        seconds = document["ranks"][0]["seconds"]
+        parts = (1e3 * seconds[part] / seconds["tokens"] for part in ("collectives", "waiting"))
+        return text + "; rank 0 spends {:.2f} ms a token in collectives, {:.2f} waiting".format(*parts)
+    return f"{text}: one process plays {placement['devices']} devices" if placement["devices"] > 1 else text
+
+
+def _ranks(document: dict) -> str | None:
+    sent = document["communication"]["ring_bytes_sent_per_token_and_rank"]
+    if document["placement"]["ranks"] > 1 or not sent:
+        return None
+    return f"each would send {size(sent)} a token (modelled); model_analysis.py says what your hardware makes of it"
