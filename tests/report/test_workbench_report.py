@@ -167,14 +167,17 @@ LINK = Link(1e-3, 2e6)  # slow, so that every step and byte of it counts
 
 @pytest.fixture(scope="module")
 def traced():
-    """(tables, JSON, fit, test): layer 0 is even, layer 1 favours experts 12 to 15, 13 most of all."""
+    """(tables, JSON, fit, test, what is timed): layer 0 is even, layer 1 favours experts 12 to 15, 13 most of all."""
     wish = np.random.default_rng(3).gumbel(size=(2048, 2, E))
     wish[:, 1, 12:16] += 1.5
     wish[:, 1, 13] += 2
     experts = np.argsort(-wish, axis=2)[..., :K]
     fit, test, layer = Choices(experts[:1024], E), Choices(experts[1024:], E), SmallLayer(32, 16, E, K)
-    tables = workbench.study(layer, fit, test, mx.random.normal((MEASURED, 32)), None, D, 4, LINK)
-    return "\n".join(map(str, tables)), json.loads(json.dumps(sections(tables), allow_nan=False)), fit, test
+    timed, real = [], workbench.slowest_device_work
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workbench, "slowest_device_work", lambda *asked: timed.append(asked[2:]) or real(*asked))
+        tables = workbench.study(layer, fit, test, mx.random.normal((MEASURED, 32)), None, D, 4, LINK)
+    return "\n".join(map(str, tables)), json.loads(json.dumps(sections(tables), allow_nan=False)), fit, test, timed
 
 
 def timed_tokens(test):
@@ -192,7 +195,7 @@ def counted(tokens):
 
 
 def test_the_layer_with_the_fullest_device_is_the_one_that_is_looked_at(traced):
-    text, figures, fit, test = traced
+    text, figures, fit, test, _ = traced
     loads = [counted(test.experts[:, l].tolist()) for l in range(2)]
     assert max(loads[1]) > 1.3 * max(loads[0]) and figures["device_loads_simulated"] == loads
     assert figures["layer"] == figures["hot_experts"]["layer"] == 1
@@ -208,7 +211,7 @@ def test_the_layer_with_the_fullest_device_is_the_one_that_is_looked_at(traced):
 
 def test_what_a_machine_would_take_of_a_layer(traced):
     """Tokens live on the devices in turn, go to each other device of their experts once, and come back."""
-    _, figures, _, test = traced
+    _, figures, _, test, _ = traced
     phases, parts, tokens = figures["phases_seconds_measured"], figures["parts_seconds"], timed_tokens(test)
     assert phases["device_slots"] == counted(tokens)
     alone = phases["device_seconds"]
@@ -228,7 +231,7 @@ def test_what_a_machine_would_take_of_a_layer(traced):
 
 def test_seconds_of_a_remedy_are_the_slots_of_its_fullest_device(traced):
     """By its balancedness on the fit in batches of 256, each slot as long as it took on the timed devices."""
-    _, figures, fit, _ = traced
+    _, figures, fit, _, _ = traced
     phases, means, highest = figures["phases_seconds_measured"], 0, 0
     for start in range(0, 1024, 256):
         slots = counted(fit.experts[start : start + 256, 1].tolist())
@@ -244,9 +247,20 @@ def test_seconds_of_a_remedy_are_the_slots_of_its_fullest_device(traced):
     assert dropping["slowest_device_seconds_modelled"] < even * 1.25 * 1.05  # nobody takes more than 1.25 of its share
 
 
+def test_what_is_timed_of_a_remedy_is_its_own_placement_and_tokens_of_that_layer(traced):
+    _, figures, fit, test, timed = traced
+    works = dict(zip((remedy["remedy"] for remedy in figures["remedies"]), timed, strict=True))
+    for name in ("contiguous", "round-robin", "balanced", "replicated"):
+        held, experts, kept = works[name]
+        assert experts.tolist() == timed_tokens(test) and kept is None
+        assert np.array_equal(held, place_experts(fit.loads(), D, name, 4 if name == "replicated" else 0).held[1])
+    dropped = works["cap and drop"][2]
+    assert dropped.shape == (MEASURED, K) and 0.5 < dropped.mean() < 1
+
+
 def test_without_copies_the_hottest_expert_has_company(traced, hot):
     """A device has E / D experts: beside the hottest of a layer at best its coldest ones."""
-    for _, figures, _, test in (traced, hot):
+    for _, figures, _, test in (traced[:4], hot):
         bounds = []
         for l in range(test.experts.shape[1]):
             counts = sorted(np.bincount(test.experts[:, l].ravel(), minlength=E).tolist())
