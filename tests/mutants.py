@@ -63,7 +63,21 @@ TESTS = {
 }
 
 # Faults that no test can notice, or need not: (file, function, fault, reason).
-ACCEPTED = []
+ACCEPTED = [
+    ("expert_parallel/moving/plan.py", "", "2 -> 3", "most swaps that are tried: tuning"),
+    ("expert_parallel/moving/plan.py", "", "4 -> 5", "most swaps that are tried: tuning"),
+    ("expert_parallel/moving/plan.py", "", "8 -> 9", "most swaps that are tried: tuning"),
+    ("expert_parallel/moving/live.py", "", "16 -> 17", "how often loads are read from the device: tuning"),
+    ("expert_parallel/moving/live.py", "", "5 -> 6", "times that a cost is measured: tuning"),
+    ("expert_parallel/router/capacity.py", "Capacity.__post_init__", "1 -> 2", "calls that only refuse options"),
+    ("expert_parallel/router/choice.py", "by_logits", "16 -> 17", "random tokens of a trial"),
+    ("expert_parallel/router/choice.py", "by_logits", "1 -> 2", "random tokens of a trial"),
+    ("expert_parallel/router/choice.py", "_Trial.__init__", "0 -> 1", "a seed: any will do"),
+    ("expert_parallel/study/learning.py", "stability", "0 -> 1", "a seed: any will do"),
+    ("expert_parallel/study/phases.py", "SmallLayer.__init__", "0 -> 1", "a seed: any will do"),
+    ("expert_parallel/study/phases.py", "device_work", "0 -> 1", "what is timed in place of nothing counts as 0"),
+    ("expert_parallel/balance.py", "routing_entropy", "0 -> 1", "0 log 0 and 1 log 1 are the same"),
+]
 
 COMPARISONS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq}
 COMPARISONS |= {ast.NotEq: ast.Eq, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is}

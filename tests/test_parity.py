@@ -341,6 +341,9 @@ def test_masked_must_be_a_tenth_quicker_on_the_device(compact, most, monkeypatch
     monkeypatch.setattr("expert_parallel.trials._quickest", lambda way, x, ids: seconds[way.__name__])
     model = shard_model(random_model(), placed(random_model(), 2))
     assert measure_masked(moe_layers(model)) == most
+    monkeypatch.setattr(mx.distributed, "all_min", lambda mine, group: mx.minimum(mine, 64))  # as another rank found
+    assert measure_masked(moe_layers(model), Rank()) == min(most, 64)
+    assert {layer.experts.masked_up_to for layer in moe_layers(model)} == {min(most, 64)}
 
 
 @pytest.mark.parametrize("devices", [1, 3, 16])

@@ -160,7 +160,7 @@ def compare(fit: Choices, test: Choices, num_devices: int, redundant: int, costs
     if test.gates is not None:
         bias = learn_bias(fit, first)
         under = [biased_choices(part, bias) for part in (fit, test)]
-        same = (under[1].experts[..., None] == test.experts[..., None, :]).any(axis=-1)
+        same = (under[1].experts[..., None] == test.experts[..., None, :]).any(axis=3)
         outcomes.append(_judge("load-aware router", first, *under, f"{1 - same.mean():.1%} re-chosen"))
     outcomes.append(rebalanced(placed["balanced"], fit, test, costs))
     return outcomes

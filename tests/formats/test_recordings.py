@@ -89,6 +89,32 @@ def test_decisions_of_other_programs(name, tmp_path):
     assert guessed.metadata.get("num_experts_guessed", False) == (name != "phone.csv")  # which says it
 
 
+SEVERAL = {  # two requests, batches or turns that number their tokens anew: of five, and of four
+    "vllm.jsonl": as_lines(
+        *(
+            {"req_id": "ab"[t > 4], "token_idx": t % 5, "layer": l, "topk_ids": CHOSEN[t, l].tolist()}
+            for t in range(9)
+            for l in range(2)
+        )
+    ),
+    "batch.jsonl": as_lines(
+        *(
+            {"layer": l, "batch_id": batch, "topk_experts": CHOSEN[tokens, l].tolist()}
+            for batch, tokens in enumerate((slice(5), slice(5, 9)))
+            for l in range(2)
+        )
+    ),
+    "phone.csv": "# route_trace v1\n# n_expert=16\n"
+    + as_csv("turn,phase,step,layer,slot,expert", [(int(t > 4), 1, t % 5, l, s, e) for t, l, s, e in SLOTS]),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_tokens_of_several_requests_stay_apart(name, tmp_path):
+    (tmp_path / name).write_text(SEVERAL[name])
+    assert np.array_equal(read_trace(tmp_path / name, 16).experts, CHOSEN)
+
+
 @pytest.mark.parametrize("name", LOADS)
 def test_counts_of_other_programs(name, tmp_path):
     (tmp_path / name).write_text(LOADS[name])

@@ -253,6 +253,7 @@ def test_ranks_read_only_what_moves_to_them_and_say_the_same(tmp_path):
     assert figures["parity"]["tokens_equal"] and figures["parity"]["max_abs_logit_difference"] < 1e-4
     moved = [look for look in figures["rebalancing"]["looks"] if look["moved"]]
     assert moved and all(0 < look["bytes_here"] < look["bytes_of_all"] for look in moved)
+    assert all(0 < look["experts_read_here"] < look["moves_of_all"] for look in moved)
 
 
 @pytest.mark.parametrize(

@@ -261,28 +261,35 @@ def test_other_blocks_weigh_what_they_were_made_to_choose(kind, top_k):
         assert y[t] == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
-@pytest.mark.parametrize("reroute", [False, True])
+@pytest.mark.parametrize(("reroute", "spread"), [(False, 0), (True, 0), (False, 1)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_limits_go_by_probabilities_in_blocks_of_every_kind(kind, reroute):
-    """Kept are the slots of the highest probability; a dropped one's weight is lost, a re-routed one's is its own."""
+def test_limits_go_by_probabilities_in_blocks_of_every_kind(kind, reroute, spread):
+    """Kept are the slots of the highest probability; a dropped one's weight is lost, a re-routed one's is its own.
+
+    A bias says who is asked first, and nothing else.
+    """
+    bias = spread * np.random.default_rng(0).normal(size=(2, 8))
     model = small_model(kind, norm_topk_prob=KINDS[kind])
     layer = moe_layers(model)[0]
     block, gate = layer.block, layer.block["router" if "router" in layer.block else "gate"]
     x = mx.random.normal((1, 24, 32))
     probabilities = softmax(np.array(gate(x), dtype=np.float64))[0]
-    chosen = np.argsort(-probabilities, axis=1)[:, :3]
+    chosen = np.argsort(-(np.log(probabilities) + bias[0]), axis=1)[:, :3]
     experts, kept = limit_slots(chosen, probabilities, 9, reroute=reroute)  # 24 x 3 / 8
     each = np.array(layer.experts(x, mx.array(np.tile(np.arange(8), (1, 24, 1)))))[0]
     shared = np.array(mx.sigmoid(block.shared_expert_gate(x)) * block.shared_expert(x))[0] if kind == "qwen2_moe" else 0
     weights = np.take_along_axis(probabilities, experts, axis=1)
     weights = weights / (weights.sum(axis=1, keepdims=True) if KINDS[kind] else 1)
     rows = np.take_along_axis(each, experts[..., None], axis=1)
-    with control_router(model, capacity=Capacity(factor=1.0, reroute=reroute)) as control:
+    with control_router(model, bias if spread else None, capacity=Capacity(factor=1.0, reroute=reroute)) as control:
         y = np.array(block(x))[0]
     assert y == pytest.approx(((weights * kept)[..., None] * rows).sum(axis=1) + shared, rel=1e-3, abs=1e-3)
     assert control.loads[0].tolist() == np.bincount(experts[kept], minlength=8).tolist()
-    shares = {"dropped": (~kept).mean(), "rerouted": (kept & (experts != chosen)).mean(), "changed": 0}
-    assert control.shares() == pytest.approx(shares) and max(shares.values()) > 0.05
+    shares = {"dropped": (~kept).mean(), "rerouted": (kept & (experts != chosen)).mean()}
+    assert max(shares.values()) > 0.05
+    unforced = np.argsort(-probabilities, axis=1)[:, :3]
+    shares["changed"] = (chosen[..., None] != unforced[:, None]).all(axis=2).mean()
+    assert control.shares() == pytest.approx(shares) and bool(shares["changed"]) == bool(spread)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "qwen3_next", "minimax", "granitemoe"])
