@@ -46,7 +46,7 @@ class ShardedExperts(StandIn):
         self["stores"] = list(stores.values())  # first of all: other attributes are looked for behind them
         self.devices, self.num_experts = np.array(list(stores)), held.shape[1]
         self.group, self.combine, self._streams = group, "reduce", streams
-        self.slots_served = np.zeros(len(stores), dtype=np.int64)
+        self.slots_served = np.zeros(len(stores), np.int64)
         self.masked_up_to = 0  # slots
         self._serve(held)
 
@@ -95,8 +95,8 @@ class ShardedExperts(StandIn):
         if self._tables is None:
             self._tables = [self._table(n) for n in range(len(self.stores))]
         if self.serving.any_shared:
-            turn = np.arange(indices.size, dtype=np.uint32).reshape(indices.shape) % len(self.serving.turns)
-            indices = indices + mx.array(turn * self.num_experts)
+            turn = np.arange(indices.size).reshape(indices.shape) % len(self.serving.turns)
+            indices = indices + mx.array((turn * self.num_experts).astype(np.uint32))
         parts = []
         for n, (store, table) in enumerate(zip(self.stores, self._tables, strict=True)):
             self.slots_served[n] += indices.size

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
 from .layers import MoELayer, expert_tensors
+from .stores import picked
 
 
 def shard_rest(model: nn.Module, layers: list[MoELayer], group) -> None:
@@ -47,12 +49,10 @@ class ShardedHead(nn.Module):
 
     def __init__(self, head: nn.Module, group):
         super().__init__()
-        self._group = group
-        self._vocabulary = head.weight.shape[0]
+        self._group, self._vocabulary = group, head.weight.shape[0]
         self._share = -(-self._vocabulary // group.size())
-        rows = slice(group.rank() * self._share, min((group.rank() + 1) * self._share, self._vocabulary))
-        self.part = head
-        head.update({name: mx.contiguous(array[rows] + 0) for name, array in head.parameters().items()})
+        self.part, first = head, group.rank() * self._share
+        head.update(picked(head.parameters(), np.arange(first, min(first + self._share, self._vocabulary))))
 
     def __call__(self, x: mx.array) -> mx.array:
         y = self.part(x)

@@ -14,7 +14,7 @@ import numpy as np
 
 def check_loads(loads) -> np.ndarray:
     """Expert loads as float [L, E]; ValueError naming layer and expert if one is negative or not finite."""
-    loads = np.asarray(loads, dtype=np.float64)
+    loads = np.asarray(loads, np.float64)
     if loads.ndim != 2 or 0 in loads.shape:
         raise ValueError(f"loads are [layers, experts], got {list(loads.shape)}")
     bad = np.argwhere(~np.isfinite(loads) | (loads < 0))
@@ -37,7 +37,7 @@ class Placement:
     metadata: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        held = np.array(self.held, dtype=bool)  # a copy: it becomes read-only
+        held = np.array(self.held, bool)  # a copy: it becomes read-only
         if held.ndim != 3 or 0 in held.shape:
             raise ValueError(f"a placement is [layers, devices, experts], all at least 1, got {held.shape}")
         missing, idle = np.argwhere(~held.any(axis=1)), np.argwhere(~held.any(axis=2))

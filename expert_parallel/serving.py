@@ -42,7 +42,7 @@ class Serving:
         given = self._least_loaded(np.bincount(flat, minlength=self.held.shape[1]))
         if not greedy:
             self._improve(given)
-        device = np.empty(flat.shape, dtype=np.int64)
+        device = np.empty(flat.shape, np.int64)
         every = np.tile(np.arange(self.nobody + 1), len(self.home))
         device[np.argsort(flat, kind="stable")] = np.repeat(every, given.T.reshape(-1))
         return device.reshape(experts.shape)
@@ -54,7 +54,7 @@ class Serving:
 
     def _least_loaded(self, wanted) -> np.ndarray:
         """int [D + 1, E]: slots of each expert [E] by device; the most wanted replicated one first, to its emptiest."""
-        given = np.zeros((self.nobody + 1, len(self.home)), dtype=np.int64)
+        given = np.zeros((self.nobody + 1, len(self.home)), np.int64)
         alone = np.flatnonzero(~self.shared & (wanted > 0))
         given[self.home[alone], alone] = wanted[alone]
         load, open_to_choice = given.sum(axis=1), np.flatnonzero(self.shared & (wanted > 0))
@@ -107,7 +107,7 @@ def devices_of_trace(experts, held, steps=None, masked_up_to: int = 0) -> np.nda
     masked_up_to  slots of a step up to which replicas take turns, as on a GPU
     """
     experts, starts = np.asarray(experts), [] if steps is None else np.flatnonzero(np.diff(steps)) + 1
-    device = np.empty(experts.shape, dtype=np.uint16)
+    device = np.empty(experts.shape, np.uint16)
     for layer, serving in enumerate(map(Serving, held)):
         chosen = experts[:, layer].astype(np.int64)
         if not serving.any_shared:

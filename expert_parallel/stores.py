@@ -25,7 +25,7 @@ def picked(rows: dict[str, mx.array], at) -> dict[str, mx.array]:
     count = len(next(iter(rows.values())))
     if len(at) == count and np.array_equal(at, np.arange(count)):
         return rows
-    at = mx.array(np.asarray(at, dtype=np.int32))
+    at = mx.array(np.asarray(at, np.int32))
     return {name: mx.take(array, at, axis=0) for name, array in rows.items()}
 
 
@@ -42,7 +42,7 @@ class InMemory(nn.Module):
         self._take(like, num_experts, np.asarray(ids), rows(ids))
 
     def _take(self, like, num_experts, ids, rows):
-        self._row = np.full(num_experts, -1, dtype=np.int32)
+        self._row = np.full(num_experts, -1, np.int32)
         self._row[ids] = np.arange(len(ids))
         self._has_spare = False
         self.experts = with_tensors(like, rows)

@@ -50,15 +50,15 @@ class RoutingTrace:
             raise ValueError("a trace holds expert numbers, got some that are not whole")
         if self.num_experts > 1 << 16:
             raise ValueError(f"a trace holds at most {1 << 16} experts, got {self.num_experts}")
-        self.experts = experts.astype(np.uint16, copy=False)
+        self.experts = np.asarray(experts, np.uint16)
         if self.prefill is None:
-            self.prefill = np.zeros(len(experts), dtype=bool)
-        self.prefill = np.asarray(self.prefill, dtype=bool)
+            self.prefill = np.zeros(len(experts), bool)
+        self.prefill = np.asarray(self.prefill, bool)
         if self.prefill.shape != (len(experts),):
             raise ValueError(f"prefill marks {list(self.prefill.shape)} do not fit {len(experts)} tokens")
         if self.steps is None:
             self.steps = np.append(True, ~(self.prefill[1:] & self.prefill[:-1]))[: len(experts)].cumsum()
-        self.steps = np.asarray(self.steps, dtype=np.int32)
+        self.steps = np.asarray(self.steps, np.int32)
         if self.steps.shape != (len(experts),) or (np.diff(self.steps) < 0).any():
             raise ValueError(f"forward passes {list(self.steps.shape)} do not fit {len(experts)} tokens, or go back")
 
@@ -95,7 +95,7 @@ class RoutingTrace:
     def load(path) -> RoutingTrace:
         """Read what `save` wrote. ValueError naming the file if it is not that."""
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with np.load(path) as file:
                 about = json.loads(str(file["about"]))
                 lies = [name for name, kind in KINDS.items() if type(about[name]) is not kind]
                 if lies or about["format"] != FORMAT:
@@ -219,7 +219,7 @@ class _Notes:
             if this is not model:
                 return original(this, *args, **kwargs)
             self.input_shape = getattr(args[0] if args else kwargs.get("inputs"), "shape", None)
-            self.sequences = max(self.sequences, *(self.input_shape or (1,))[:-1], 1)
+            self.sequences = max(self.sequences, (self.input_shape or (1,))[0])
             try:
                 return original(this, *args, **kwargs)
             finally:
@@ -244,5 +244,5 @@ class _Notes:
         lengths = list(map(len, self.experts))
         steps = np.repeat(np.arange(len(lengths)), lengths)
         if not self.experts:
-            return np.zeros((0, self.num_layers, 0), dtype=np.uint16), np.zeros(0, dtype=bool), steps
+            return np.zeros((0, self.num_layers, 0), np.uint16), np.zeros(0, bool), steps
         return np.concatenate(self.experts), np.repeat(self.prefill, lengths), steps

@@ -78,6 +78,7 @@ def test_routing_entropy_by_hand():
     # Shares 1/2, 1/4, 1/4, 0: 1.5 bits of 2.
     assert routing_entropy([[2, 1, 1, 0], [1, 1, 1, 1], [7, 0, 0, 0]]) == pytest.approx([0.75, 1, 0])
     assert routing_entropy([[5]]) == 1
+    assert not np.signbit(routing_entropy([[7, 0], [0, 0]])).any()  # no "-0.000" in a table
 
 
 def test_fan_out_by_hand():

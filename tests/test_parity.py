@@ -20,8 +20,8 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from expert_parallel import Placement, ShardedExperts, place_experts, record_routing, shard_model
 from expert_parallel.layers import expert_tensors, moe_layers, moe_shape
-from expert_parallel.stores import InMemory, rows_of
-from expert_parallel.trials import measure_masked
+from expert_parallel.stores import InMemory, picked, rows_of
+from expert_parallel.trials import measure_masked, why_not_reduce
 
 BATCH = mx.array([[5, 6, 7, 8, 9, 30, 2, 11, 60, 61, 62], [9, 3, 11, 12, 44, 1, 8, 80, 81, 82, 96]])
 
@@ -194,8 +194,32 @@ def test_a_slot_of_a_foreign_expert_is_refused_and_not_computed_with_a_local_num
     """Global ids used as local ones are right on device 0 and silently wrong elsewhere (vllm-gaudi 1796)."""
     store = store_of(moe_layers(random_model())[0].experts, placed(random_model(), 4).held[0], 3)
     assert store.ids.tolist() == [12, 13, 14, 15]
-    with pytest.raises(IndexError, match="expert 1 is not here"):
-        store(mx.zeros((1, 64)), np.array([0]), np.array([1]))
+    for experts in ([1], [12, 1], [1, 15]):
+        with pytest.raises(IndexError, match="expert 1 is not here"):
+            store(mx.zeros((2, 64)), np.arange(len(experts)), np.array(experts))
+    assert store(mx.zeros((2, 64)), np.arange(2), np.array([12, 15])).shape == (2, 64)
+
+
+def test_rows_are_picked_in_the_order_asked_for():
+    rows = {"a": mx.array([[1], [2], [3]]), "b": mx.array([4, 5, 6])}
+    for at in ([2, 0, 1], [1], [0, 0, 2]):
+        got = picked(rows, at)
+        assert got["a"].tolist() == [[at_one + 1] for at_one in at] and got["b"].tolist() == [
+            at_one + 4 for at_one in at
+        ]
+    assert picked(rows, np.arange(3)) is rows
+
+
+def test_a_store_has_one_spare_expert_at_most():
+    """Asked again after a change elsewhere; its own change gives it back."""
+    store = store_of(moe_layers(random_model())[0].experts, placed(random_model(), 4).held[0], 3)
+    for _ in range(2):
+        assert store.rows_with_spare().tolist() == [4] * 12 + [0, 1, 2, 3]
+        assert {len(array) for array in expert_tensors(store.experts).values()} == {5}
+    whole = rows_of(moe_layers(random_model())[0].experts)
+    store.hold([0, 13], whole)
+    assert {len(array) for array in expert_tensors(store.experts).values()} == {2} and store.ids.tolist() == [0, 13]
+    assert all(mx.array_equal(array, whole([0, 13])[name]) for name, array in expert_tensors(store.experts).items())
 
 
 def test_wrong_placements_are_refused_with_the_numbers():
@@ -229,6 +253,18 @@ def test_one_device_is_the_untouched_module():
         held = expert_tensors(layer.experts.stores[0].experts)
         assert held.keys() == original.keys()
         assert all(held[name] is original[name] for name in original)
+
+
+def test_random_numbers_that_come_after_are_the_same():
+    """Trials draw from keys of their own: an answer that is sampled stays what it was."""
+    model = random_model()
+    mx.random.seed(7)
+    expected = mx.random.uniform(shape=(4,))
+    mx.random.seed(7)
+    shard_model(model, placed(model, 2), group=None)
+    for layer in moe_layers(model):
+        assert why_not_reduce(layer) is None
+    assert mx.array_equal(mx.random.uniform(shape=(4,)), expected)
 
 
 def test_a_second_sharding_is_refused_and_changes_nothing():
@@ -295,6 +331,19 @@ def test_the_way_to_skip_slots_is_measured_away_from_the_cpu(monkeypatch):
             monkeypatch.setattr(ShardedExperts, way, partialmethod(waits, way=way))
         assert measure_masked(moe_layers(model)) == most
         assert all(layer.experts.masked_up_to == most for layer in moe_layers(model))
+
+
+@pytest.mark.parametrize(("compact", "most"), [(1.05, 0), (1.15, 512)])
+def test_masked_must_be_a_tenth_quicker_on_the_device(compact, most, monkeypatch):
+    """Of 64 tokens at most, eight slots each."""
+    seconds = {"compact": compact, "masked": 1.0}
+    monkeypatch.setattr("expert_parallel.trials.mx.default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr("expert_parallel.trials._quickest", lambda way, x, ids: seconds[way.__name__])
+    model = shard_model(random_model(), placed(random_model(), 2))
+    assert measure_masked(moe_layers(model)) == most
+    monkeypatch.setattr(mx.distributed, "all_min", lambda mine, group: mx.minimum(mine, 64))  # as another rank found
+    assert measure_masked(moe_layers(model), Rank()) == min(most, 64)
+    assert {layer.experts.masked_up_to for layer in moe_layers(model)} == {min(most, 64)}
 
 
 @pytest.mark.parametrize("devices", [1, 3, 16])
@@ -387,3 +436,18 @@ def test_ranks_sum_what_is_split_and_nothing_that_each_has_whole():
     shard_model(model, placement, group=Rank())
     assert [layer.experts.group is not None for layer in moe_layers(model)] == [False, True, False]
     assert [layer.block.sharding_group is None for layer in moe_layers(model)] == [False, True, False]
+    gathering = shard_model(random_model(), placement, group=Rank(), combine="gather")
+    assert all(layer.experts.group and layer.block.sharding_group is None for layer in moe_layers(gathering))
+    with pytest.raises(ValueError, match='mlx-lm has sharded, whose sum needs combine "reduce"'):
+        shard_model(random_model(), placement, group=Rank(), combine="gather", attention="sharded")
+
+
+def test_layers_come_in_the_order_of_the_forward_pass():
+    assert [layer.number for layer in moe_layers(random_model(num_hidden_layers=12))] == list(range(12))
+
+
+def test_experts_that_answer_no_number_do_so_when_they_are_spread():
+    model = random_model()
+    experts = moe_layers(model)[1].experts
+    experts.down_proj.weight = mx.where(mx.arange(16)[:, None, None] == 5, mx.nan, experts.down_proj.weight)
+    assert moe_layers(shard_model(model, placed(model, 2)))[1].experts.num_experts == 16

@@ -109,7 +109,10 @@ def test_device_loads_by_hand():
     assert placement.device_loads([[12, 10, 4, 2]]).tolist() == [[16.0, 12.0]]
     assert placement.copies.tolist() == [[2, 1, 1, 1]]
     assert placement.devices_of(0, 0) == [0, 1]
-    assert "1 redundant" in repr(placement)
+    assert repr(placement) == "Placement(custom: 1 layers x 4 experts on 2 devices, 1 redundant)"
+    more = Placement(held([[0, 1], [2]], [[0, 1], [1, 2]]), "by hand")
+    assert repr(more) == "Placement(by hand: 2 layers x 3 experts on 2 devices, 1 redundant)"
+    assert repr(place_experts(ones(2, 4), 2)) == "Placement(contiguous: 2 layers x 4 experts on 2 devices)"
 
 
 @pytest.mark.parametrize(
@@ -198,6 +201,8 @@ def test_files_by_hand(tmp_path, text, layers, homes):
         ('{"layers": "01"}', "one entry a device"),
         ('{"layers": []}', "one entry a device"),
         ('{"layers": [{"0": 1}]}', "one entry a device"),
+        ('{"layers": [[[0], [1]], {"0": 1}]}', "one entry a device"),
+        ('{"layers": [[[], []]]}', "all at least 1, got .1, 2, 0"),
         ('{"layers": [[[0, 0], [1]]]}', "layer 0: device 0 names expert 0 twice"),
         ('{"layers": [[[0], [2]]]}', "layer 0: expert 1 is on no device"),
         ('{"layers": [[[0, 1], []]]}', "layer 0: device 1 holds no expert"),
@@ -242,6 +247,7 @@ def test_files_of_another_model(tmp_path):
     path = tmp_path / "placement.json"
     place_experts(ones(3, 8), 2).save(path)
     assert json.loads(path.read_text())["every_layer"] == ["0-3", "4-7"]
+    assert ' "every_layer": [\n  "0-3",\n  "4-7"\n ]\n' in path.read_text()  # to be read and changed by hand
     with pytest.raises(ValueError, match="it has 3 layers, the model has 4"):
         Placement.load(path, num_layers=4)
     with pytest.raises(ValueError, match="expert 7 does not exist: there are 4"):

@@ -48,6 +48,33 @@ def test_by_hand():
     assert serving.devices(np.array([0, 0])).tolist() == [0, 1]
 
 
+def greedy_by_loops(held, experts):
+    """Only holders first; then the most wanted, ties by number, slot by slot to its emptiest holder.
+
+    Of equally empty ones to that which had least before. An expert's earlier slots are those of lower devices.
+    """
+    load, given, wanted = [0] * len(held), {}, [int((experts == e).sum()) for e in range(held.shape[1])]
+    holders = [np.flatnonzero(column).tolist() for column in held.T]
+    for e in sorted(range(len(wanted)), key=lambda e: (len(holders[e]) > 1, -wanted[e], e)):
+        before, given[e] = load.copy(), []
+        for _ in range(wanted[e]):
+            device = min(holders[e], key=lambda d: (load[d], before[d], d))
+            load[device] += 1
+            given[e].append(device)
+        given[e].sort(reverse=True)
+    return [given[e].pop() for e in experts.reshape(-1).tolist()]
+
+
+def test_a_greedy_choice_by_loops():
+    """24 experts of 200 slots, many wanted as often: which goes first, and which slot where, is said for ties too."""
+    random = np.random.default_rng(2)
+    for _ in range(20):
+        held = random.random((6, 24)) < 0.3
+        held[random.integers(6, size=24), np.arange(24)] = True
+        experts = random.integers(24, size=(50, 4))
+        assert Serving(held).devices(experts, greedy=True).reshape(-1).tolist() == greedy_by_loops(held, experts)
+
+
 def test_one_holder_leaves_no_choice():
     serving = Serving(np.eye(4, dtype=bool))
     experts = np.array([[3, 1], [1, 1]])

@@ -119,11 +119,20 @@ def test_passes_that_end_in_the_middle_are_no_tokens():
 
 def test_memory_is_bounded_and_what_was_left_out_is_said():
     model = random_model()
-    with record_routing(model, max_tokens=5) as trace:
+    with record_routing(model) as whole, record_routing(model, max_tokens=6) as trace:
         mx.eval(model(mx.array([[1, 2, 3, 4]])))
-        mx.eval(model(mx.array([[1, 2, 3, 4]])))
-    assert len(trace) == 5
-    assert trace.metadata["dropped_tokens"] == 3
+        mx.eval(model(mx.array([[5, 6, 7, 8]])))
+    assert np.array_equal(trace.experts, whole.experts[:6]) and trace.steps.tolist() == [0] * 4 + [1] * 2
+    assert trace.metadata["dropped_tokens"] == 2
+
+
+def test_a_prompt_has_as_many_tokens_as_is_said():
+    """Where it is read in several passes, or one token at a time."""
+    model = random_model()
+    with record_routing(model, prompt_tokens=3) as trace:
+        for tokens in ([[1, 2]], [[3]], [[4]], [[5, 6]]):
+            mx.eval(model(mx.array(tokens)))
+    assert trace.prefill.tolist() == [True] * 3 + [False] * 3
 
 
 def test_passes_after_the_limit_keep_nothing_alive():
@@ -208,7 +217,9 @@ def test_what_a_file_says_of_itself_is_checked(lie, message, tmp_path):
 
 def test_impossible_traces_are_refused():
     with pytest.raises(ValueError, match="expert 9 does not exist"):
-        RoutingTrace(np.full((1, 1, 1), 9), 9)
+        RoutingTrace(np.array([[[3, 9]]]), 9)
+    with pytest.raises(ValueError, match="expert -1 does not exist: the trace is of 9 experts"):
+        RoutingTrace(np.array([[[3, -1]]]), 9)
     with pytest.raises(ValueError, match="tokens, layers, chosen"):
         RoutingTrace(np.zeros((4, 4)), 9)
 

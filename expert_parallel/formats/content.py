@@ -21,21 +21,21 @@ def content_of(path):
     """Arrays, lists and dictionaries that a file holds; rows of a CSV as dictionaries, its comments under "#",
     their lines' numbers under "#line".
 
-    Raises ValueError or OSError for what is none of these; nothing in a file is ever executed.
+    Raises ValueError or OSError for what is none of these; nothing in a file is ever executed: numpy refuses pickles.
     """
     path = Path(path)
     with path.open("rb") as file:
         start = file.read(6)
     if start == b"\x93NUMPY":
-        return np.load(path, allow_pickle=False)
+        return np.load(path)
     if start[:2] == b"PK":
         with zipfile.ZipFile(path) as archive:
             pickled = [name for name in archive.namelist() if name.endswith("data.pkl")]
             if pickled:
                 return _Tensors(archive, pickled[0]).load()
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(path) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    text = path.read_text(encoding="utf-8-sig")  # some write a byte-order mark first
+    text = path.read_bytes().decode("utf-8-sig")  # some write a byte-order mark first
     try:
         return json.loads(text)
     except ValueError:
@@ -44,8 +44,8 @@ def content_of(path):
     if lines and next(iter(lines.values())).lstrip().startswith("{"):
         return [_record(n, line) for n, line in lines.items()]
     rows = {n: line for n, line in lines.items() if not line.startswith("#")}
-    head = next(iter(rows.values()), "")
-    if "," in head and ":" not in head:
+    columns = next(iter(rows.values()), "").split(",")
+    if len(columns) > 1 and all(name and name == name.strip() and ":" not in name for name in columns):  # else prose
         return _table(rows, " ".join(line for n, line in lines.items() if n not in rows))
     try:
         return yaml.safe_load(text)

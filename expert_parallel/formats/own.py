@@ -81,7 +81,7 @@ def held_of(document, num_layers: int | None, num_experts: int | None) -> np.nda
     count = num_experts or said.get("num_experts") or max(named, default=-1) + 1
     if named and max(named) >= count:
         raise ValueError(f"expert {max(named)} does not exist: there are {count}")
-    held = np.zeros((len(layers), widths.pop(), count), dtype=bool)
+    held = np.zeros((len(layers), widths.pop(), count), bool)
     for (l, d), experts in zip(np.ndindex(held.shape[:2]), chain(*layers), strict=True):
         held[l, d, experts] = True
         if held[l, d].sum() < len(experts):

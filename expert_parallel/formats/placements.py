@@ -90,7 +90,7 @@ def _held(content, num_layers, num_experts, num_devices, layer_numbers) -> tuple
         if num_layers is None:
             raise ValueError("it has one list for all layers and does not say how many there are")
         table = np.broadcast_to(table, (num_layers, len(table)))
-    if layer_numbers is not None and num_layers is not None and len(table) > max(*layer_numbers, num_layers):
+    if layer_numbers is not None and len(table) > max(layer_numbers):
         table = table[list(layer_numbers)]  # it has a row for the dense layers too
     if num_experts is None:
         num_experts = table.shape[1] if of_devices else int(table.max()) + 1
@@ -114,7 +114,7 @@ def _marked(devices, experts, num_devices, num_layers, num_experts) -> tuple[np.
     num_experts = max(map(np.max, experts)) + 1 if num_experts is None else num_experts
     if num_layers not in (None, len(experts)):
         raise ValueError(f"it has {len(experts)} layers, the model has {num_layers} MoE layers")
-    held = np.zeros((len(experts), num_devices, num_experts), dtype=bool)
+    held = np.zeros((len(experts), num_devices, num_experts), bool)
     for layer, (where, what) in enumerate(zip(devices, experts, strict=True)):
         lowest, highest = min(np.min(where), np.min(what)), np.max(what)
         if lowest < 0 or highest >= num_experts:
@@ -153,7 +153,7 @@ def slots_of(placement: Placement) -> np.ndarray:
             f"layer {layer}: device {device} holds {counts[layer, device]} experts, device 0 of layer 0 holds"
             f" {counts[0, 0]}; this format needs as many everywhere: --redundant-experts can fill up"
         )
-    return np.nonzero(placement.held)[2].reshape(placement.num_layers, -1)
+    return np.stack([np.nonzero(of_layer)[1] for of_layer in placement.held])
 
 
 def _sglang(placement, numbers) -> dict:

@@ -118,7 +118,7 @@ def _recording(content, num_experts, name):
             return _counts(content["logical_count"])
         if answers := [one for one in (content, *content.get("choices", ())) if "routed_experts" in one]:
             coded = [base64.b64decode(answer["routed_experts"]) for answer in answers]
-            return from_arrays([np.load(io.BytesIO(one), allow_pickle=False) for one in coded], num_experts, name)
+            return from_arrays([np.load(io.BytesIO(one)) for one in coded], num_experts, name)
         if content and all(isinstance(value, np.ndarray) for value in content.values()):
             return from_arrays(list(content.values()), num_experts, name)
     elif isinstance(content, list) and content and isinstance(content[0], list | dict):
@@ -166,9 +166,12 @@ def _number(row, column, kind=int):
 
 def _table(triples, num_experts: int | None) -> np.ndarray:
     """[L, E] of (layer, expert, how often); an expert below 0 is a slot that was left blank."""
-    layer, expert, often = np.array([triple for triple in triples if triple[1] >= 0], dtype=float).reshape(-1, 3).T
+    kept = [triple for triple in triples if triple[1] >= 0]
+    if not kept:
+        raise ValueError("it has no routing decisions in it")
+    layer, expert, often = np.array(kept, float).T
     layers, at = np.unique(layer, return_inverse=True)
-    table = np.zeros((len(layers), max(num_experts or 0, int(expert.max(initial=-1)) + 1)))
+    table = np.zeros((len(layers), max(num_experts or 0, int(expert.max()) + 1)))
     np.add.at(table, (at, expert.astype(int)), often)
     return table
 

@@ -23,11 +23,11 @@ def warm_up_rows(trace: RoutingTrace) -> np.ndarray:
     """
     tokens, layers, k = trace.experts.shape
     if k >= trace.num_experts:
-        return np.zeros(tokens, dtype=bool)  # every token chooses all experts: rows say nothing
+        return np.zeros(tokens, bool)  # every token chooses all experts: rows say nothing
     codes = np.random.default_rng(0).integers(1 << 63, size=(layers, trace.num_experts), dtype=np.uint64)
-    row = np.zeros(tokens, dtype=np.uint64)  # one number for the experts of a token, in any order of the k
+    row = np.zeros(tokens, np.uint64)  # one number for the experts of a token, in any order of the k
     for l in range(layers):
-        row += codes[l][trace.experts[:, l]].sum(axis=1, dtype=np.uint64)
+        row += codes[l][trace.experts[:, l]].sum(axis=1)
     starts = np.flatnonzero(np.append(True, row[1:] != row[:-1])[:tokens])
     length = np.diff(starts, append=tokens)
     _, same = np.unique(row[starts], return_inverse=True)

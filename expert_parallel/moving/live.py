@@ -120,7 +120,7 @@ class LiveRebalancing:
         # 1. Slots [L, E] and tokens since the last time: of forward passes that every layer has begun.
         passes = min(map(len, self._waiting))
         tokens = sum(ids.size // ids.shape[-1] for ids in self._waiting[0][:passes])
-        loads = np.zeros(self.rebalancer.placement.copies.shape, dtype=np.int64)
+        loads = np.zeros(self.rebalancer.placement.copies.shape, np.int64)
         for of_layer, waiting in zip(loads, self._waiting, strict=True):
             for ids in waiting[:passes]:
                 of_layer += np.bincount(np.array(ids).ravel(), minlength=len(of_layer))

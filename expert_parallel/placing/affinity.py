@@ -22,7 +22,7 @@ def coactivation(experts, num_experts: int, max_tokens: int = 100_000) -> np.nda
     if experts.size and not 0 <= experts.min() <= experts.max() < num_experts:
         raise ValueError(f"experts run from {experts.min()} to {experts.max()}, there are {num_experts}")
     one, other = np.triu_indices(experts.shape[2], 1)
-    pairs = np.zeros((experts.shape[1], num_experts, num_experts), dtype=np.float32)
+    pairs = np.zeros((experts.shape[1], num_experts, num_experts), np.float32)
     for l, of_layer in enumerate(pairs):
         codes = experts[:, l, one] * num_experts + experts[:, l, other]
         of_layer += np.bincount(codes.ravel(), minlength=num_experts**2).reshape(num_experts, num_experts)

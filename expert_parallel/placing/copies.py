@@ -18,9 +18,9 @@ def replicate(loads, redundant: int, num_devices: int, target=0) -> np.ndarray:
     target  [L]; once no copy has more load than this, copies go to cold experts with few, where they do no
             harm: few copies near a device's mean load can be packed better than many of half that
     """
-    loads = np.asarray(loads, dtype=np.float64)
+    loads = np.asarray(loads, np.float64)
     num_layers, num_experts = loads.shape
-    rows, copies = np.arange(num_layers), np.ones(loads.shape, dtype=np.int64)
+    rows, copies = np.arange(num_layers), np.ones(loads.shape, np.int64)
     slots = np.tile(np.arange(num_experts + redundant), (num_layers, 1))
     for slot in range(num_experts, num_experts + redundant):
         share = np.where(copies < num_devices, loads / copies, -1)

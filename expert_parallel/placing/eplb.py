@@ -18,7 +18,7 @@ def rebalance_experts(weight, num_replicas: int, num_groups: int, num_nodes: int
     copies [L, E]). Unlike EPLB it never puts two copies of an expert on one GPU.
     Raises ValueError where the numbers do not fit, with them.
     """
-    weight = np.asarray(weight, dtype=np.float64)
+    weight = np.asarray(weight, np.float64)
     num_experts = weight.shape[-1]
     if num_replicas % num_gpus:
         raise ValueError(f"{num_replicas} replicas do not divide over {num_gpus} GPUs")

@@ -34,10 +34,10 @@ def spread(loads, num_devices: int, redundant: int = 0) -> np.ndarray:
 
     Slot counts of devices differ by at most one, and no device gets two copies of an expert.
     """
-    loads = np.asarray(loads, dtype=np.float64)
+    loads = np.asarray(loads, np.float64)
     num_layers, num_experts = loads.shape
     mean, fullest = loads.sum(axis=1) / num_devices, np.full(num_layers, np.inf)
-    held = np.zeros((num_layers, num_devices, num_experts), dtype=bool)
+    held = np.zeros((num_layers, num_devices, num_experts), bool)
     random = np.random.default_rng(0)
     for target in TARGETS if redundant else TARGETS[:1]:
         # 1. Layers that are not even yet, each several times where they are small.
@@ -72,8 +72,8 @@ def longest_first(loads, slots, num_devices: int) -> np.ndarray:
     order = np.take_along_axis(-share, slots, axis=1).argsort(axis=1, kind="stable")
     order = np.take_along_axis(slots, order, axis=1)
     least, longer = divmod(slots.shape[1], num_devices)  # so many devices get one slot more
-    held = np.zeros((num_layers, num_devices, num_experts), dtype=bool)
-    load, count = np.zeros(held.shape[:2]), np.zeros(held.shape[:2], dtype=np.int64)
+    held = np.zeros((num_layers, num_devices, num_experts), bool)
+    load, count = np.zeros(held.shape[:2]), np.zeros(held.shape[:2], np.int64)
     for expert in order.T:
         room = count < least + ((count > least).sum(axis=1, keepdims=True) < longer)
         free = room & ~held[rows, :, expert]

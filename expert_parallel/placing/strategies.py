@@ -90,4 +90,4 @@ def chosen_together(given, num_layers: int, num_experts: int) -> np.ndarray:
     if pairs.shape != wanted or not (np.isfinite(pairs) & (pairs >= 0)).all():
         either = f"{list(wanted)} finite counts from 0 up, or a trace's experts [T, {num_layers}, k]"
         raise ValueError(f"affinity needs coactivation: {either}; got {list(pairs.shape) or given}")
-    return (pairs + pairs.transpose(0, 2, 1)) / 2 * (1 - np.eye(num_experts, dtype=np.float32))
+    return np.where(np.eye(num_experts), 0, pairs + pairs.transpose(0, 2, 1))  # in any unit

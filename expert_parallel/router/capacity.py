@@ -62,7 +62,7 @@ def adaptive_capacity(counts, tolerance: float = 0.0) -> int:
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance is a share from 0 to less than 1, got {tolerance}")
     counts = np.asarray(counts)
-    limits = np.arange(counts.max(initial=0) + 1)
+    limits = np.arange(counts.max() + 1)
     dropped = np.maximum(counts[:, None] - limits, 0).sum(axis=0)
     return int((dropped <= tolerance * counts.sum()).argmax())
 
@@ -79,7 +79,7 @@ def limit_slots(experts, gates, capacity: int, drop: str = "score", reroute: boo
     """
     if capacity < 0 or drop not in ("score", "position"):
         raise ValueError(f"capacity must not be negative and drop is score or position, got {capacity}, {drop!r}")
-    experts, gates = np.array(experts, dtype=np.int64), np.asarray(gates)
+    experts, gates = np.array(experts, np.int64), np.asarray(gates)
     num_tokens, num_experts = gates.shape
 
     def first_come(tokens, wanted):
@@ -87,14 +87,14 @@ def limit_slots(experts, gates, capacity: int, drop: str = "score", reroute: boo
         priority = gates[tokens, wanted] if drop == "score" else -tokens
         order = np.lexsort((-priority, wanted))
         place = np.arange(len(order)) - np.searchsorted(wanted[order], wanted[order])
-        taken = np.empty(len(order), dtype=bool)
+        taken = np.empty(len(order), bool)
         taken[order] = place < room[wanted[order]]
         return taken
 
     room = np.full(num_experts, capacity)
     kept = first_come(np.repeat(np.arange(num_tokens), experts.shape[1]), experts.ravel()).reshape(experts.shape)
     room -= np.bincount(experts[kept], minlength=num_experts)
-    tried = np.zeros((num_tokens, num_experts), dtype=bool)
+    tried = np.zeros((num_tokens, num_experts), bool)
     np.put_along_axis(tried, experts, True, axis=1)
     homeless = ~kept & reroute
     while room.any() and homeless.any():

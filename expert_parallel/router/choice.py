@@ -22,9 +22,9 @@ def choosing_by(block_class, name: str, chooser):
     """The block's class again, in which `chooser` answers for the choice and for the experts, attribute `name`."""
     argpartition = mx.argpartition
 
-    def choose(a, kth, axis=-1):  # the best come last, or, of negated scores, first
+    def choose(a, kth, *along, **named):  # the best come last, or, of negated scores, first
         if a.shape[-1] != chooser.num_experts:
-            return argpartition(a, kth, axis)
+            return argpartition(a, kth, *along, **named)
         sign = 1 if kth < 0 else -1
         order = argpartition(sign * chooser.ranked(sign * a), kth)
         if kth < 0:

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..layers import StandIn, moe_layers, moe_shape
-from ..placement import Placement
+from ..placement import Placement, contiguous
 from ..trace import replaced
 from .capacity import Capacity, limit_slots
 from .choice import by_logits, choosing_by
@@ -43,8 +43,7 @@ def control_router(
     layers, modules, shape = moe_layers(model), dict(model.named_modules()), moe_shape(model)
     steered = bias is not None or update_rate > 0
     bias = np.zeros(shape) if bias is None else np.asarray(bias)
-    alone = np.broadcast_to(np.eye(shape[1], dtype=bool), (shape[0], shape[1], shape[1]))
-    held = alone if placement is None else placement.held
+    held = (placement or contiguous(*shape, shape[1])).held  # without one every expert is a device of its own
     if bias.shape != shape or held.shape[::2] != shape:
         raise ValueError(f"the model is {shape} [layers, experts], bias {bias.shape}, placement {held.shape[::2]}")
     routers = []
@@ -90,11 +89,11 @@ class _Router:
 
     def __init__(self, logits, bias, held, rate, every, capacity):
         self.num_experts, self.logits, self.steered = held.shape[1], logits, bias is not None
-        self.bias = mx.array(bias, dtype=mx.float32) if self.steered else mx.zeros(self.num_experts)
-        self.share = mx.array(held / held.sum(axis=0), dtype=mx.float32)  # an expert's load is shared by its replicas
+        self.bias = mx.array(bias, mx.float32) if self.steered else mx.zeros(self.num_experts)
+        self.share = mx.array(held / held.sum(axis=0), mx.float32)  # an expert's load is shared by its replicas
         self.rate, self.every, self.capacity = rate, every, capacity
         self.asked, self.tokens = mx.zeros(self.num_experts), 0  # since the last update of the bias
-        self.loads, self.slots = mx.zeros(self.num_experts, dtype=mx.int32), 0
+        self.loads, self.slots = mx.zeros(self.num_experts, mx.int32), 0
         self.changed, self.dropped, self.rerouted = mx.array(0), 0, 0
         self.kept = None  # bool [..., k] of the call under way; None: every slot
 
@@ -110,7 +109,7 @@ class _Router:
         k = indices.shape[-1]
         tokens = indices.size // k
         if self.steered:
-            least = mx.topk(scores, k, axis=-1).min(axis=-1, keepdims=True)
+            least = mx.topk(scores, k).min(axis=-1, keepdims=True)
             self.changed = self.changed + (mx.take_along_axis(scores, indices, axis=-1) < least).sum()
         if self.rate:
             self.learn(indices, tokens)

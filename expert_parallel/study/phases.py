@@ -72,10 +72,10 @@ class SmallLayer:
 
     def route(self, x: mx.array, preference: mx.array):
         """(gates [T, E], experts [T, k], weights [T, k]) for x [T, H] and preferences added to the logits."""
-        gates = mx.softmax(x @ self.gate + preference, axis=-1)
-        experts = mx.argpartition(gates, kth=-self.top_k, axis=-1)[:, -self.top_k :]
-        weights = mx.take_along_axis(gates, experts, axis=-1)
-        return gates, experts, weights / weights.sum(axis=-1, keepdims=True)
+        gates = mx.softmax(x @ self.gate + preference, axis=1)
+        experts = mx.argpartition(gates, kth=-self.top_k, axis=1)[:, -self.top_k :]
+        weights = mx.take_along_axis(gates, experts, axis=1)
+        return gates, experts, weights / weights.sum(axis=1, keepdims=True)
 
     def whole(self, x, experts, weights) -> mx.array:
         """[T, H]: mlx-lm's own SwitchGLU over all experts in one place."""
@@ -83,7 +83,7 @@ class SmallLayer:
 
     def dense(self, x, experts, weights) -> mx.array:
         """[T, H]: every expert for every token by plain products, unwanted ones weighed with 0."""
-        all_weights = mx.put_along_axis(mx.zeros((len(x), self.num_experts)), experts, weights, axis=-1)
+        all_weights = mx.put_along_axis(mx.zeros((len(x), self.num_experts)), experts, weights, axis=1)
         gate, up, down = (getattr(self.experts, f"{name}_proj").weight for name in ("gate", "up", "down"))
         result = mx.zeros_like(x)
         for e in range(self.num_experts):
@@ -115,7 +115,7 @@ def run_phases(layer: SmallLayer, x, preference, placement: Placement, experts=N
     for _ in range(PASSES + 1):
         y, ids, slots, of_pass = _one_pass(layer, stores, streams, serving, x, preference, experts)
         seconds.append(of_pass)
-    seconds = np.array(seconds[1:])  # without what is built at the first
+    seconds = np.array(seconds[-PASSES:])  # without what is built at the first
     works = [device_work(store, x, ids, mine) for store, mine in zip(stores, slots, strict=True)]
     names, alone = ("route", "dispatch", "compute", "combine"), np.median(interleaved(works), axis=1)
     spread = {name: (column.min(), column.max()) for name, column in zip(names, seconds.T, strict=True)}
@@ -145,7 +145,7 @@ def _one_pass(layer, stores, streams, serving, x, preference, experts):
     mx.eval(parts)
     # 4. Combine: rows in their places, weighed and summed.
     clock.append(time.perf_counter())
-    at = np.empty(ids.size, dtype=np.int32)
+    at = np.empty(ids.size, np.int32)
     at[np.concatenate(slots)] = np.arange(ids.size)
     y = mx.concatenate(parts)[mx.array(at)].reshape(*ids.shape, -1)
     y = (y * weights[..., None]).sum(axis=-2)
@@ -156,7 +156,7 @@ def _one_pass(layer, stores, streams, serving, x, preference, experts):
 
 def given(experts):
     """(None, experts [T, k], weights [T, k]), as `route` has them, for choices made elsewhere: weights all alike."""
-    chosen = mx.array(np.asarray(experts, dtype=np.uint32))
+    chosen = mx.array(np.asarray(experts, np.uint32))
     return None, chosen, mx.full(chosen.shape, 1 / chosen.shape[1])
 
 

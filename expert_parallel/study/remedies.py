@@ -48,7 +48,7 @@ class Choices:
 
     def loads(self) -> np.ndarray:
         """Slots [L, E]."""
-        kept = np.ones(self.experts.shape, dtype=bool) if self.kept is None else self.kept
+        kept = np.ones(self.experts.shape, bool) if self.kept is None else self.kept
         layers = range(self.experts.shape[1])
         return np.stack([np.bincount(self.experts[:, l][kept[:, l]], minlength=self.num_experts) for l in layers])
 
@@ -77,9 +77,9 @@ def recorded(paths, num_experts: int | None = None) -> tuple[Choices, Choices, l
     parts, notes = [], []
     for path in map(Path, paths):
         trace = read_trace(path, num_experts)
-        notes += notes_of(trace, path.name)
         if trace.metadata.get("num_experts_guessed"):
             notes.append(f"{path.name}: taken for {trace.num_experts} experts, the highest that occurs (--experts)")
+        notes += notes_of(trace, path.name)
         if len(trace) < LEAST_TRACED:
             left = "".join(f" ({note})" for note in notes_of(trace, "the file"))
             raise ValueError(f"{path}: {len(trace)} tokens, at least {LEAST_TRACED} are needed{left}")
@@ -106,7 +106,7 @@ def fit_and_test(trace: RoutingTrace, fit_share: float = 0.5) -> tuple[RoutingTr
 
 def capacity_choices(choices: Choices, factor: float, reroute: bool) -> Choices:
     """The choices under a capacity per expert and batch; without gates those of earlier tokens stay."""
-    experts, kept = choices.experts.astype(np.int64), np.ones(choices.experts.shape, dtype=bool)
+    experts, kept = choices.experts.astype(np.int64), np.ones(choices.experts.shape, bool)
     num_tokens, num_layers, top_k = experts.shape
     for start in range(0, num_tokens, BATCH):
         rows = slice(start, start + BATCH)
@@ -160,7 +160,7 @@ def compare(fit: Choices, test: Choices, num_devices: int, redundant: int, costs
     if test.gates is not None:
         bias = learn_bias(fit, first)
         under = [biased_choices(part, bias) for part in (fit, test)]
-        same = (under[1].experts[..., None] == test.experts[..., None, :]).any(axis=-1)
+        same = (under[1].experts[..., None] == test.experts[..., None, :]).any(axis=3)
         outcomes.append(_judge("load-aware router", first, *under, f"{1 - same.mean():.1%} re-chosen"))
     outcomes.append(rebalanced(placed["balanced"], fit, test, costs))
     return outcomes
@@ -171,10 +171,10 @@ def rebalanced(placement: Placement, fit: Choices, test: Choices, costs: Costs) 
     every = max(BATCH, len(test.experts) // MOST_LOOKS)
     watcher = Rebalancer(placement, costs, every, half_life=2 * every, horizon_tokens=2 * every)
     watcher.learn(fit.loads(), len(fit.experts))
-    device_loads, touched, plans = [], [], []
+    device_loads, devices, plans = [], [], []
     for batch in test.batches():
         device_loads.append(watcher.placement.device_loads(batch.loads()))
-        touched.append(fan_out(served(watcher.placement, batch)).mean())
+        devices.append(served(watcher.placement, batch))
         plan = watcher.observe(batch.loads(), len(batch.experts))
         plans += [plan] if plan else []
     moved = {"moves": sum(len(p.moves) for p in plans), "bytes": sum(p.bytes for p in plans),
@@ -183,7 +183,7 @@ def rebalanced(placement: Placement, fit: Choices, test: Choices, costs: Costs) 
     price = f"{moved['moves']} moves, {moved['pause_seconds_modelled'] * 1e3:.1f} ms" if plans else "no move pays"
     fitted = np.concatenate([placement.device_loads(batch.loads()) for batch in fit.batches()])
     return _outcome("rebalancing", watcher.placement, test, fitted,
-                    np.concatenate(device_loads), float(np.mean(touched)), price, moved)  # fmt: skip
+                    np.concatenate(device_loads), fan_out(np.concatenate(devices)).mean(), price, moved)  # fmt: skip
 
 
 def _against_bound(placement, balanced, fit, test):
@@ -214,11 +214,9 @@ def device_slots(placement: Placement, choices: Choices) -> np.ndarray:
 
 def _judge(remedy, placement, fit, test, price):
     device = served(placement, test)
-    if test.kept is not None:  # a dropped slot goes nowhere: as if it had gone where a kept one goes
-        some = np.take_along_axis(device, test.kept.argmax(axis=2)[..., None], axis=2)
-        device = np.where(test.kept, device, some)
+    touched = fan_out(device).mean() - (device == placement.num_devices).any(axis=2).mean()  # nobody is no device
     fitted, judged = (device_slots(placement, part) for part in (fit, test))
-    return _outcome(remedy, placement, test, fitted, judged, fan_out(device).mean(), price, {})
+    return _outcome(remedy, placement, test, fitted, judged, touched, price, {})
 
 
 def _outcome(remedy, placement, choices, fitted, device_loads, touched, price, figures):

@@ -52,7 +52,7 @@ def hot_experts(loads, factor: float = 4.0, sigmas: float = 3.0) -> np.ndarray:
     tokens make no hot expert. An expert above the mean load of a device, sum / D, is a straggler under every
     placement without copies.
     """
-    loads = np.asarray(loads, dtype=np.float64)
+    loads = np.asarray(loads, np.float64)
     return loads - sigmas * np.sqrt(loads) > factor * loads.mean(axis=1, keepdims=True)
 
 

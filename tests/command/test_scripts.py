@@ -211,9 +211,10 @@ def test_a_bad_placement_file(here, tmp_path, text):
 
 def test_scripts_explain_themselves():
     for script in sorted(ROOT.glob("*_*.py")):
-        result = run_script(script.name, "--help")
-        assert result.returncode == 0, result.stderr
-        assert "python " + script.name in result.stdout and "balancedness 0." not in result.stdout
+        if script.name != "minimal_qwen3_example.py":  # which has no options
+            result = run_script(script.name, "--help")
+            assert result.returncode == 0, result.stderr
+            assert "python " + script.name in result.stdout
 
 
 @pytest.mark.parametrize("script", ["qwen3_expert_parallel.py", "model_analysis.py", "expert_parallel_poc.py"])
@@ -374,8 +375,10 @@ def test_a_placement_file_says_how_many_devices(here, tmp_path):
     refused(here(*QUICK, "--placement-trace", tmp_path / "p.json"), "of no use with --placement contiguous")
 
 
-def test_a_file_that_is_no_trace(here):
-    refused(here(*QUICK, "--placement", "balanced", "--placement-trace", "README.md"), "README.md", "no routing trace")
+def test_a_file_that_is_no_trace(here, tmp_path):
+    (tmp_path / "prose.md").write_text("Words with a comma,\nand others.\n")  # which is no table that was cut off
+    arguments = ("--placement", "balanced", "--placement-trace", tmp_path / "prose.md")
+    refused(here(*QUICK, *arguments), "prose.md: it is no routing trace that this project knows")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])

@@ -111,6 +111,7 @@ def test_what_other_engines_read_in_them(tmp_path):
     assignments = {1: slots[0], 3: slots[1]}
     wanted = {"num_slots": 4, "initial_global_assignments": assignments, "layer_updates_per_iter": 0}
     assert read["tensorrt-llm"] == wanted
+    assert len((tmp_path / "tensorrt-llm").read_text().splitlines()) == 5  # one for each layer
     ascend = read["vllm-ascend"]
     assert ascend["moe_layer_count"] == 2
     assert [layer["layer_id"] for layer in ascend["layer_list"]] == [0, 1]  # MoE layers, counted from 0
@@ -137,6 +138,25 @@ def test_uneven_slots(tmp_path):
     ragged = {"layer_list": [{"device_list": [{"device_expert": [0, 1]}, {"device_expert": [2]}]}]}
     (tmp_path / "ragged").write_text(json.dumps(ragged))
     assert Placement.load(tmp_path / "ragged").held.tolist() == [[[True, True, False], [False, False, True]]]
+
+
+@pytest.mark.parametrize("format", [None, *WRITERS])
+def test_one_layer_on_one_device(format, tmp_path):
+    placement = place_experts(np.ones((1, 3)), 1)
+    placement.save(tmp_path / "one", format)
+    assert Placement.load(tmp_path / "one", 1, 3, 1) == placement
+
+
+def test_what_a_format_cannot_say_is_named(tmp_path):
+    """In the second layer expert 2 is on two devices, and the second device holds more than all others."""
+    placement = Placement(np.array([[[1, 0, 1], [0, 1, 0]], [[1, 0, 1], [0, 1, 1]]], dtype=bool)[[0, 0, 1]])
+    with pytest.raises(ValueError, match="layer 0: device 1 holds 1 experts, device 0 of layer 0 holds 2;"):
+        placement.save(tmp_path / "p", "sglang")
+    with pytest.raises(ValueError, match="layer 2: expert 2 is on 2 devices;"):
+        placement.save(tmp_path / "p", "vllm-ranks")
+    even = Placement(np.array([[[1, 0], [0, 1]], [[1, 0], [1, 1]]], dtype=bool))
+    with pytest.raises(ValueError, match="layer 1: device 1 holds 2 experts, device 0 of layer 0 holds 1;"):
+        even.save(tmp_path / "p", "vllm")
 
 
 def test_keys_of_layers_as_text_and_a_whole_configuration(tmp_path):
@@ -202,8 +222,10 @@ BAD = {
     "more slots than devices take": (json.dumps(SLOTS.tolist()), 3, "16 slots a layer .* 3 devices do not divide"),
     "no number of devices": (json.dumps(SLOTS.tolist()), None, "not how many devices have them: say --devices"),
     "another model's layers": (json.dumps(SLOTS[:2].tolist()), 4, "it has 2 layers, the model has 3"),
+    "a row that lists no slots": (json.dumps([[*range(16)], [0] * 16, [1] * 16]), 4, "layer 1: device 1 holds no"),
     "an expert that is none": (json.dumps([[*range(15), 16, 15, 15]] * 3), 3, "expert 16 is none of 16"),
     "an expert below 0": (json.dumps([[*range(16), -1, -2]] * 3), 2, "expert -2 is none of 16"),
+    "a device below 0": (json.dumps({"expert_to_ep_rank": [[-1] * 8 + [0] * 8] * 3}), 2, "-1 is none of 16"),
     "an expert that is nowhere": (json.dumps([[0] * 20] * 3), 4, "expert 1 is on no device"),
     "rows of different lengths": (json.dumps([[0, 1], [0]]), 4, "placement file"),
     "words": (json.dumps({"strategy": "x"}), 4, r"or slots \[layers, slots\]"),

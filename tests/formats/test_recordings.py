@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT, SHIPPED
 
 from expert_parallel import RoutingTrace
+from expert_parallel.formats.content import content_of
 from expert_parallel.formats.traces import from_arrays, notes_of, read_loads, read_trace
 
 CASES = ROOT.parent / "shared" / "cases" / "17-recording-imports"
@@ -63,6 +64,8 @@ TOKENS = {
 }
 LOADS = {
     "llama.csv": as_csv("layer,expert", [(l, e) for _, l, _, e in SLOTS]),
+    "llama.jsonl": as_lines(*({"layer": l, "expert": e} for _, l, _, e in SLOTS)),
+    "sglang.jsonl": as_lines(*({"layer_id": l, "expert_id": e} for _, l, _, e in SLOTS)),
     "sglang.csv": as_csv("layer_id,expert_id,count", [(3 + l, e, COUNTS[l][e]) for l in (0, 1) for e in range(16)]),
     "sglang.json": json.dumps({"logical_count": [COUNTS, np.zeros((2, 16), int).tolist()]}),
     "table.json": json.dumps(COUNTS),
@@ -84,6 +87,32 @@ def test_decisions_of_other_programs(name, tmp_path):
     guessed = read_trace(tmp_path / name)
     assert guessed.num_experts == 16
     assert guessed.metadata.get("num_experts_guessed", False) == (name != "phone.csv")  # which says it
+
+
+SEVERAL = {  # two requests, batches or turns that number their tokens anew: of five, and of four
+    "vllm.jsonl": as_lines(
+        *(
+            {"req_id": "ab"[t > 4], "token_idx": t % 5, "layer": l, "topk_ids": CHOSEN[t, l].tolist()}
+            for t in range(9)
+            for l in range(2)
+        )
+    ),
+    "batch.jsonl": as_lines(
+        *(
+            {"layer": l, "batch_id": batch, "topk_experts": CHOSEN[tokens, l].tolist()}
+            for batch, tokens in enumerate((slice(5), slice(5, 9)))
+            for l in range(2)
+        )
+    ),
+    "phone.csv": "# route_trace v1\n# n_expert=16\n"
+    + as_csv("turn,phase,step,layer,slot,expert", [(int(t > 4), 1, t % 5, l, s, e) for t, l, s, e in SLOTS]),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_tokens_of_several_requests_stay_apart(name, tmp_path):
+    (tmp_path / name).write_text(SEVERAL[name])
+    assert np.array_equal(read_trace(tmp_path / name, 16).experts, CHOSEN)
 
 
 @pytest.mark.parametrize("name", LOADS)
@@ -142,6 +171,14 @@ def test_nothing_in_a_file_is_executed(tmp_path, capsys):
         archive.writestr("bomb/data.pkl", pickle.dumps({"logical_count": Bomb()}))
     with pytest.raises(ValueError, match="bomb.pt: it holds builtins.print, which is no tensor"):
         read_loads(tmp_path / "bomb.pt")
+    bombs = np.array([Bomb()])
+    np.save(tmp_path / "bomb.npy", bombs)
+    np.savez(tmp_path / "bomb.npz", bombs)
+    np.savez(tmp_path / "own.npz", about=bombs, experts=bombs)
+    (tmp_path / "bomb.json").write_text(json.dumps({"routed_experts": as_base64(bombs)}))
+    for name in ("bomb.npy", "bomb.npz", "own.npz", "bomb.json"):
+        with pytest.raises(ValueError, match="Object arrays cannot be loaded|no routing trace"):
+            read_loads(tmp_path / name)
     assert "executed" not in capsys.readouterr().out
 
 
@@ -153,6 +190,37 @@ def test_a_tensor_that_reaches_beyond_its_storage(tmp_path):
             new.writestr(name, old.read(name)[: 16 if "/data/" in name else None])
     with pytest.raises(ValueError, match=r"tensor of \[2, 4\] is larger than what is stored"):
         read_loads(tmp_path / "b.pt")
+
+
+REBUILT = """ctorch._utils
+_rebuild_tensor_v2
+((S'storage'
+ctorch
+LongStorage
+S'0'
+S'cpu'
+I8
+tQI{}
+(I{}
+t(I{}
+ttR."""
+
+
+@pytest.mark.parametrize(
+    ("offset", "size", "stride", "refused"),
+    [(0, 8, 1, False), (1, 4, 2, False), (2, 4, 2, True), (0, 9, 1, True), (-1, 4, 1, True), (0, 4, -1, True),
+     (7, 1, 9, False), (8, 0, 1, False), (0, -1, 1, True)],
+)  # fmt: skip
+def test_a_tensor_may_reach_what_is_stored_and_no_more(offset, size, stride, refused, tmp_path):
+    """As torch.save has it, written by hand: the numbers 0 to 7, and a view of them; -1 would be what lies before."""
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        archive.writestr("a/data.pkl", REBUILT.format(offset, size, stride))
+        archive.writestr("a/data/0", np.arange(8).tobytes())
+    if refused:
+        with pytest.raises(ValueError, match=rf"a tensor of \[{size}\] is larger than what is stored"):
+            content_of(tmp_path / "a.pt")
+    else:
+        assert content_of(tmp_path / "a.pt").tolist() == [offset + stride * n for n in range(size)]
 
 
 def test_vllm_arrays_of_two_requests():
@@ -168,6 +236,26 @@ def test_layers_that_were_left_blank():
     assert trace.metadata["blank_layers"] == [0]
     with pytest.raises(ValueError, match="nothing was recorded"):
         from_arrays([np.zeros((4, 2, 2), dtype=int)])
+
+
+def test_layers_and_tokens_that_are_not_blank_stay():
+    """A layer that knows but two experts is none that was left blank, nor is one of a single choice; a -1 is."""
+    two = np.array([[[0, 1], [4, 5]], [[1, 0], [5, -1]], [[0, 1], [6, 7]]])
+    trace = from_arrays([two], num_experts=8)
+    assert np.array_equal(trace.experts, two[[0, 2]]) and trace.metadata == {"blank_rows": 1}
+    assert from_arrays([two[::2]], num_experts=8).metadata == {}
+    assert len(from_arrays([np.zeros((4, 2, 1), dtype=int)], num_experts=8)) == 4
+    assert len(from_arrays([np.zeros((0, 2, 2), dtype=int)], num_experts=8)) == 0
+    guessed = from_arrays([np.zeros((4, 2, 1), dtype=int)])
+    assert (guessed.num_experts, guessed.metadata) == (1, {"num_experts_guessed": True})
+
+
+def test_a_token_with_more_experts_is_no_whole_one(tmp_path):
+    """Six experts in one layer, three in every other: what most have is k."""
+    more = {"type": "route", "req_id": "r", "token_idx": 4, "layer": 1, "topk_ids": [0, 1, 2, 3, 4, 5]}
+    (tmp_path / "more.jsonl").write_text(routes(skip=(4, 1)) + as_lines(more))
+    trace = read_trace(tmp_path / "more.jsonl", 16)
+    assert np.array_equal(trace.experts, np.delete(CHOSEN, 4, axis=0)) and trace.metadata["incomplete_rows"] == 1
 
 
 def test_arrays_in_files(tmp_path):
@@ -186,6 +274,7 @@ NO_TRACE = {
     "empty.csv": (b"", "no routing trace that this project knows"),
     "words.txt": (b"neither: [of\n these", "neither numpy, torch, JSON, YAML nor CSV"),
     "other.json": (b'{"a": 1}', "no routing trace that this project knows"),
+    "blank.csv": (b"layer,expert\n0,-1\n1,-1\n", "no routing decisions"),
     "meta.jsonl": (b'{"type": "meta"}\n{"type": "meta"}\n', "no routing decisions"),
     "cut.jsonl": (b'{"type": "route", "req_id"', "cannot read"),
     "negative.json": (b"[[1, -2], [3, 4]]", "layer 0: expert 1 has load -2"),

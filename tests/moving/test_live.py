@@ -6,6 +6,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from checkpoints import Rank
 from conftest import SHIPPED, launch, random_model
 
 from expert_parallel import Placement, place_experts, record_routing, shard_model
@@ -80,18 +81,32 @@ def test_costs_are_the_slowest_ranks_of_reads_that_a_move_would_make(monkeypatch
         assert layer == 0
         return lambda ids: read.extend(ids) or {name: array[mx.array(ids)] for name, array in own.items()}
 
-    for devices in (1, 4):
+    for devices in (1, 3):  # of three the first holds most
         model = shard_model(random_model(), place_experts(np.ones((3, 16)), devices))
         store = moe_layers(model)[0].experts.stores[0]
         read.clear()
-        live.measured_costs(model, rows, alone)
-        assert set(read) <= set(range(16)) - (set(store.ids.tolist()) if devices > 1 else set())
+        costs = live.measured_costs(model, rows, alone)
+        seconds = costs.expert_bytes / costs.bytes_per_second, costs.seconds_per_slot, costs.seconds_per_layer
+        assert 0 < min(seconds) <= max(seconds) < 5 and not costs.side_by_side
+        assert len(read) == live.TIMES and set(read) <= set(range(16)) - (
+            set(store.ids.tolist()) if devices > 1 else set()
+        )
     ranks = [{"read": 1.0, "slots": 8.0, "change": 3.0}, {"read": 2.0, "slots": 4.0, "change": 5.0}]
     monkeypatch.setattr(live, "gather_objects", lambda group, value: ranks)
     costs = live.measured_costs(model, rows, None)
     size = sum(a.nbytes for _, a in _expert_arrays(model)) // (3 * 16)
     assert (costs.expert_bytes, costs.bytes_per_second) == (size, size / 2.0)
-    assert (costs.seconds_per_slot, costs.seconds_per_layer) == (8.0 / 4, 5.0)  # four slots of four experts
+    assert (costs.seconds_per_slot, costs.seconds_per_layer) == (8.0 / 6, 5.0)  # six slots of six experts
+    assert live.measured_costs(model, rows, Rank(0, 2)) == replace(costs, side_by_side=True)
+
+
+def test_nothing_that_is_where_it_should_be_moves():
+    model = shard_model(random_model(), then := place_experts(np.ones((3, 16)), 3))
+    figures = {"experts_read_here": 0, "bytes_here": 0, "pause_seconds": 0, "longest_layer_seconds": 0}
+    assert move_experts(model, then) == figures
+    held = then.held.copy()
+    held[1] = held[1][::-1]  # of one layer the first device and the last change places: 6 and 5 experts
+    assert move_experts(model, Placement(held))["experts_read_here"] == 11
 
 
 def test_rows_can_come_from_elsewhere():
@@ -238,6 +253,7 @@ def test_ranks_read_only_what_moves_to_them_and_say_the_same(tmp_path):
     assert figures["parity"]["tokens_equal"] and figures["parity"]["max_abs_logit_difference"] < 1e-4
     moved = [look for look in figures["rebalancing"]["looks"] if look["moved"]]
     assert moved and all(0 < look["bytes_here"] < look["bytes_of_all"] for look in moved)
+    assert all(0 < look["experts_read_here"] < look["moves_of_all"] for look in moved)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_parallel import Placement, place_experts
+from expert_parallel import Placement, balancedness, place_experts
 from expert_parallel.moving import plan as planning
 from expert_parallel.moving.plan import Costs, Rebalancer, copies_of_the_hot, propose
 
@@ -84,6 +84,26 @@ def test_one_swap_repays_its_pause_or_nothing_moves():
     assert stay.placement is current and not len(stay.moves) and stay.pause_seconds == stay.gain_seconds == 0
 
 
+def test_a_gain_that_only_repays_its_pause_moves_nothing():
+    """The swap of above saves 3 seconds a token; two reads of 1.5 seconds each take as long."""
+    current, loads = placed([0, 1], [2, 3]), np.array([[6.0, 4, 1, 1]])
+    assert exactly(current, loads, Costs(3, 2.0, 1.0), 1).placement is current
+    assert len(exactly(current, loads, Costs(2, 2.0, 1.0), 1).moves) == 2
+
+
+def test_no_more_is_moved_than_repays_itself():
+    """22 and 4 slots: a swap of 9 for 1 leaves 14, for which two moves of 2 s are worth it; one of 2 for 1 saves 1."""
+    plan = exactly(placed([0, 1, 2, 3], [4, 5, 6, 7]), np.array([[9.0, 9, 2, 2, 1, 1, 1, 1]]), Costs(2, 1.0, 1.0), 1)
+    assert (len(plan.moves), plan.pause_seconds, plan.gain_seconds) == (2, 4, 8)
+    # A copy of 3 in place of one of 0 leaves 15 of 20.5; a swap too leaves 14, with one more move.
+    loads = np.array([[4.0, 11, 1, 20, 0.5]])
+    plan = exactly(placed([0, 1], [0, 2], [3, 4]), loads, Costs(5, 4.0, 1.0), 1)
+    assert plan.placement == placed([0, 1], [2, 3], [3, 4])
+    assert (plan.moves.tolist(), plan.gain_seconds) == ([[0, 1, 3]], 5.5)
+    cheaper = exactly(placed([0, 1], [0, 2], [3, 4]), loads, Costs(1, 4.0, 1.0), 1)
+    assert (len(cheaper.moves), cheaper.gain_seconds) == (2, 6.5)
+
+
 def test_only_layers_that_gain_are_touched():
     current = place_experts(np.ones((2, 8)), 2)
     loads = np.array([[9.0, 9, 9, 9, 1, 1, 1, 1], [1.0] * 8])
@@ -157,6 +177,15 @@ def test_rebalancer_looks_when_it_is_time():
     impatient.learn(skewed * 100, 100)
     assert impatient.observe(skewed * 63, 63) is None
     assert impatient.observe(skewed, 1) is not None  # 64 tokens: balancedness 40/70
+    # What is known is fitted on, what is new judges: balance before and after is that of the new tokens.
+    other = np.array([[2.0, 2, 2, 1, 0.4, 0.3, 0.2, 0.1]])
+    judged = Rebalancer(current, FREE, every_tokens=100, half_life=100)
+    judged.learn(skewed * 100, 100)
+    judged.observe(other * 100, 100)
+    assert judged.looks[0].balancedness_before == pytest.approx(4 / 7, abs=1e-4)
+    assert judged.average[0] == pytest.approx((skewed + 2 * other)[0] / 3)  # and is known from then on
+    even_now = balancedness(judged.placement.device_loads(other))
+    assert judged.looks[0].balancedness_after == pytest.approx(even_now) and even_now > 4 / 7
     patient, dear = (Rebalancer(current, Costs(10, 1.0, 1.0), 100, horizon_tokens=n) for n in (100, 1))
     for watcher in (patient, dear):
         watcher.learn(skewed * 100, 100)
@@ -178,6 +207,9 @@ def test_noise_moves_nothing():
 def test_a_gain_is_judged_on_fresh_tokens():
     current, loads = placed([0, 1], [2, 3]), np.array([[6.0, 4, 1, 1]])
     assert len(propose(current, loads, loads, 10**9, FREE, 10).moves)
+    hotter = np.array([[8.0, 4, 1, 1]])  # 12 and 2; 9 and 5 after the swap
+    plan = propose(current, loads, hotter, 10**9, FREE, 10)
+    assert (plan.balancedness_before, plan.balancedness_after) == pytest.approx((7 / 12, 7 / 9), abs=1e-4)
     gone = np.array([[3.0, 3, 3, 3]])
     assert not len(propose(current, loads, gone, 10**9, FREE, 10).moves)
     assert not len(propose(current, gone, loads, 10**9, FREE, 10).moves)  # nor is it fitted on fresh ones

@@ -83,7 +83,7 @@ def test_the_drop_in_for_eplb(seed, numbers):
         for expert in range(num_experts):
             mine = where[layer, expert]
             count = copies[layer, expert]
-            assert sorted(mine[:count]) == np.flatnonzero(slots[layer] == expert).tolist()
+            assert mine[:count].tolist() == np.flatnonzero(slots[layer] == expert).tolist()
             assert (mine[count:] == -1).all()
             devices = mine[:count] // (num_replicas // num_gpus)
             assert len(set(devices)) == count  # never two copies on one GPU
@@ -97,6 +97,7 @@ def test_the_drop_in_on_eplbs_own_example():
     load = np.take_along_axis(WEIGHT / copies, slots, axis=1).reshape(2, 8, 2).sum(axis=2).max(axis=1)
     assert (load <= eplb_device_loads(WEIGHT, 4, 8, 4, 2).max(axis=1) + 1e-9).all()
     assert drop_in(np.zeros((1, 4)), 4, 1, 1, 2)[2].tolist() == [[1, 1, 1, 1]]  # nothing counted yet
+    assert drop_in([[0, 0, 1, 8]], 6, 1, 1, 2)[2].tolist() == [[1, 1, 2, 2]]  # what nobody wants needs no copy
     for numbers, message in (((14, 1, 1, 8), "14 replicas do not divide over 8"), ((8, 1, 1, 8), "fewer than the 12")):
         with pytest.raises(ValueError, match=message):
             drop_in(WEIGHT, *numbers)

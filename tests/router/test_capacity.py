@@ -25,6 +25,9 @@ def test_reroute_to_the_next_best_with_room():
     assert experts.ravel().tolist() == [2, 0, 1] and kept.all()
     experts, kept = limit_slots([[0, 1], [0, 1], [0, 1]], GATES, 2, reroute=True)
     assert kept.sum() == 6 and (np.bincount(experts.ravel()) == 2).all()
+    # The third token finds no room with either; expert 2 has room for both slots, and gets one.
+    experts, kept = limit_slots([[0, 1]] * 3, np.tile([0.4, 0.3, 0.2, 0.1], (3, 1)), 2, reroute=True)
+    assert experts.tolist() == [[0, 1], [0, 1], [2, 3]] and kept.all()
 
 
 @st.composite

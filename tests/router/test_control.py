@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from conftest import random_model
 from mlx.utils import tree_map
+from mlx_lm.models.qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from expert_parallel import balancedness, place_experts
+from expert_parallel import Placement, balancedness, place_experts
 from expert_parallel.experts import shard_model
 from expert_parallel.layers import moe_layers
 from expert_parallel.router.bias import fit_bias
-from expert_parallel.router.capacity import Capacity
+from expert_parallel.router.capacity import Capacity, limit_slots
+from expert_parallel.router.choice import by_logits
 from expert_parallel.router.control import control_router
 from expert_parallel.trace import record_routing
 
@@ -28,6 +30,12 @@ def test_fitted_bias_by_hand():
     placement = place_experts(np.ones((1, 4)), 2)
     bias = fit_bias([[4, 1, 1, 0]], placement=placement)[0]
     assert bias == pytest.approx(-np.log([1.5, 1.5, 0.5, 0.5]))
+    # Expert 1 on both devices: its 2 are 1 for each, loads + 1 are 6 and 2 again; its bias is the mean of theirs.
+    copied = Placement(np.array([[[1, 1, 0, 0], [0, 1, 1, 1]]], dtype=bool))
+    bias = fit_bias([[4, 2, 0, 0]], placement=copied)[0]
+    assert bias == pytest.approx(-np.log([1.5, np.sqrt(1.5 * 0.5), 0.5, 0.5]))
+    # Each layer by its own mean.
+    assert fit_bias([[3, 1, 0, 0], [7, 7, 7, 7]])[1].tolist() == [0, 0, 0, 0]
 
 
 # --- in the model -----------------------------------------------------------------------------------
@@ -48,6 +56,16 @@ def test_off_changes_nothing():
     assert control.shares() == {"dropped": 0, "rerouted": 0, "changed": 0}
     assert type(model.model.layers[0].mlp).__name__ == "Qwen3MoeSparseMoeBlock"
     assert mx.array_equal(model(PROMPT), before)
+
+
+def test_random_numbers_that_come_after_are_the_same():
+    """The trial of a block draws from keys of its own: an answer that is sampled stays what it was."""
+    model = random_model()
+    mx.random.seed(7)
+    expected = mx.random.uniform(shape=(4,))
+    mx.random.seed(7)
+    with control_router(model, update_rate=0.1):
+        assert mx.array_equal(mx.random.uniform(shape=(4,)), expected)
 
 
 def test_bias_steers_the_choice_and_leaves_the_weights():
@@ -85,9 +103,10 @@ def test_capacity_in_the_block():
         model(PROMPT)
     shares = control.shares()
     assert control.loads.max() <= 20 and shares["rerouted"] > 0.05 and shares["dropped"] < 0.05
-    with control_router(model, capacity=Capacity(factor=0.5)) as control:
-        model(PROMPT[:1, :1])  # one token never meets a limit
-    assert control.shares()["dropped"] == 0
+    for rule in ("megatron", "tutel"):  # which would leave an expert no place at all
+        with control_router(model, capacity=Capacity(factor=0.5, rule=rule)) as control:
+            model(PROMPT[:1, :1])  # one token never meets a limit
+        assert control.shares()["dropped"] == 0
 
 
 def test_sign_rule_by_hand_and_until_balance():
@@ -107,6 +126,54 @@ def test_sign_rule_by_hand_and_until_balance():
             model(PROMPT)
         assert balancedness(placement.device_loads(loads)) < 0.86
         assert balancedness(placement.device_loads(judged.loads)) > least
+
+
+def test_updates_come_after_so_many_tokens():
+    """80 tokens a pass: after 100 means after the second and the fourth. Each adds or takes the rate once."""
+    model, seen = random_model(), []
+    with control_router(model, update_rate=0.25, update_every=100) as control:
+        for _ in range(5):
+            mx.eval(model(PROMPT))
+            seen.append(np.abs(control.bias).max())
+    assert seen == [0, 0.25, 0.25, 0.5, 0.5]
+    with control_router(model, bias=np.full((3, 16), 2.0), update_rate=0.25, update_every=81) as control:
+        mx.eval(model(PROMPT))
+    assert (control.bias == 2).all()
+    with control_router(model, update_rate=0.25) as control:  # after 64, where nothing is said
+        mx.eval(model(PROMPT[:, :32]))
+    assert np.abs(control.bias).max() == 0.25
+
+
+def test_an_online_update_follows_the_devices():
+    """Expert 7 is on two of three devices, half of its load on each; it moves by the mean of what they do."""
+    model, held = random_model(), np.zeros((3, 3, 16), dtype=bool)
+    held[:, 0, [0, 1, 2, 3, 7]] = held[:, 1, [4, 5, 6, 7]] = held[:, 2, 8:] = True
+    with control_router(model, update_rate=0.25, update_every=80, placement=Placement(held)) as control:
+        model(PROMPT)
+    for loads, bias in zip(control.loads, control.bias, strict=True):
+        devices = [loads[:4].sum() + loads[7] / 2, loads[4:7].sum() + loads[7] / 2, loads[8:].sum()]
+        up = [0.25 * np.sign(80 * 4 / 3 - load) for load in devices]
+        assert bias.tolist() == [up[0]] * 4 + [up[1]] * 3 + [(up[0] + up[1]) / 2] + [up[2]] * 8
+    assert (control.bias[:, 8:] < 0).all()  # half of all experts on one device
+
+
+def test_probabilities_that_vanish_are_no_logits():
+    """A router that is sure of its choice gives others exactly nothing, and nothing below."""
+    model = random_model()
+    block = model.model.layers[0].mlp
+    block.gate.weight = block.gate.weight * 1000
+    assert not mx.softmax(block.gate(mx.random.normal((16, 64))), axis=-1).min().item()
+    assert not by_logits(block, "switch_mlp")
+
+
+def test_a_limit_counts_from_two_tokens_on():
+    """The same token twice: each of its four experts has room for one of the two."""
+    model = random_model()
+    x = mx.broadcast_to(mx.random.normal((1, 1, 64)), (1, 2, 64))
+    with control_router(model, capacity=Capacity(factor=1.0)) as control:
+        y = model.model.layers[0].mlp(x)
+    assert control.shares() == {"dropped": 0.5, "rerouted": 0, "changed": 0}
+    assert control.loads[0].sum() == 4 and not np.array(y[0, 1]).any() and np.array(y[0, 0]).all()
 
 
 def test_control_of_sharded_devices():
@@ -164,14 +231,17 @@ def softmax(logits):
 KINDS = {"olmoe": False, "qwen2_moe": False, "mixtral": True, "gpt_oss": True, "qwen3_moe": True}
 
 
+@pytest.mark.parametrize("top_k", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_other_blocks_weigh_what_they_were_made_to_choose(kind):
+def test_other_blocks_weigh_what_they_were_made_to_choose(kind, top_k):
     """mlx-lm's rule for the weights, by hand: probabilities as they are, or over the chosen ones alone."""
-    model = small_model(kind, norm_topk_prob=KINDS[kind])
+    model = small_model(kind, norm_topk_prob=KINDS[kind], num_experts_per_tok=top_k)
     layer = moe_layers(model)[0]
     block, gate = layer.block, layer.block["router" if "router" in layer.block else "gate"]
-    bias = np.zeros((2, 8))
-    bias[:, 5], bias[:, 2] = 50, -50
+    bias = np.random.default_rng(top_k).normal(size=(2, 8))
+    bias[:, 2] = -50
+    if top_k > 1:
+        bias[:, 5] = 50
     x = mx.random.normal((1, 6, 32))
     probabilities = softmax(np.array(gate(x))[0])
     ids = mx.array(np.tile(np.arange(8), (1, 6, 1)))
@@ -179,12 +249,47 @@ def test_other_blocks_weigh_what_they_were_made_to_choose(kind):
     shared = np.array(mx.sigmoid(block.shared_expert_gate(x)) * block.shared_expert(x))[0] if kind == "qwen2_moe" else 0
     with control_router(model, bias=bias) as control:
         y = np.array(block(x))[0]
-    assert control.loads[0, 5] == 6 and control.loads[0, 2] == 0
-    for t in range(6):
-        order = np.argsort(-(np.log(probabilities[t]) + bias[0]))[:3]
+    assert control.loads[0, 2] == 0 and control.loads[0].sum() == 6 * top_k
+    assert top_k == 1 or control.loads[0, 5] == 6
+    steered = np.argsort(-(np.log(probabilities) + bias[0]))[:, :top_k]
+    unforced = np.argsort(-probabilities)[:, :top_k]
+    changed = sum(len(set(one) - set(other)) for one, other in zip(steered.tolist(), unforced.tolist(), strict=True))
+    assert control.shares() == {"dropped": 0, "rerouted": 0, "changed": changed / steered.size} and changed
+    for t, order in enumerate(steered):
         weights = probabilities[t, order] / (probabilities[t, order].sum() if KINDS[kind] else 1)
         expected = weights @ each[t, order] + (shared[t] if kind == "qwen2_moe" else 0)
         assert y[t] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize(("reroute", "spread"), [(False, 0), (True, 0), (False, 1)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_limits_go_by_probabilities_in_blocks_of_every_kind(kind, reroute, spread):
+    """Kept are the slots of the highest probability; a dropped one's weight is lost, a re-routed one's is its own.
+
+    A bias says who is asked first, and nothing else.
+    """
+    bias = spread * np.random.default_rng(0).normal(size=(2, 8))
+    model = small_model(kind, norm_topk_prob=KINDS[kind])
+    layer = moe_layers(model)[0]
+    block, gate = layer.block, layer.block["router" if "router" in layer.block else "gate"]
+    x = mx.random.normal((1, 24, 32))
+    probabilities = softmax(np.array(gate(x), dtype=np.float64))[0]
+    chosen = np.argsort(-(np.log(probabilities) + bias[0]), axis=1)[:, :3]
+    experts, kept = limit_slots(chosen, probabilities, 9, reroute=reroute)  # 24 x 3 / 8
+    each = np.array(layer.experts(x, mx.array(np.tile(np.arange(8), (1, 24, 1)))))[0]
+    shared = np.array(mx.sigmoid(block.shared_expert_gate(x)) * block.shared_expert(x))[0] if kind == "qwen2_moe" else 0
+    weights = np.take_along_axis(probabilities, experts, axis=1)
+    weights = weights / (weights.sum(axis=1, keepdims=True) if KINDS[kind] else 1)
+    rows = np.take_along_axis(each, experts[..., None], axis=1)
+    with control_router(model, bias if spread else None, capacity=Capacity(factor=1.0, reroute=reroute)) as control:
+        y = np.array(block(x))[0]
+    assert y == pytest.approx(((weights * kept)[..., None] * rows).sum(axis=1) + shared, rel=1e-3, abs=1e-3)
+    assert control.loads[0].tolist() == np.bincount(experts[kept], minlength=8).tolist()
+    shares = {"dropped": (~kept).mean(), "rerouted": (kept & (experts != chosen)).mean()}
+    assert max(shares.values()) > 0.05
+    unforced = np.argsort(-probabilities, axis=1)[:, :3]
+    shares["changed"] = (chosen[..., None] != unforced[:, None]).all(axis=2).mean()
+    assert control.shares() == pytest.approx(shares) and bool(shares["changed"]) == bool(spread)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "qwen3_next", "minimax", "granitemoe"])
@@ -211,6 +316,32 @@ def test_a_compiled_choice_is_refused_and_stays_what_it_was():
         for other in (mx.array([[1, 2]]), text):
             mx.eval(model(other))
         assert mx.array_equal(model(text), before)
+
+
+class ChoosesElsewhere(Qwen3MoeSparseMoeBlock):
+    """Asks for a choice and makes another one itself."""
+
+    def __call__(self, x):
+        gates = mx.softmax(self.gate(x), axis=-1)
+        mx.argpartition(gates, kth=-self.top_k, axis=-1)
+        ids = mx.argsort(-gates, axis=-1)[..., : self.top_k]
+        return (self.switch_mlp(x, ids) * mx.take_along_axis(gates, ids, axis=-1)[..., None]).sum(axis=-2)
+
+
+class WeighsByPlace(Qwen3MoeSparseMoeBlock):
+    """Gives the first expert of a choice the most weight, whichever it is."""
+
+    def __call__(self, x):
+        ids = mx.argpartition(self.gate(x), kth=-self.top_k, axis=-1)[..., -self.top_k :]
+        return (self.switch_mlp(x, ids) * mx.array([0.4, 0.3, 0.2, 0.1])[:, None]).sum(axis=-2)
+
+
+@pytest.mark.parametrize("kind", [ChoosesElsewhere, WeighsByPlace])
+def test_a_choice_that_would_not_be_followed_or_be_weighed_otherwise_is_refused(kind):
+    model = random_model()
+    model.model.layers[1].mlp.__class__ = kind
+    with pytest.raises(ValueError, match=f"{kind.__name__} does not show how"), control_router(model):
+        pass
 
 
 def test_recorders_see_the_steered_choice_inside_and_outside():

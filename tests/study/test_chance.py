@@ -1,5 +1,6 @@
 """Chance levels against closed forms and plain loops."""
 
+import math
 import random
 
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 
 from expert_parallel import place_experts
 from expert_parallel.balance import fan_out
+from expert_parallel.projection.step import uniform_experts
 from expert_parallel.serving import devices_of_trace
+from expert_parallel.study import chance
 from expert_parallel.study.chance import expected_fan_out, uniform_routing
 
 
@@ -24,7 +27,8 @@ def by_loops(tokens, top_k, devices_of, num_devices, rounds=400):
             for device in holders:
                 loads[device] += count / len(holders)
         mean = sum(counts) / len(counts)
-        found.append((max(counts) / mean, counts.count(0), sum(loads) / num_devices / max(loads)))
+        entropy = -sum(c / sum(counts) * math.log(c / sum(counts), len(counts)) for c in counts if c)
+        found.append((max(counts) / mean, counts.count(0), sum(loads) / num_devices / max(loads), entropy))
     return [sum(column) / rounds for column in zip(*found, strict=True)]
 
 
@@ -32,12 +36,13 @@ def by_loops(tokens, top_k, devices_of, num_devices, rounds=400):
 def test_uniform_routing_is_what_loops_find(tokens, top_k, num_experts, devices):
     held = place_experts(np.ones((1, num_experts)), devices).held[0]
     holders = [np.flatnonzero(column).tolist() for column in held.T]
-    hottest, never, even = by_loops(tokens, top_k, holders, devices)
+    hottest, never, even, entropy = by_loops(tokens, top_k, holders, devices)
     found = uniform_routing(tokens, top_k, held)
     assert found["hottest_over_mean"] == pytest.approx(hottest, rel=0.04)
     assert found["never_used"] == pytest.approx(never, rel=0.04, abs=0.1)
     assert found["balancedness"] == pytest.approx(even, rel=0.03)
     assert found == uniform_routing(tokens, top_k, held)  # the same every time
+    assert found["entropy"] == pytest.approx(entropy, rel=0.002)
     if tokens == 1:
         assert found["entropy"] == pytest.approx(np.log(top_k) / np.log(num_experts))
 
@@ -51,9 +56,25 @@ def test_17_tokens_look_skewed_by_chance_and_many_do_not():
     assert many["balancedness"] > 0.99 and many["hottest_over_mean"] < 1.05 and many["never_used"] < 1e-9
 
 
+def test_long_traces_take_few_draws(monkeypatch):
+    """At most four million random numbers for a figure: a long trace scatters little. And no two parts are alike."""
+    drawn = []
+
+    def spied(num_tokens, num_layers, num_experts, top_k, seed):
+        drawn.append((num_tokens * num_experts, seed))
+        return uniform_experts(num_tokens, num_layers, num_experts, top_k, seed)
+
+    monkeypatch.setattr(chance, "uniform_experts", spied)
+    held = place_experts(np.ones((1, 8)), 2).held[0]
+    for tokens, draws in ((17, 200), (10_000, 50), (100_000, 5), (600_000, 1)):
+        drawn.clear()
+        uniform_routing(tokens, 2, held)
+        assert sum(count for count, _ in drawn) == draws * tokens * 8 and len(set(drawn)) == len(drawn)
+
+
 def test_replicas_share():
     held = np.array([[1, 1, 1, 0], [1, 0, 0, 1]], dtype=bool)
-    _, _, even = by_loops(40, 1, [[0, 1], [0], [0], [1]], 2)
+    _, _, even, _ = by_loops(40, 1, [[0, 1], [0], [0], [1]], 2)
     assert uniform_routing(40, 1, held)["balancedness"] == pytest.approx(even, rel=0.04)
 
 

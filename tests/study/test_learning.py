@@ -43,6 +43,12 @@ def test_the_learning_curve_without_copies():
     assert curve[-1]["balancedness_test"] > curve[0]["balancedness_test"]
 
 
+@pytest.mark.parametrize(("tokens", "lengths"), [(256, [16, 64, 256]), (33, [16, 33]), (32, [32])])
+def test_lengths_that_are_tried(tokens, lengths):
+    """Quarters of all tokens down to 16."""
+    assert [row["tokens"] for row in learning_curve(skewed(tokens, 1), skewed(64, 2), 4, 0)] == lengths
+
+
 def test_the_learning_curve_with_copies():
     fit, test = skewed(300, 1), skewed(600, 2)
     row = learning_curve(fit, test, 4, 8)[-1]
@@ -55,7 +61,14 @@ def test_the_learning_curve_with_copies():
 
 @pytest.mark.parametrize(
     ("worth", "enough"),
-    [([0.5, 0.7, 0.9], 3), ([0.5, 0.895, 0.9], 2), ([0.9, 0.7, 0.9], 1), ([0.9, 0.88, 0.9], 1), ([0.8, 0.9, 0.7], 2)],
+    [
+        ([0.5, 0.7, 0.9], 3),
+        ([0.5, 0.895, 0.9], 2),
+        ([0.9, 0.7, 0.9], 1),
+        ([0.9, 0.88, 0.9], 1),
+        ([0.8, 0.9, 0.7], 2),
+        ([0.0, 0.01], 1),
+    ],
 )
 def test_how_many_tokens_are_enough(worth, enough):
     assert enough_tokens([{"tokens": n + 1, "balancedness_test": w} for n, w in enumerate(worth)]) == enough
@@ -75,6 +88,18 @@ def test_ways_to_deal_slots_by_hand():
     # The optimum is 3 (of 5 slots); by turns, every other slot to the second device: 0, 2, 4 are the first's, too.
     over = among_copies(held, [Choices(experts, 2)])
     assert over == pytest.approx({"least loaded": 1.0, "by turns": 5 / 3, "shared equally": 3.5 / 3})
+
+
+def test_the_least_loaded_is_not_always_the_best():
+    """Experts 0, 1, 2 once each, 3 never. 0 goes to the first device, though the third is the one for it."""
+    held = np.array([[[1, 1, 1, 0], [1, 1, 1, 0], [1, 0, 0, 1]]], dtype=bool)
+    once = Choices(np.array([0, 1, 2])[:, None, None], 4)
+    worse = {"least loaded": 2.0, "by turns": 2.0, "shared equally": 4 / 3}
+    assert among_copies(held, [once]) == pytest.approx(worse)
+    # A second layer and batch in which there is no choice, 3 slots each: 2 + 9 over 1 + 9.
+    both = np.array([held[0], [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1]]], dtype=bool)
+    batches = [Choices(np.array([[0, 1], [1, 1], [2, 1]])[..., None], 4), Choices(np.full((3, 2, 1), 3), 4)]
+    assert among_copies(both, batches)["least loaded"] == pytest.approx(11 / 10)
 
 
 def test_no_way_beats_the_optimum():

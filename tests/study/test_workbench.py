@@ -2,6 +2,8 @@
 
 import json
 import sys
+import time
+from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
@@ -13,7 +15,14 @@ from expert_parallel import RoutingTrace, place_experts
 from expert_parallel.moving.plan import Costs
 from expert_parallel.projection.links import Link
 from expert_parallel.report.workbench import hot_figures, layer_parts, proposed
-from expert_parallel.study.phases import Phases, SmallLayer, interleaved, run_phases, slowest_device_work
+from expert_parallel.study.phases import (
+    Phases,
+    SmallLayer,
+    interleaved,
+    run_phases,
+    scenario_tokens,
+    slowest_device_work,
+)
 from expert_parallel.study.remedies import BATCH, Choices, capacity_choices, compare, fit_and_test, learn_bias
 from expert_parallel.study.scenarios import SCENARIOS, preferences
 
@@ -45,6 +54,34 @@ def test_scenarios_are_what_they_say():
     assert np.sort(one_text)[-8:].sum() > 0.5 * one_text.sum()
 
 
+def first_choices(name, num_tokens=130):
+    """[T, 16]: how likely each expert is a token's first choice, by a router that adds nothing to these preferences."""
+    wish = preferences(name, num_tokens, 16)
+    assert (wish.dtype, wish.shape) == (np.float32, (num_tokens, 16))
+    return np.exp(wish) / np.exp(wish).sum(axis=1, keepdims=True)
+
+
+def test_how_strong_preferences_are():
+    """1 / rank over the sum of all; e^3 = 20 for the hot expert, e^2.5 = 12 for each of a topic's two."""
+    zipf = 1 / np.arange(1, 17) / (1 / np.arange(1, 17)).sum()
+    assert (first_choices("balanced") == 1 / 16).all()
+    assert np.sort(first_choices("skewed"))[:, ::-1] == pytest.approx(np.tile(zipf, (130, 1)), rel=1e-4)
+    hot = np.sort(first_choices("hot"))
+    assert hot[:, -1] == pytest.approx(20.0855 / 35.0855, rel=1e-4) and hot[:, :-1] == pytest.approx(
+        1 / 35.0855, rel=1e-4
+    )
+    drifting = first_choices("drifting", 131)
+    for end in (drifting[0], drifting[-1]):
+        assert np.sort(end)[::-1] == pytest.approx(zipf, rel=1e-4)
+    between = np.sqrt(drifting[0] * drifting[-1])  # logits half way
+    assert drifting[65] == pytest.approx(between / between.sum(), rel=1e-4)
+    family = first_choices("correlated", 2000)
+    assert family.max(axis=1) == pytest.approx(12.1825 / (2 * 12.1825 + 14), rel=1e-4)
+    assert ((family == family.max(axis=1, keepdims=True)).sum(axis=1) == 2).all()
+    texts = family.argmax(axis=1)
+    assert set(np.flatnonzero(np.diff(texts)) % 64) == {63} and len(set(texts)) == 8  # a text has 64 tokens
+
+
 def test_scenarios_repeat_by_seed():
     assert np.array_equal(preferences("skewed", 9, 16, seed=3), preferences("skewed", 9, 16, seed=3))
     assert not np.array_equal(preferences("skewed", 9, 16, seed=3), preferences("skewed", 9, 16, seed=4))
@@ -67,11 +104,78 @@ def test_devices_compute_what_the_layer_computes(strategy, redundant):
     assert float(mx.abs(dense - y).max()) < 1e-5 * float(mx.abs(dense).max()) + 1e-7
     assert sum(phases.device_slots) == 160
     for part, (quickest, slowest) in phases.spread.items():
-        assert 0 < quickest <= getattr(phases, part) <= slowest, part
+        assert 0 < quickest < getattr(phases, part) < slowest, part
     assert min(phases.route, phases.dispatch, phases.compute, phases.combine, *phases.device_seconds) > 0
     if not redundant:
         ids = np.array(experts)
         assert phases.device_slots == [int(np.isin(ids, placement.experts_on(0, d)).sum()) for d in range(5)]
+
+
+def test_the_router_by_hand():
+    """Softmax of logits and preference; the four best, weighed by their shares of what they have together."""
+    layer = SmallLayer(32, 16, 24, 4)
+    x, wish = mx.random.normal((40, 32)), preferences("skewed", 40, 24)
+    gates, experts, weights = map(np.array, layer.route(x, mx.array(wish)))
+    raised = np.exp(np.array(x) @ np.array(layer.gate) + wish)
+    assert gates == pytest.approx(raised / raised.sum(axis=1, keepdims=True), rel=1e-3)
+    for row, chosen, weight in zip(gates, experts, weights, strict=True):
+        assert set(chosen.tolist()) == set(np.argsort(-row)[:4].tolist())
+        assert weight == pytest.approx(row[chosen] / row[chosen].sum(), rel=1e-4)
+    assert layer.expert_bytes == 3 * 32 * 16 * 4
+
+
+def test_random_weights_and_tokens_repeat_by_seed():
+    layers = [SmallLayer(32, 16, 8, 2, seed) for seed in (3, 3, 4)]
+    tokens = [scenario_tokens(layers[0], "skewed", 600, seed) for seed in (3, 3, 4)]
+    for kind in ([layer.gate for layer in layers], [x for _, _, x, _ in tokens], [fit.experts for fit, *_ in tokens]):
+        one, again, other = map(np.array, kind)
+        assert np.array_equal(one, again) and not np.array_equal(one, other)
+
+
+def test_tokens_that_are_timed_are_some_of_those_that_judge():
+    """As many to fit as to judge, and of these 512, from the first to the last; their choices are the layer's own."""
+    layer = SmallLayer(32, 16, 24, 4)
+    fit, test, x, wish = scenario_tokens(layer, "drifting", 2048)
+    assert len(fit.experts) == len(test.experts) == 1024 and x.shape == (512, 32)
+    every = np.array([n * 1023 // 511 for n in range(512)])
+    gates, experts, _ = map(np.array, layer.route(x, mx.array(wish)))
+    assert np.array_equal(np.sort(test.experts[every, 0]), np.sort(experts))
+    assert test.gates[every, 0] == pytest.approx(gates, rel=1e-3)
+    assert wish == pytest.approx(preferences("drifting", 2048, 24)[1024:][every])
+
+
+def test_choices_made_elsewhere_weigh_alike():
+    """As of a trace, which has no weights: the mean of the chosen experts' answers."""
+    layer, x = SmallLayer(32, 16, 24, 4), mx.random.normal((40, 32))
+    experts = np.random.default_rng(0).random((40, 24)).argsort(axis=1)[:, :4]
+    y, phases = run_phases(layer, x, mx.zeros((40, 24)), place_experts(np.ones((1, 24)), 5), experts)
+    assert mx.array_equal(y, layer.whole(x, mx.array(experts), mx.full((40, 4), 0.25)))
+    counts, bounds = np.bincount(experts.ravel(), minlength=24), (0, 5, 10, 15, 20, 24)
+    assert phases.device_slots == [counts[low:high].sum() for low, high in pairwise(bounds)]
+
+
+def test_a_device_without_slots_takes_no_time():
+    layer, x = SmallLayer(32, 16, 24, 4), mx.random.normal((40, 32))
+    experts = np.tile([0, 1, 2, 6], (40, 1))  # of five devices the first has three, the second one
+    y, phases = run_phases(layer, x, mx.zeros((40, 24)), place_experts(np.ones((1, 24)), 5), experts)
+    assert phases.device_slots == [120, 40, 0, 0, 0] and phases.device_seconds[2:] == [0, 0, 0]
+    assert min(phases.device_seconds[:2]) > 0 and phases.device_seconds[0] != phases.device_seconds[1]
+
+
+def test_the_slowest_device_computes_its_slots_and_no_dropped_ones():
+    layer, x = SmallLayer(32, 16, 8, 2), mx.random.normal((3, 32))
+    held = place_experts(np.ones((1, 8)), 4).held[0]
+    experts = np.array([[0, 1], [1, 6], [6, 7]])  # three slots each of devices 0 and 3
+
+    def computed(kept=None):
+        return np.array(slowest_device_work(layer, x, held, experts, kept)())
+
+    def by_hand(*slots):
+        return np.concatenate([layer.experts(x[t : t + 1], mx.array([[e]]))[0] for t, e in slots])
+
+    assert np.array_equal(computed(), by_hand((0, 0), (0, 1), (1, 1)))
+    dropped = np.array([[True, True], [False, True], [True, True]])
+    assert np.array_equal(computed(dropped), by_hand((1, 6), (2, 6), (2, 7)))
 
 
 def test_time_grows_with_slots():
@@ -82,9 +186,24 @@ def test_time_grows_with_slots():
     skewed = np.tile(np.arange(4), (256, 1))  # all four on device 0
     works = [slowest_device_work(layer, x, held, choices) for choices in (skewed, even)]
     seconds = interleaved(works, rounds=7)
-    assert seconds.shape == (2, 7)
+    assert seconds.shape == (2, 7) and (seconds > 0).all()
     slow, quick = np.median(seconds, axis=1)
     assert slow > 1.5 * quick
+
+
+def test_works_are_timed_in_turn_and_not_at_their_first_call():
+    called = []
+
+    def work(name, first):
+        def run():
+            time.sleep(0.001 if name in called else first)
+            called.append(name)
+            return mx.zeros(1)
+
+        return run
+
+    seconds = interleaved([work("a", 0.3), work("b", 0.001)], rounds=2)
+    assert called == ["a", "b"] * 3 and seconds.shape == (2, 2) and 0.001 < seconds.min() <= seconds.max() < 0.3
 
 
 def test_the_bottleneck_is_named_by_its_number():
