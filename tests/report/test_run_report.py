@@ -416,12 +416,12 @@ def test_chance_is_that_of_the_first_layers_devices():
 
 
 def test_uniform_fan_out_of_layers_that_are_spread_differently():
-    """4 and 12 of 16 experts, the other way round in the next layer: not what 8 and 8 would give."""
+    """12 and 4 of 16 experts in one layer, 8 and 8 in the next: not what 10 and 6 would give, nor either alone."""
     held = np.zeros((2, 2, E), dtype=bool)
-    held[0, 0, :4] = held[0, 1, 4:] = held[1, 0, :12] = held[1, 1, 12:] = True
+    held[0, 0, :12] = held[0, 1, 12:] = held[1, 0, :8] = held[1, 1, 8:] = True
     tables = run.balance(a_trace(layers=2), [(0, Placement(held))], [0, 1])
-    missed = (math.comb(12, K) + math.comb(4, K)) / math.comb(E, K)  # all K on the other device
-    assert sections(tables)["balance"]["fan_out_if_uniform_modelled"] == pytest.approx(2 - missed)
+    missed = [(math.comb(n, K) + math.comb(E - n, K)) / math.comb(E, K) for n in (12, 8)]  # all K on the other device
+    assert sections(tables)["balance"]["fan_out_if_uniform_modelled"] == pytest.approx(2 - sum(missed) / 2)
 
 
 def test_a_device_that_answered_nothing_is_there_with_nought():
