@@ -76,6 +76,13 @@ ACCEPTED = [
     ("expert_parallel/study/learning.py", "stability", "0 -> 1", "a seed: any will do"),
     ("expert_parallel/study/phases.py", "SmallLayer.__init__", "0 -> 1", "a seed: any will do"),
     ("expert_parallel/study/phases.py", "device_work", "0 -> 1", "what is timed in place of nothing counts as 0"),
+    ("expert_parallel/trace.py", "_Notes", "64 -> 65", "how often notes are collected: tuning"),
+    (
+        "expert_parallel/trace.py",
+        "_Notes.taker.take",
+        "len(self.passes) >= self.EVERY -> len(self.passes) > self.EVERY",
+        "how often notes are collected: tuning",
+    ),
     ("expert_parallel/balance.py", "routing_entropy", "0 -> 1", "0 log 0 and 1 log 1 are the same"),
 ]
 
