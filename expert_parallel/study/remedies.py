@@ -77,9 +77,9 @@ def recorded(paths, num_experts: int | None = None) -> tuple[Choices, Choices, l
     parts, notes = [], []
     for path in map(Path, paths):
         trace = read_trace(path, num_experts)
-        notes += notes_of(trace, path.name)
         if trace.metadata.get("num_experts_guessed"):
             notes.append(f"{path.name}: taken for {trace.num_experts} experts, the highest that occurs (--experts)")
+        notes += notes_of(trace, path.name)
         if len(trace) < LEAST_TRACED:
             left = "".join(f" ({note})" for note in notes_of(trace, "the file"))
             raise ValueError(f"{path}: {len(trace)} tokens, at least {LEAST_TRACED} are needed{left}")

@@ -250,11 +250,11 @@ def test_layers_and_tokens_that_are_not_blank_stay():
     assert (guessed.num_experts, guessed.metadata) == (1, {"num_experts_guessed": True})
 
 
-def test_a_token_that_comes_twice_is_no_whole_one(tmp_path):
+def test_a_token_with_more_experts_is_no_whole_one(tmp_path):
     """Six experts in one layer, three in every other: what most have is k."""
-    again = {"type": "route", "req_id": "r", "token_idx": 4, "layer": 1, "topk_ids": [0, 1, 2]}
-    (tmp_path / "twice.jsonl").write_text(routes() + as_lines(again))
-    trace = read_trace(tmp_path / "twice.jsonl", 16)
+    more = {"type": "route", "req_id": "r", "token_idx": 4, "layer": 1, "topk_ids": [0, 1, 2, 3, 4, 5]}
+    (tmp_path / "more.jsonl").write_text(routes(skip=(4, 1)) + as_lines(more))
+    trace = read_trace(tmp_path / "more.jsonl", 16)
     assert np.array_equal(trace.experts, np.delete(CHOSEN, 4, axis=0)) and trace.metadata["incomplete_rows"] == 1
 
 
