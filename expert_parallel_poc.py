@@ -151,7 +151,7 @@ def run(args):
         tables = workbench.study(layer, *parts, args.devices, redundant, link)
         results[name] = table.sections(tables)
         console.rule(f"{name}: {MEANING.get(name, 'recorded trace')}", style="dim", align="left")
-        console.print(*tables, sep="")
+        console.print(*tables)
         console.print()
 
     # 3. The same figures for programs.

@@ -54,7 +54,7 @@ def generate(model, tokenizer, prompt, args, group, heard, out=False, after_toke
             tokens.append(last.token)
         after_token()
     if out:
-        print(flush=True)
+        print()
     return tokens, text, last, cache
 
 

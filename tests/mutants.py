@@ -50,7 +50,7 @@ TESTS = {
         *WITNESSES,
     ],
     "report": ["tests/report/test_table.py", "tests/report/test_*report.py", *WITNESSES, "tests/report/test_*.py"],
-    "command": ["tests/command/test_output.py", "tests/command/test_scripts.py", *WITNESSES],
+    "command": ["tests/command/test_o*.py", "tests/command/test_scripts.py", *WITNESSES],
     "models": ["tests/models/test_[acfm]*.py", "tests/report/test_model*.py"],
     "projection": [
         "tests/projection/test_*.py",

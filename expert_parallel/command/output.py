@@ -122,12 +122,13 @@ def progress_bar(what: str, show: bool = True):
 def progress_line(show: bool = True):
     """What is under way, on standard error while the block runs, where that is a terminal; gives (what) -> None."""
     from rich.console import Console
+    from rich.text import Text
 
     if not (show and sys.stderr is not None and sys.stderr.isatty()):
         yield lambda what: None
         return
-    with Console(stderr=True, markup=False).status("") as status:
-        yield status.update
+    with Console(stderr=True).status("") as status:
+        yield lambda what: status.update(Text(what))  # a name in brackets is no markup
 
 
 def exit_of(error: BaseException) -> tuple[int, str] | None:

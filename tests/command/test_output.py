@@ -1,6 +1,7 @@
 """Files that scripts write: whole or not at all, and nothing that is no plain file is ever replaced."""
 
 import importlib
+import io
 import json
 import os
 import shlex
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +153,7 @@ OVER = [
     [*MAIN, "--model", "{0}/hub", "--json", "{0}/model/model.safetensors"],
     [*MAIN, "--adapter-path", "{0}/adapter", "--json", "{0}/adapter/adapter_config.json"],
     [*MAIN, "--adapter-path", "{0}/adapter", "--trace", "{0}/adapter/adapters.safetensors"],
+    ["model_analysis.py", "--model", "{0}/model", "--json", "{0}/model/new.json"],
     ["model_analysis.py", "--model", "{0}/hub", "--json", "{0}/hub/config.json"],
     ["model_analysis.py", "--model", "{0}/hub", "--json", "{0}/model/model.safetensors"],
     ["model_analysis.py", "--model", "{0}/hub/config.json", "--json", "{0}/hub/config.json"],
@@ -259,3 +262,49 @@ def test_how_a_program_ends():
     assert output.exit_of(ValueError("two\nlines")) == (2, "error: two lines")
     assert output.exit_of(OSError("no disk")) == (2, "error: no disk")
     assert output.exit_of(KeyError("our own mistake")) is None
+
+
+def test_the_line_at_the_end_begins_anew_only_where_an_answer_may_stand(capsys):
+    for error, line in ((ValueError("no"), "rank 1: error: no\n"), (KeyboardInterrupt(), "\nrank 1: stopped\n")):
+        with pytest.raises(SystemExit), output.exit_on_user_error("rank 1: "):
+            raise error
+        assert capsys.readouterr().err == line
+
+
+# --- terminals --------------------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def under_way(show=True):
+    with output.progress_bar("reading", show) as read:
+        read(5, 10)
+    with output.progress_line(show) as tell:
+        tell("measuring [this][/x]")
+        time.sleep(0.2)  # it is drawn from a thread
+
+
+def test_what_is_under_way_is_shown_on_standard_error_where_that_is_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    under_way()
+    assert "reading" in terminal.getvalue() and "measuring [this][/x]" in terminal.getvalue()
+    monkeypatch.setattr(sys, "stderr", asked_not_to := Terminal())
+    under_way(show=False)
+    monkeypatch.setattr(sys, "stderr", file := io.StringIO())
+    under_way()
+    monkeypatch.setattr(sys, "stderr", None)
+    under_way()
+    assert asked_not_to.getvalue().strip() == file.getvalue().strip() == capsys.readouterr().out.strip() == ""
+
+
+def test_text_is_printed_in_a_terminal_as_it_is(monkeypatch):
+    """Without the colours in which rich shows numbers and paths, in the terminal's width; in a pipe 80 columns."""
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "100")
+    output.console().print("12 tokens of 'a.npz' " * 8)
+    assert "\x1b" not in terminal.getvalue()
+    assert 80 < max(map(len, terminal.getvalue().splitlines())) <= 100

@@ -1,8 +1,10 @@
 """The scripts as a user meets them: what they print, write, and refuse."""
 
 import functools
+import importlib
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -87,10 +89,19 @@ def test_sampling_with_a_seed_is_repeatable(here):
 MINIMAL = ROOT / "minimal_qwen3_example.py"
 
 
-def test_minimal_example_runs():
-    result = run_script(MINIMAL.name)
-    assert result.returncode == 0, result.stderr
-    assert "balancedness" in result.stdout
+def test_what_the_minimal_example_says_is_so(capsys):
+    """By its own trace, counted: the prompt and 40 tokens of answer, 16 experts on each device in order."""
+    names = runpy.run_path(str(MINIMAL))
+    out, chosen = capsys.readouterr().out, names["trace"].experts
+    loads = [[int((chosen[:, l] // 16 == d).sum()) for d in range(8)] for l in range(4)]
+    assert len(chosen) == len(names["prompt"]) + 40
+    assert sum(loads[0]) == 8 * len(chosen)
+    mean = sum(sum(row) / 8 / max(row) for row in loads) / 4
+    assert out.splitlines()[0] == f"device 3 holds experts {list(range(48, 64))} of layer 0"
+    assert out.splitlines()[-2:] == [
+        f"{len(chosen)} tokens recorded, slots per device in layer 0: {loads[0]}",
+        f"balancedness {mean:.2f} (measured on this text)",
+    ]
 
 
 def test_minimal_example_pasted_into_a_notebook_takes_any_model(tmp_path, monkeypatch, capsys):
@@ -204,6 +215,23 @@ def test_scripts_explain_themselves():
             result = run_script(script.name, "--help")
             assert result.returncode == 0, result.stderr
             assert "python " + script.name in result.stdout
+
+
+@pytest.mark.parametrize("script", ["qwen3_expert_parallel.py", "model_analysis.py", "expert_parallel_poc.py"])
+def test_help_begins_with_the_words_of_the_script_line_by_line(run_here, script):
+    words = importlib.import_module(script.removesuffix(".py")).__doc__.strip().splitlines()
+    printed = run_here(script, "--help").stdout.splitlines()
+    begin = printed.index(words[0])
+    assert printed[begin : begin + len(words)] == words
+
+
+def test_the_tokens_that_are_timed_go_on_after_the_answer(here, tmp_path):
+    """252 of prompt, 2 of answer, and 4 that are timed no longer fit into the 256 that a cache begins with."""
+    options = ("--no-verify", "--max-tokens", 2, "--prompt", "x = 1\n" * 63, "--json", tmp_path / "o.json")
+    assert here(*QUICK[:2], *options).returncode == 0
+    figures = json.loads((tmp_path / "o.json").read_text())
+    assert (figures["generation"]["prompt_tokens"], figures["time"]["tokens"]) == (252, 4)
+    assert figures["memory"]["kv_cache_bytes"] == 512 * 4 * 2 * 2 * 64 * 4  # layers, keys and values, heads of 64
 
 
 def test_a_long_prompt_is_no_file_name(here):

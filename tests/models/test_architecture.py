@@ -1,5 +1,6 @@
 """What a model is made of, from its configuration alone, against published and hand-made figures."""
 
+import functools
 import json
 
 import mlx.core as mx
@@ -15,16 +16,21 @@ from expert_parallel.models.architecture import (
     fullest_device_bytes,
     hybrid_rest_bytes,
 )
-from expert_parallel.models.configurations import bundled_names, load_configuration
-from expert_parallel.models.lazy import build_model
+from expert_parallel.models.configurations import Configuration, bundled_names, load_configuration
+from expert_parallel.models.lazy import build_model, fill_randomly
 from expert_parallel.models.parts import CacheEntry
 
 CODER = "qwen3-coder-30b"
 
 
+@functools.cache
+def at_4_bits(name):
+    return describe(load_configuration(name), bits=4)
+
+
 @pytest.fixture(scope="module")
 def coder():
-    return describe(load_configuration(CODER), bits=4)
+    return at_4_bits(CODER)
 
 
 def test_qwen3_coder_to_the_byte(coder):
@@ -49,6 +55,8 @@ def test_active_parameters_and_what_a_token_reads(coder):
     assert coder.active.parameters == 1_541_093_376 + 28_991_029_248 // 16
     assert coder.active.bytes == 873_459_712 + 16_307_453_952 // 16
     assert coder.active.bytes - coder.read_per_token.bytes == 151_936 * 2048 * 9 // 16
+    assert coder.demand.rest_parameters == 1_541_093_376 - 151_936 * 2048
+    assert coder.demand.head_parameters == 151_936 * 2048
     assert coder.demand.rest_bytes + 48 * 8 * 2_654_208 == coder.read_per_token.bytes
     assert coder.demand.attention == ((32 * 128, None),) * 48
 
@@ -93,7 +101,7 @@ def test_gpt_oss_checkpoints_have_the_size_of_its_model_card(name, gibibytes):
 
 
 def test_layers_of_two_kinds():
-    deepseek = describe(load_configuration("deepseek-v3"), bits=4)
+    deepseek = at_4_bits("deepseek-v3")
     assert [layer.moe for layer in deepseek.layers] == [False] * 3 + [True] * 58
     assert deepseek.layers[0].parts["dense"].parameters == 3 * 7168 * 18432
     assert deepseek.layers[3].parts["shared experts"].parameters == 3 * 7168 * 2048
@@ -103,11 +111,25 @@ def test_layers_of_two_kinds():
     assert windows[0].attention.startswith("window of 128")
     assert windows[1].attention.startswith("full")
     assert windows[0].cache[0].limit == 128
-    scout = describe(load_configuration("llama-4-scout"), bits=4).layers
+    scout = at_4_bits("llama-4-scout").layers
     assert scout[0].attention.startswith("chunks of 8192")
     assert [layer.cache[0].limit for layer in scout[:4]] == [8192, 8192, 8192, None]
-    linear = describe(load_configuration("qwen3-next-80b"), bits=4)
+    linear = at_4_bits("qwen3-next-80b")
     assert [layer.width for layer in linear.layers[:4]] == [0, 0, 0, 16 * 256]
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "words"),
+    [
+        (CODER, 0, "full, 32 heads, 4 of keys and values"),
+        ("deepseek-v3", 0, "full on latents, 128 heads"),
+        ("gpt-oss-20b", 0, "window of 128, 64 heads, 8 of keys and values"),
+        ("qwen3-next-80b", 0, "linear or state space"),
+        ("qwen3-next-80b", 3, "full, 16 heads, 2 of keys and values"),
+    ],
+)
+def test_attention_in_words(name, layer, words):
+    assert at_4_bits(name).layers[layer].attention == words
 
 
 def test_a_long_context_adds_to_layers_without_a_window_only():
@@ -123,6 +145,31 @@ def test_bits_per_weight(bits, per_weight):
     found = describe(load_configuration(CODER), bits=bits)
     assert found.bytes.expert_bytes[0] == 4_718_592 * per_weight / 8
     assert describe(load_configuration(CODER), bits=16).bytes.expert_bytes[0] == 4_718_592 * 2
+
+
+@pytest.mark.parametrize("null", [False, True])
+def test_modules_that_a_group_divides_are_packed(null):
+    """96 wide experts: groups of 32 divide their last projection, the 64 that null means in affine mode do not."""
+    quantization = {"group_size": None if null else 32, "bits": 4}
+    config = {**CONFIG, "moe_intermediate_size": 96, "torch_dtype": "float16", "quantization": quantization}
+    config["quantization_config"] = quantization
+    experts = describe(Configuration("x", config)).expert_shapes
+    assert experts["gate_proj.weight"] == ("[16, 96, 8]", "uint32")
+    assert experts["down_proj.weight"] == (("[16, 64, 96]", "float16") if null else ("[16, 64, 12]", "uint32"))
+    assert experts["gate_proj.scales"][0] == f"[16, 96, {1 if null else 2}]"
+
+
+@pytest.mark.parametrize(("bits", "group_size", "mode"), [(4, 32, "affine"), (8, 64, "affine"), (4, 32, "mxfp4")])
+def test_weights_that_mean_nothing_are_as_large_as_weights_are(bits, group_size, mode):
+    """About nought, at most 1 / sqrt(inputs), so that no layer's answer vanishes or overflows in the timing."""
+    model = fill_randomly(build_model(Configuration("x", CONFIG), bits, group_size, mode))
+    experts = model.model.layers[0].mlp.switch_mlp
+    how = {"group_size": group_size, "bits": bits, "mode": mode}
+    for projection in (experts.gate_proj, experts.down_proj):
+        values = mx.dequantize(projection.weight, projection.scales, projection.get("biases"), **how).astype(mx.float32)
+        largest = 64**-0.5
+        assert abs(values.mean().item()) < 0.2 * largest
+        assert 0.03 * largest < values.std().item() < largest
 
 
 def test_predicted_tensors_are_those_of_the_shipped_checkpoint():
@@ -152,7 +199,8 @@ def test_the_hybrid_shares_attention_and_head_but_not_embeddings_and_router(code
 
 
 def test_fewest_devices(coder):
-    assert fewest_devices(coder.bytes, 20e9) == 1
+    assert fewest_devices(coder.bytes, 20e9) == fewest_devices(coder.bytes, coder.bytes.total) == 1
+    assert fewest_devices(coder.bytes, coder.bytes.total - 1) == 2
     assert fewest_devices(coder.bytes, 9.1e9) == 2
     assert fewest_devices(coder.bytes, 9.0e9) == 3
     assert fewest_devices(coder.bytes, 9.1e9, besides=int(1e9)) == 3
@@ -173,6 +221,15 @@ def test_names_that_lead_nowhere(tmp_path, monkeypatch):
         load_configuration("no-one/nothing")
     with pytest.raises(ValueError, match="has no config.json"):
         load_configuration(str(tmp_path))
+
+
+def test_the_shipped_model_by_its_name_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = load_configuration(SHIPPED.name)
+    assert (found.folder, found.has_weights, found.bundled) == (SHIPPED, True, False)
+    (tmp_path / SHIPPED.name).mkdir()  # who has a folder of that name means it
+    with pytest.raises(ValueError, match=f"{SHIPPED.name} has no config.json"):
+        load_configuration(SHIPPED.name)
 
 
 def test_a_configuration_file_alone_is_enough(tmp_path):

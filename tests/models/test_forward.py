@@ -53,6 +53,30 @@ def test_the_next_layer_is_foretold_where_it_follows_and_not_where_it_does_not()
     assert baseline == pytest.approx([2 / 16] * 2, abs=0.06)
 
 
+def test_the_next_layer_by_plain_loops():
+    """Of 60 tokens the first half is learnt from; favourites are skewed, so that weights of frequent experts matter."""
+    rng = np.random.default_rng(4)
+    first = np.argsort(-rng.gumbel(size=(60, 8)) - np.linspace(2, 0, 8), axis=1)[:, :2]
+    second = np.where(rng.random((60, 1)) < 0.6, (first * 3 + 1) % 8, np.argsort(rng.random((60, 8)), axis=1)[:, :2])
+    second[:, 1] = np.where(second[:, 0] == second[:, 1], (second[:, 1] + 1) % 8, second[:, 1])
+    learnt, asked = list(zip(first, second, strict=True))[:30], list(zip(first, second, strict=True))[30:]
+    usual = [sum(e in after for _, after in learnt) / 30 for e in range(8)]
+    favourites = sorted(range(8), key=lambda e: -usual[e])[:2]
+    told = blind = 0
+    for before, after in asked:
+        sums = [0.0] * 8
+        for a in before:
+            seen = [then for now, then in learnt if a in now]
+            for e in range(8):
+                sums[e] += (sum(e in then for then in seen) + usual[e]) / (len(seen) + 1)
+        guesses = sorted(range(8), key=lambda e: -sums[e])[:2]
+        told += sum(e in after for e in guesses)
+        blind += sum(e in after for e in favourites)
+    recall, baseline = next_layer_recall(np.stack([first, second], axis=1), 8)
+    assert (recall.tolist(), baseline.tolist()) == ([pytest.approx(told / 60)], [pytest.approx(blind / 60)])
+    assert told > blind
+
+
 def test_similarity_of_loads_by_hand():
     """In layer 0 nothing in common, in layer 1 loads (2, 1) and (4, 2): cosines 0 and 1."""
     one = RoutingTrace(np.array([[[0], [0]], [[0], [0]], [[0], [1]]]), 2)

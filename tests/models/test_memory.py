@@ -86,6 +86,10 @@ def test_refuses_a_dense_model():
         (lambda path: 8 if path.endswith("mlp.gate") else 4,
          "experts 4-bit in groups of 32, the rest also float32, 8-bit (gate)"),
         (lambda path: 6 if "down_proj" in path else 4, "experts 4-bit in groups of 32, 6-bit (down_proj), the rest"),
+        (lambda path: 8 if path.endswith(("q_proj", "mlp.gate")) else 4,
+         "experts 4-bit in groups of 32, the rest also 8-bit (gate and q_proj), float32"),
+        (lambda path: 8 if path.endswith(("q_proj", "k_proj", "mlp.gate")) else 4,
+         "experts 4-bit in groups of 32, the rest also 8-bit, float32"),
         (lambda path: None, "float32"),
     ],
 )  # fmt: skip
@@ -97,6 +101,6 @@ def test_what_experts_and_the_rest_are_stored_as(model, bits, words):
         return fits and {"bits": bits(path), "group_size": 32}
 
     nn.quantize(model, class_predicate=decide)
-    assert stored_as(model).startswith(words)
+    assert stored_as(model).startswith(words) and stored_as(model).count(" (") == words.count(" (")
     shard_model(model, place_experts(np.ones((2, 6)), 3))
     assert stored_as(model).startswith(words)

@@ -2,6 +2,9 @@
 
 import json
 import re
+import signal
+import subprocess
+import sys
 import types
 
 import pytest
@@ -9,7 +12,7 @@ from conftest import run_script
 
 from expert_parallel.ranks import group as groups
 from expert_parallel.ranks.group import RanksDisagree, agree, all_or_none
-from expert_parallel.ranks.launch import check_hostfile, host_of_rank_0, launched
+from expert_parallel.ranks.launch import check_hostfile, host_of_rank_0, launched, run_ranks
 
 SCRIPT = "qwen3_expert_parallel.py"
 RANK = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "PMI_RANK", "PMI_SIZE")
@@ -168,3 +171,43 @@ def test_in_a_group_of_one_errors_go_their_way(monkeypatch):
 def test_long_facts_are_compared_by_hash_and_named_by_it(monkeypatch):
     with pytest.raises(RanksDisagree, match=r"other prompt \(\w{8}, not \w{8}\)"):
         agree(ranks(monkeypatch, marks(prompt="0" * 8)), {"prompt": list(range(1000))})
+
+
+# --- local ranks, for probes and benchmarks -----------------------------------------------------------------
+
+
+def run_python(code, **how):
+    return run_ranks("ring", 2, [sys.executable, "-I", "-S", "-c", code], **how)
+
+
+def test_local_ranks_answer_together():
+    """Also where they take more than the second that each of them has at least."""
+    code = "import os, time; time.sleep(1.3); print(os.environ['MLX_RANK'], os.environ['MLX_HOSTFILE'])"
+    lines = sorted(run_python(code, timeout=20).splitlines())
+    assert [line.split()[0] for line in lines] == ["0", "1"]
+    assert len({line.split()[1] for line in lines}) == 1  # where both look for each other
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import sys; print('first\\nlast', file=sys.stderr); sys.exit(3)", "last"),
+        ("raise SystemExit(3)", "no message"),
+    ],
+)
+def test_local_ranks_that_fail_say_why(code, reason):
+    with pytest.raises(ValueError, match=f"^2 ranks over ring failed: {reason}$"):
+        run_python(code)
+
+
+def test_local_ranks_that_hang_are_ended(monkeypatch):
+    started, real = [], subprocess.Popen
+
+    def noting(*command, **how):
+        started.append(real(*command, **how))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", noting)
+    with pytest.raises(ValueError, match="^2 ranks over ring did not end within 0.5 s$"):
+        run_python("import time; time.sleep(60)", timeout=0.5)
+    assert [process.wait(timeout=5) for process in started] == [-signal.SIGKILL] * 2

@@ -95,7 +95,7 @@ def test_a_rank_that_cannot_hear_is_ended_by_force(beside):
 def test_a_limit_that_is_taken_back_ends_nothing(beside):
     one = beside()
     one.tell("limit 0.3 too long", "limit 0 ")
-    time.sleep(0.8)
+    time.sleep(1.4)  # longer than between two looks at whether it is stopped
     assert one.rank.poll() is None
 
 

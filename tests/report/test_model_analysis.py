@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,10 +15,12 @@ from conftest import CONFIG, ROOT, SHIPPED, random_model, run_script
 from expert_parallel.models.configurations import Configuration
 from expert_parallel.models.lazy import build_model, fill_randomly, shortened
 from expert_parallel.projection.constants import measure_machine, random_tokens, seconds_per_token, without_experts
+from expert_parallel.projection.hardware import MACHINES
 from expert_parallel.projection.link_probe import measure_link
 from expert_parallel.projection.links import Link
 from expert_parallel.projection.step import estimate
 from expert_parallel.ranks.launch import rank_commands
+from expert_parallel.report.table import facts
 from expert_parallel.trace import RoutingTrace
 
 SCRIPT = "model_analysis.py"
@@ -238,3 +241,27 @@ def test_links_that_are_not_there(tmp_path, monkeypatch):
         rank_commands("mpi", 2, ["x"], tmp_path)
     with pytest.raises(ValueError, match="pigeon"):
         rank_commands("pigeon", 2, ["x"], tmp_path)
+
+
+def test_a_projection_onto_this_machine_stands_beside_that_onto_hardware(here, tmp_path, monkeypatch):
+    """One for each local link, with the context, devices and copies that were asked for."""
+    from expert_parallel.report import checks
+
+    slow = replace(MACHINES["m4-max"], name="this machine", bytes_per_second=1e9, expert_bytes_per_second=1e9)
+    links = {"ring": Link(1e-3, 1e8), "mpi": Link(5e-3, 1e8)}
+    found = (slow, links, facts("This machine", {}, section="this_machine", also={"layers": 4}))
+    monkeypatch.setattr(checks, "machine", lambda *_, tell: found)
+    options = ("--devices", 1, 2, "--context", 300, "--redundant-experts", 8, "--quiet", "--json", tmp_path / "o.json")
+    assert here("--model", "qwen3-coder-30b", "--measure", *options).returncode == 0
+    figures = json.loads((tmp_path / "o.json").read_text())
+    assert figures["projection"]["hardware"] == "Apple M4 Max" and figures["this_machine"]["layers"] == 4
+    mine = figures["this_machine"]["projection"]
+    for name, link in links.items():
+        assert (mine[name]["hardware"], mine[name]["link"], mine[name]["context"]) == ("this machine", name, 300)
+        one, two = mine[name]["devices"]
+        assert (one["devices"], two["devices"]) == (1, 2)
+        assert two["milliseconds"]["latency"] == pytest.approx(48 * 2 * 1e3 * link.latency_seconds)
+        slots = (128 + 8) // 2  # experts and copies on each of two
+        cache = 300 + 212  # mlx-lm's caches grow by 256
+        assert two["bytes"] == slots * 48 * 2_654_208 + 873_459_712 + cache * 48 * 2 * 4 * 128 * 2
+    assert figures["projection"]["devices"][1]["milliseconds"]["latency"] == pytest.approx(48 * 25.5e-3)

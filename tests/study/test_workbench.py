@@ -442,6 +442,19 @@ def test_a_trace_of_fewer_experts_than_the_default_chooses(tmp_path, run_here):
         assert done.returncode == 0 and "4 experts, top-2, hidden 16" in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize(("bandwidth", "latency"), [(0.001, 0), (1e9, 700), (0.002, 30)])
+def test_the_link_is_in_gigabytes_and_microseconds(bandwidth, latency, run_here, tmp_path):
+    """Top-1 of experts 0 and 1, both on device 0: each second of 512 tokens comes from device 1 and goes back."""
+    np.save(tmp_path / "t.npy", np.random.default_rng(0).integers(0, 2, (2048, 1, 1)))
+    options = ("--experts", 4, "--devices", 2, "--hidden", 16, "--expert-width", 8, "--quiet")
+    wire = ("--bandwidth", bandwidth, "--latency", latency, "--json", tmp_path / "o.json")
+    done = run_here("expert_parallel_poc.py", "--trace", tmp_path / "t.npy", *options, *wire)
+    assert done.returncode == 0, done.stderr
+    parts = json.loads((tmp_path / "o.json").read_text())["results"]["t.npy"]["parts_seconds"]
+    one_way = 256 * 16 * 4 / (bandwidth * 1e9) + latency * 1e-6
+    assert parts["communication"] == pytest.approx(2 * one_way)
+
+
 def test_closed_output_and_devices(tmp_path):
     """Standard output closed was a traceback; --json /dev/stdout put a file in place of the device."""
     script = ["expert_parallel_poc.py", *TINY, "--scenarios", "hot"]

@@ -1,0 +1,95 @@
+"""Options of the main script, without a model: the ends of their ranges, and what becomes of a prompt."""
+
+import pytest
+
+from expert_parallel.command.options import check_numbers, check_placement, parser_of, read_prompt
+
+LIMITS = {  # the least and the most that is allowed, and what is just beyond
+    "--max-tokens": (1, 10**12, 0, 10**12 + 1),
+    "--redundant-experts": (0, 10**12, -1, 10**12 + 1),
+    "--temp": (0, 1e6, -0.1, 1.1e6),
+    "--top-p": (1e-6, 1, 0, 1.01),
+    "--top-k": (0, 10**12, -1, 10**12 + 1),
+    "--min-p": (0, 1, -0.01, 1.01),
+    "--seed": (0, 2**64 - 1, -1, 2**64),
+    "--timeout": (0.1, 1e9, 0.09, 1.1e9),
+    "--devices": (1, 10**12, 0, 10**12 + 1),
+    "--rebalance-every": (1, 10**12, 0, 10**12 + 1),
+    "--rebalance-horizon": (1, 10**12, 0, 10**12 + 1),
+    "--rebalance-threshold": (1e-9, 1, 0, 1.01),
+}
+
+
+def arguments(*line):
+    return parser_of("").parse_args([*map(str, line)])
+
+
+@pytest.mark.parametrize("option", LIMITS)
+def test_the_ends_of_a_range_are_in_it(option):
+    more = [] if option == "--rebalance-every" or not option.startswith("--rebalance") else ["--rebalance-every", 8]
+    least, most, *beyond = LIMITS[option]
+    for value in (least, most):
+        check_numbers(arguments(option, value, *more))
+    for value in beyond:
+        with pytest.raises(ValueError, match=f"^{option} must be "):
+            check_numbers(arguments(f"{option}={value}", *more))
+
+
+@pytest.mark.parametrize("option", ["--rebalance-horizon", "--rebalance-threshold"])
+def test_how_to_rebalance_is_of_no_use_without_when(option):
+    with pytest.raises(ValueError, match=f"{option} is of no use without --rebalance-every"):
+        check_numbers(arguments(option, 1))
+
+
+def test_a_format_is_of_no_use_without_a_file():
+    with pytest.raises(ValueError, match="--placement-format needs --save-placement"):
+        check_placement(arguments("--placement-format", "vllm"))
+    check_placement(arguments("--placement-format", "vllm", "--save-placement", "p.json"))
+
+
+class Tokenizer:
+    """A letter is a token; a template puts roles before them, and says what it was given."""
+
+    def __init__(self, template):
+        self.has_chat_template = template
+
+    def encode(self, text, verbose=True):
+        assert not verbose  # a warning of transformers in the middle of an answer
+        return [ord(letter) for letter in text]
+
+    def apply_chat_template(self, messages, add_generation_prompt=False, **more):
+        said = "".join(f"<{message['role']}>{message['content']}" for message in messages)
+        return self.encode(said + "".join(map(str, more.items())) + "<assistant>" * add_generation_prompt, False)
+
+
+@pytest.mark.parametrize(
+    ("template", "line", "expected"),
+    [
+        (False, [], "hi"),
+        (True, [], "<user>hi<assistant>"),
+        (True, ["--system-prompt", "Be short."], "<system>Be short.<user>hi<assistant>"),
+        (True, ["--chat-template-config", '{"deep": false}'], "<user>hi('deep', False)<assistant>"),
+        (True, ["--ignore-chat-template"], "hi"),
+    ],
+)
+def test_a_prompt_becomes_what_the_model_reads(template, line, expected):
+    prompt = read_prompt(arguments("--prompt", "hi", *line), Tokenizer(template), None)
+    assert "".join(map(chr, prompt.ids)) == expected
+    assert (prompt.text, prompt.max_tokens, prompt.note) == ("hi", 64, "")
+
+
+@pytest.mark.parametrize("template", [False, True])
+def test_a_prompt_of_ones_own_fits_the_kind_of_model(template):
+    text = read_prompt(arguments(), Tokenizer(template), None).text
+    assert text.startswith("Write a Python function" if template else "class Parser")
+    assert read_prompt(arguments("--ignore-chat-template"), Tokenizer(template), None).text.startswith("class Parser")
+
+
+def test_an_answer_ends_with_the_context():
+    """Ten tokens of prompt: a context of 11 has room for one, of ten for none, of 74 for all that are asked for."""
+    for context, room in ((11, 1), (73, 63), (74, 64), (200, 64), (None, 64)):
+        prompt = read_prompt(arguments("--prompt", "0123456789"), Tokenizer(False), context)
+        assert prompt.max_tokens == room
+        assert (f"--max-tokens 64 is cut to {room}: the prompt has 10 tokens" in prompt.note) == (room < 64)
+    with pytest.raises(ValueError, match="the prompt has 10 tokens, the model's context is 10"):
+        read_prompt(arguments("--prompt", "0123456789"), Tokenizer(False), 10)
