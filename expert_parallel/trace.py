@@ -46,7 +46,7 @@ class RoutingTrace:
         if experts.size and (experts.min() < 0 or experts.max() >= self.num_experts):
             bad = experts.max() if experts.max() >= self.num_experts else experts.min()
             raise ValueError(f"expert {bad} does not exist: the trace is of {self.num_experts} experts")
-        if experts.dtype.kind not in "iu" and not np.array_equal(experts, np.floor(experts)):  # nan is not nan
+        if experts.dtype.kind not in "iu" and not np.array_equal(experts, np.rint(experts)):  # nan is not nan
             raise ValueError("a trace holds expert numbers, got some that are not whole")
         if self.num_experts > 1 << 16:
             raise ValueError(f"a trace holds at most {1 << 16} experts, got {self.num_experts}")
@@ -164,8 +164,8 @@ def record_routing(model: nn.Module, name: str = "", prompt_tokens: int | None =
     ValueError where layers choose different numbers of experts. The host reads indices now and then: no wait per layer.
     """
     layers = moe_layers(model)
-    trace = RoutingTrace(np.zeros((0, len(layers), 0)), num_experts(layers[0].experts), model=name)
     notes = _Notes(len(layers), max_tokens)
+    trace = RoutingTrace(notes.finish()[0], num_experts(layers[0].experts), model=name)
     try:
         with (
             recorders(layers, [notes.taker(l) for l in range(len(layers))]),

@@ -69,6 +69,11 @@ ACCEPTED = [
     ("expert_parallel/moving/plan.py", "", "8 -> 9", "most swaps that are tried: tuning"),
     ("expert_parallel/moving/live.py", "", "16 -> 17", "how often loads are read from the device: tuning"),
     ("expert_parallel/moving/live.py", "", "5 -> 6", "times that a cost is measured: tuning"),
+    ("expert_parallel/placing/affinity.py", "", "24 -> 25", "sweeps of a search: tuning"),
+    ("expert_parallel/placing/affinity.py", "coactivation", "100000 -> 100001", "a default that bounds time: tuning"),
+    ("expert_parallel/placing/search.py", "", "100000 -> 100001", "tries of a search: tuning"),
+    ("expert_parallel/placing/search.py", "", "32 -> 33", "tries of a search: tuning"),
+    ("expert_parallel/placing/search.py", "", "16 -> 17", "targets of a search: tuning"),
     ("expert_parallel/router/capacity.py", "Capacity.__post_init__", "1 -> 2", "calls that only refuse options"),
     ("expert_parallel/router/choice.py", "by_logits", "16 -> 17", "random tokens of a trial"),
     ("expert_parallel/router/choice.py", "by_logits", "1 -> 2", "random tokens of a trial"),
@@ -76,6 +81,13 @@ ACCEPTED = [
     ("expert_parallel/study/learning.py", "stability", "0 -> 1", "a seed: any will do"),
     ("expert_parallel/study/phases.py", "SmallLayer.__init__", "0 -> 1", "a seed: any will do"),
     ("expert_parallel/study/phases.py", "device_work", "0 -> 1", "what is timed in place of nothing counts as 0"),
+    ("expert_parallel/trace.py", "_Notes", "64 -> 65", "how often notes are collected: tuning"),
+    (
+        "expert_parallel/trace.py",
+        "_Notes.taker.take",
+        "len(self.passes) >= self.EVERY -> len(self.passes) > self.EVERY",
+        "how often notes are collected: tuning",
+    ),
     ("expert_parallel/balance.py", "routing_entropy", "0 -> 1", "0 log 0 and 1 log 1 are the same"),
 ]
 

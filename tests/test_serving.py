@@ -157,7 +157,7 @@ def least_by_programme(held, experts):
 def test_a_trace_is_dealt_out_step_by_step():
     """Two tokens of one pass share the devices, a third begins anew; layers have holders of their own."""
     held = np.stack([HELD, HELD[::-1]])
-    experts = np.array([[[0, 1], [0, 1]], [[0, 2], [0, 2]], [[0, 0], [2, 2]]])
+    experts = np.array([[[0, 1], [0, 1]], [[0, 2], [0, 2]], [[0, 2], [2, 2]]])
     device = devices_of_trace(experts, held, [0, 0, 4])
     for layer, start, end in ((0, 0, 2), (0, 2, 3), (1, 0, 2), (1, 2, 3)):
         assert (device[start:end, layer] == Serving(held[layer]).devices(experts[start:end, layer])).all()
@@ -165,7 +165,8 @@ def test_a_trace_is_dealt_out_step_by_step():
     assert (together[:, 0] == Serving(held[0]).devices(experts[:, 0])).all()
     turns = devices_of_trace(experts, held, [0, 0, 4], masked_up_to=2)  # steps of 2 slots: the last one
     assert (turns[:2] == device[:2]).all()
-    assert turns[2, 0].tolist() == [0, 1]  # expert 0's holders in turn
+    assert (device[2, 0].tolist(), turns[2, 0].tolist()) == ([1, 0], [0, 0])  # expert 0's first holder, though it has 2
+    assert (devices_of_trace(experts, held, [0, 0, 4], masked_up_to=1) == device).all()
 
 
 def test_taking_turns_by_hand():

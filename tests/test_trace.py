@@ -126,6 +126,22 @@ def test_memory_is_bounded_and_what_was_left_out_is_said():
     assert trace.metadata["dropped_tokens"] == 2
 
 
+def test_a_block_by_itself_says_what_is_prefill():
+    """No model is called that would say it: many positions at a time are a prompt, also where they come flat."""
+    model = random_model(num_hidden_layers=1)
+    block = model.layers[0].mlp
+    with record_routing(model, "alone") as trace:
+        for shape in ((1, 6, 64), (1, 1, 64), (3, 1, 64), (5, 64), (1, 64)):
+            mx.eval(block(mx.random.normal(shape)))
+        assert len(trace) == 0  # filled when the block ends
+    assert trace.prefill.tolist() == [True] * 6 + [False] * 4 + [True] * 5 + [False]
+    assert repr(trace) == "RoutingTrace(alone: 16 tokens x 1 layers, top-4 of 16)"
+    with record_routing(model) as nothing:
+        pass
+    assert (nothing.experts.shape, nothing.prefill.shape, nothing.steps.shape) == ((0, 1, 0), (0,), (0,))
+    assert repr(nothing) == "RoutingTrace(unnamed: 0 tokens x 1 layers, top-0 of 16)"
+
+
 def test_a_prompt_has_as_many_tokens_as_is_said():
     """Where it is read in several passes, or one token at a time."""
     model = random_model()

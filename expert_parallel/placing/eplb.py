@@ -19,12 +19,12 @@ def rebalance_experts(weight, num_replicas: int, num_groups: int, num_nodes: int
     Raises ValueError where the numbers do not fit, with them.
     """
     weight = np.asarray(weight, np.float64)
-    num_experts = weight.shape[-1]
+    _, num_experts = weight.shape
     if num_replicas % num_gpus:
         raise ValueError(f"{num_replicas} replicas do not divide over {num_gpus} GPUs")
     if num_replicas < num_experts:
         raise ValueError(f"{num_replicas} replicas are fewer than the {num_experts} experts")
-    weight = np.where(weight.any(axis=-1, keepdims=True), weight, 1)  # a layer without load: all alike
+    weight = np.where(weight.any(axis=1, keepdims=True), weight, 1)  # a layer without load: all alike
     placement = place_experts(weight, num_gpus, "replicated", num_replicas - num_experts, num_nodes, num_groups)
     slots, copies = slots_of(placement), placement.copies
     where = np.full((*copies.shape, copies.max()), -1)

@@ -36,6 +36,26 @@ def test_affinity_finds_the_families():
     assert place_experts(loads, 8, "affinity", coactivation=experts, balance_bound=0.15) == together
 
 
+@pytest.mark.parametrize(("bound", "least"), [(0.5, 1), (0.05, 0.95)])
+def test_families_are_found_among_other_choices(bound, least):
+    """A token takes three of a family's eight and two others: nearly as many pairs together as the families have."""
+    random = np.random.default_rng(0)
+    families = random.permutation(48).reshape(6, 8)
+    experts = []
+    for family in families[random.integers(0, 6, 1500)]:
+        inside = random.choice(family, 3, replace=False)
+        experts.append([*inside, *random.choice(np.setdiff1d(np.arange(48), inside), 2, replace=False)])
+    experts = np.array(experts)[:, None]
+    pairs = coactivation(experts, 48)[0]
+    loads = np.bincount(experts.ravel(), minlength=48)[None]
+    found = place_experts(loads, 6, "affinity", coactivation=experts, balance_bound=bound).held[0]
+
+    def together(groups):
+        return sum(pairs[np.ix_(group, group)].sum() for group in groups)
+
+    assert together(np.flatnonzero(device) for device in found) >= least * together(families)
+
+
 @pytest.mark.parametrize("bound", [0.0, 0.02, 0.1])
 def test_affinity_stays_within_its_bound(bound):
     random = np.random.default_rng(4)

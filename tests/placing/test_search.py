@@ -278,7 +278,7 @@ def test_copies_go_where_the_load_per_copy_is_largest():
     assert replicate([[60, 25, 10, 5]], 3, 2).tolist() == [[0, 1, 2, 3, 0, 1, 2]]  # two devices: two copies at most
     # Once no copy exceeds 30 the others go to cold experts, to the one whose copies come to least.
     assert replicate([[60, 25, 10, 5]], 3, 4, target=[30]).tolist() == [[0, 1, 2, 3, 0, 3, 2]]
-    assert count_copies(np.array([[0, 1, 2, 0], [2, 2, 1, 0]]), 3).tolist() == [[2, 1, 1], [1, 1, 2]]
+    assert count_copies(np.array([[0, 1, 2, 0], [2, 2, 1, 0]]), 4).tolist() == [[2, 1, 1, 0], [1, 1, 2, 0]]
 
 
 def test_device_loads_by_hand():

@@ -158,13 +158,13 @@ def test_a_missing_peer_ends_by_the_time_limit(tmp_path):
 def test_standard_input_that_never_ends(tmp_path):
     """mlx.launch keeps its ranks' standard input open for ever."""
     (command, environment), other = launch_command(
-        "ring", 2, SCRIPT, *RUN[:2], "--prompt", "-", "--timeout", 2, tmp_path=tmp_path
+        "ring", 2, SCRIPT, *RUN[:2], "--prompt", "-", "--timeout", 5, tmp_path=tmp_path
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "cwd": ROOT}
     ranks = [subprocess.Popen(c, env=e, **pipes) for c, e in ((command, environment), other)]
     for rank in ranks:
         assert rank.wait(timeout=60) == 3
-    assert all(re.search(b"no end of standard input within 2 s|lost another", rank.stderr.read()) for rank in ranks)
+    assert all(re.search(b"no end of standard input within 5 s|lost another", rank.stderr.read()) for rank in ranks)
 
 
 def test_standard_output_closed_on_rank_0(tmp_path):
