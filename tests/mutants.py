@@ -58,6 +58,7 @@ TESTS = {
         "tests/report/test_model*.py",
     ],
     "moving": ["tests/moving/test_*.py", *WITNESSES],
+    "placing": ["tests/placing/test_*.py", "tests/test_placement.py", "tests/test_balance.py"],
     "checkpoint": ["tests/checkpoint/test_*.py", "tests/test_public_reports.py", "tests/command/test_scripts.py"],
     "scripts": [*WITNESSES, "tests/command/test_scripts.py", "tests/report/test_*.py", "tests/study/test_*.py"],
 }

@@ -53,7 +53,9 @@ PROMPT = mx.array([[5, 90, 17, 4, 33], [1, 2, 3, 95, 60]])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_logits_are_those_of_mlx_lm_bit_for_bit(checkpoints, layout):
+def test_logits_are_those_of_mlx_lm_bit_for_bit(checkpoints, layout, monkeypatch):
+    """Devices share one stream unless streams are asked for."""
+    monkeypatch.setattr(mx, "new_stream", pytest.fail)
     expected = stock(checkpoints[layout])(PROMPT)
     whole, tokenizer, config = load_whole(checkpoints[layout])
     assert mx.array_equal(whole(PROMPT), expected)

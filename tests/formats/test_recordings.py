@@ -272,6 +272,7 @@ NO_TRACE = {
     "broken.npz": (b"PK\x03\x04 not really", "cannot read"),
     "absent.npz": (None, "cannot read"),
     "empty.csv": (b"", "no routing trace that this project knows"),
+    "prose.txt": (b"Once, there was\na cat\n", "no routing trace that this project knows"),
     "words.txt": (b"neither: [of\n these", "neither numpy, torch, JSON, YAML nor CSV"),
     "other.json": (b'{"a": 1}', "no routing trace that this project knows"),
     "blank.csv": (b"layer,expert\n0,-1\n1,-1\n", "no routing decisions"),

@@ -48,6 +48,8 @@ def test_warm_up_in_the_middle_but_not_in_text_or_in_short_runs():
     assert without_warm_up(trace) is trace
     repeated = np.concatenate([np.tile(trace.experts[:1], (15, 1, 1)), trace.experts[1:]])
     assert not warm_up_rows(RoutingTrace(repeated, 16)).any()
+    longer = np.concatenate([trace.experts[:1], repeated])  # 16 rows
+    assert np.flatnonzero(warm_up_rows(RoutingTrace(longer, 16))).tolist() == list(range(16))
     later = np.concatenate([trace.experts[:50], np.tile(trace.experts[:1], (40, 1, 1)), trace.experts[50:]])
     assert np.flatnonzero(warm_up_rows(RoutingTrace(later, 16))).tolist() == list(range(50, 90))
     only = RoutingTrace(np.tile(trace.experts[:1], (9000, 1, 1)), 16)
