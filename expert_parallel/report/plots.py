@@ -13,7 +13,7 @@ def load_map(loads, across: str, title: str = "", source: str = "measured"):
     """Loads [L, E or D] as colours, each layer over its own mean; `across` names the columns, "expert" or "device"."""
     from matplotlib.figure import Figure
 
-    loads = np.asarray(loads, dtype=float)
+    loads = np.asarray(loads, float)
     figure = Figure(figsize=(9, 1.5 + 0.25 * max(4, len(loads))), layout="constrained")
     axes = figure.subplots()
     relative = loads / np.maximum(loads.mean(axis=1, keepdims=True), 1e-12)

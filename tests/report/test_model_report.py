@@ -109,6 +109,7 @@ def test_devices_of_a_size(described):
     assert facts["1 devices"] == f"{size(17_180_913_664 + cache - 8e9)} short"
     exact = model.fit(described, DEVICES, 17_180_913_664 + cache, 2048).to_json()
     assert (exact["fewest_devices"], exact["lacking"]) == (1, [])  # not a byte more is needed
+    assert model.fit(described, DEVICES, 17_180_913_664 + cache - 1, 2048).to_json()["fewest_devices"] == 2
     none = model.fit(described, DEVICES, 1e6, 2048)
     least = 48 * 2_654_208 + 873_459_712 + cache
     assert none.to_json()["fewest_devices"] is None and none.to_json()["smallest_device_bytes"] == least
