@@ -170,3 +170,8 @@ def test_sizes_for_people():
     assert [size(n) for n in (0, 999, 1000, 2_654_208, 17_180_913_664, 0.5)] == [
         "0 B", "999 B", "1.00 kB", "2.65 MB", "17.18 GB", "0 B",
     ]  # fmt: skip
+
+
+def test_a_word_longer_than_the_line_is_folded_and_nothing_of_it_lost():
+    text = str(facts("Names", {"file": "x" * 200}))
+    assert text.count("x") == 200 and "…" not in text and max(map(len, text.splitlines())) <= 80

@@ -268,3 +268,16 @@ def test_without_copies_the_hottest_expert_has_company(traced, hot):
             bounds.append(mean / max(mean, counts[-1] + sum(counts[: E // D - 1])))
         assert figures["most_balancedness_without_copies"] == pytest.approx(sum(bounds) / len(bounds))
         assert min(bounds) < 0.9
+
+
+def test_differences_are_the_largest_of_all_values():
+    """From the whole layer, from a dense one on 32 tokens, and how large that one's values are."""
+    layer = SmallLayer(16, 8, 8, 2)
+    x, wish = mx.random.normal((40, 16), key=mx.random.key(3)), mx.zeros((40, 8))
+    _, experts, weights = layer.route(x, wish)
+    whole, dense = layer.whole(x, experts, weights), layer.dense(x[:32], experts[:32], weights[:32])
+    off = mx.zeros((40, 16))
+    off[0, 3], off[35, 2] = -0.5, 0.75  # one among the 32, one beyond
+    found = workbench.differences(layer, x, wish, whole + off)
+    assert found["whole_layer"] == pytest.approx(0.75, abs=1e-6) and found["dense"] == pytest.approx(0.5, abs=1e-5)
+    assert found["dense_largest_value"] == pytest.approx(np.abs(np.array(dense)).max())
