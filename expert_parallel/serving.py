@@ -58,11 +58,11 @@ class Serving:
         alone = np.flatnonzero(~self.shared & (wanted > 0))
         given[self.home[alone], alone] = wanted[alone]
         load, open_to_choice = given.sum(axis=1), np.flatnonzero(self.shared & (wanted > 0))
+        turn = int(wanted @ np.arange(len(wanted)))  # another one at each step, the same on every rank
         for expert in open_to_choice[np.argsort(-wanted[open_to_choice], kind="stable")]:
-            holders = np.flatnonzero(self.held[:, expert])
-            share = level(load[holders], wanted[expert])
-            given[holders, expert] = share
-            load[holders] += share
+            holders = np.roll(np.flatnonzero(self.held[:, expert]), turn)  # equals take turns over steps
+            given[holders, expert] = level(load[holders], wanted[expert])
+            load[holders] += given[holders, expert]
         return given
 
     def _improve(self, given) -> None:

@@ -51,14 +51,17 @@ def test_by_hand():
 def greedy_by_loops(held, experts):
     """Only holders first; then the most wanted, ties by number, slot by slot to its emptiest holder.
 
-    Of equally empty ones to that which had least before. An expert's earlier slots are those of lower devices.
+    Of equally empty ones to that which had least before, of those to the first from where the step's turn says. An
+    expert's earlier slots are those of lower devices.
     """
+    turn = int(experts.sum())
     load, given, wanted = [0] * len(held), {}, [int((experts == e).sum()) for e in range(held.shape[1])]
     holders = [np.flatnonzero(column).tolist() for column in held.T]
     for e in sorted(range(len(wanted)), key=lambda e: (len(holders[e]) > 1, -wanted[e], e)):
         before, given[e] = load.copy(), []
         for _ in range(wanted[e]):
-            device = min(holders[e], key=lambda d: (load[d], before[d], d))
+            first = [*holders[e][-turn % len(holders[e]) :], *holders[e][: -turn % len(holders[e])]]
+            device = min(first, key=lambda d: (load[d], before[d], first.index(d)))
             load[device] += 1
             given[e].append(device)
         given[e].sort(reverse=True)
@@ -172,3 +175,10 @@ def test_a_trace_is_dealt_out_step_by_step():
 def test_taking_turns_by_hand():
     serving = Serving(HELD)
     assert serving.taking_turns(np.array([[0, 0], [0, 1]])).tolist() == [[0, 1], [0, 2]]
+
+
+def test_equals_take_turns_over_the_steps():
+    """One slot a step of experts that both devices have: neither device gets them all."""
+    serving = Serving(np.ones((2, 8), dtype=bool))
+    got = [int(serving.devices(np.array([expert]))[0]) for expert in range(8)]
+    assert sorted(got) == [0] * 4 + [1] * 4

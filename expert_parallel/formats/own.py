@@ -53,8 +53,8 @@ def counts_in(document: dict, *names: str) -> dict[str, int]:
     """Those of the named counts that a file says; ValueError for one that is none."""
     said = {name: document[name] for name in names if name in document}
     for name, count in said.items():
-        if type(count) is not int or count < 1:
-            raise ValueError(f'"{name}" is {count!r}, not a count from 1 up')
+        if type(count) is not int or not 1 <= count <= 1 << 16:
+            raise ValueError(f'"{name}" is {count!r}, not a count from 1 up to 65536')
     return said
 
 

@@ -31,9 +31,13 @@ from ..placement import Placement
 from . import own
 from .content import content_of
 
+MOST_EXPERTS = 1 << 16
+
 
 def read_placement(path, num_layers=None, num_experts=None, num_devices=None, layer_numbers=None) -> Placement:
     """See `Placement.load`."""
+    if num_devices is not None and num_devices < 1:
+        raise ValueError(f"{num_devices} devices: needs 1 at least")
     try:
         content = content_of(path)
     except Exception as error:  # zipfile, numpy, json, yaml, os, ... each have their own
@@ -80,7 +84,9 @@ def _held(content, num_layers, num_experts, num_devices, layer_numbers) -> tuple
         for key in ("physical_to_logical_map", "initial_global_assignments", "expert_to_ep_rank"):
             table = content.get(key, table)
     if isinstance(table, dict) and table and all(str(layer).isdecimal() for layer in table):  # {layer: its slots}
-        table = [table[layer] for layer in sorted(table, key=int)]
+        table = _rows(table, layer_numbers)
+    elif layer_numbers is not None and isinstance(table, list | np.ndarray) and len(table) == max(layer_numbers) + 1:
+        table = [table[number] for number in layer_numbers]  # it has a row for the dense layers too
     table = np.asarray(table)
     if table.dtype.kind not in "iu" or table.ndim not in (1, 2) or not table.size:
         raise ValueError('expected an object with either "every_layer" or "layers", or slots [layers, slots]')
@@ -90,8 +96,8 @@ def _held(content, num_layers, num_experts, num_devices, layer_numbers) -> tuple
         if num_layers is None:
             raise ValueError("it has one list for all layers and does not say how many there are")
         table = np.broadcast_to(table, (num_layers, len(table)))
-    if layer_numbers is not None and len(table) > max(layer_numbers):
-        table = table[list(layer_numbers)]  # it has a row for the dense layers too
+    if table.max() > MOST_EXPERTS:
+        raise ValueError(f"it names expert {table.max()}: more than any model has")
     if num_experts is None:
         num_experts = table.shape[1] if of_devices else int(table.max()) + 1
     if of_devices is None:  # nothing but numbers: who has every expert in each row lists slots
@@ -104,6 +110,17 @@ def _held(content, num_layers, num_experts, num_devices, layer_numbers) -> tuple
         raise ValueError(f"it lists {table.shape[1]} slots a layer and not how many devices have them: {known}")
     device = np.repeat(np.arange(num_devices), table.shape[1] // num_devices)
     return _marked([device] * len(table), table, num_devices, num_layers, num_experts)
+
+
+def _rows(table: dict, layer_numbers) -> list:
+    """Of {number of a layer among all: its slots} those of the model's MoE layers, in order."""
+    rows = {int(number): row for number, row in table.items()}
+    if len(rows) < len(table):
+        raise ValueError("it names a layer twice")
+    numbers = sorted(rows) if layer_numbers is None else layer_numbers
+    if missing := [number for number in numbers if number not in rows]:
+        raise ValueError(f"it has nothing for layer {missing[0]}, an MoE layer of the model; it names {sorted(rows)}")
+    return [rows[number] for number in numbers]
 
 
 def _marked(devices, experts, num_devices, num_layers, num_experts) -> tuple[np.ndarray, int]:
@@ -137,7 +154,9 @@ def text_of(placement: Placement, format: str | None = None, layer_numbers=None)
     """What the file says; ValueError where its format cannot say it."""
     if format not in (None, *WRITERS):
         raise ValueError(f"unknown placement format {format!r}: choose {', '.join(WRITERS)}")
-    numbers = range(placement.num_layers) if layer_numbers is None else list(layer_numbers)
+    numbers = list(range(placement.num_layers) if layer_numbers is None else layer_numbers)
+    if sorted({*numbers}) != numbers or len(numbers) != placement.num_layers or numbers[0] < 0:
+        raise ValueError(f"layer_numbers are {placement.num_layers} growing numbers from 0 up, got {numbers}")
     document = WRITERS[format](placement, numbers) if format else own.document_of(placement)
     if format == "tensorrt-llm":
         return yaml.safe_dump(document, sort_keys=False, default_flow_style=None)

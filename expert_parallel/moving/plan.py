@@ -95,7 +95,8 @@ def propose(current: Placement, loads, fresh, fresh_tokens: float, costs: Costs,
     # 3. What it comes to.
     moves, placement = np.argwhere(best & ~held), current
     if len(moves):
-        placement = Placement(best, current.strategy, {**current.metadata, "rebalanced": True})
+        lasting = {key: current.metadata[key] for key in current.metadata if not key.startswith(("fitted", "balance"))}
+        placement = Placement(best, current.strategy, {**lasting, "rebalanced": True})
     pause, gain = float(costs.pause(held, best).sum()), float(best_gain.sum())
     evenness = [balancedness(each.device_loads(fresh)) for each in (current, placement)]
     return Plan(placement, moves, len(moves) * costs.expert_bytes, pause, gain, *evenness)

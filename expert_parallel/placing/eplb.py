@@ -20,7 +20,7 @@ def rebalance_experts(weight, num_replicas: int, num_groups: int, num_nodes: int
     """
     weight = np.asarray(weight, np.float64)
     _, num_experts = weight.shape
-    if num_replicas % num_gpus:
+    if num_gpus < 1 or num_replicas % num_gpus:
         raise ValueError(f"{num_replicas} replicas do not divide over {num_gpus} GPUs")
     if num_replicas < num_experts:
         raise ValueError(f"{num_replicas} replicas are fewer than the {num_experts} experts")

@@ -74,7 +74,9 @@ def place_experts(
         held = affinity.gather_by_affinity(loads, pairs, held, limit)
         return Placement(held, strategy, {"balance_bound": balance_bound})
     ratios = (num_groups, num_nodes), (num_experts, num_groups), (num_devices, num_nodes), (redundant, num_nodes)
-    if num_nodes == 1 or any(whole % part for whole, part in ratios):
+    # More copies than a node's devices can hold of its experts have room only elsewhere.
+    room = num_experts // num_nodes * (num_devices // num_nodes - 1)
+    if num_nodes == 1 or any(whole % part for whole, part in ratios) or redundant // num_nodes > room:
         return Placement(spread(loads, num_devices, redundant), strategy, {"scope": "global"} if num_nodes > 1 else {})
     held = spread_in_nodes(loads, num_devices, redundant, num_nodes, num_groups)
     # Rebalancing keeps experts in their nodes.

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from math import comb
 
+import numpy as np
+
 from .hardware import Machine
 from .links import Link
-from .step import Demand, Fullest, estimate
+from .step import Demand, Fullest, estimate, even_load
 
 FREE = Link(0.0, float("inf"))
 
@@ -32,8 +34,12 @@ def expected_fullest(experts_per_device, num_experts: int, top_k: int) -> float:
 
 
 def ceiling(demand: Demand, machine: Machine, devices: int, load: Fullest | None = None, context: int = 0) -> float:
-    """Speed-up of decoding one sequence over one device, were collectives free; load None: perfect balance."""
-    one = estimate(demand, machine, context=context)
+    """Speed-up of decoding one sequence over one device, were collectives free.
+
+    load  None: as even as whole experts allow; a token's fullest device has one of them at least
+    """
+    one, even = estimate(demand, machine, context=context), even_load(demand, devices)
+    load = load or Fullest(np.maximum(even.experts, 1), np.maximum(even.slots, 1))
     return one.seconds / estimate(demand, machine, devices, FREE, load, context=context).seconds
 
 

@@ -147,7 +147,11 @@ def one_sequence(described: Architecture, setting: Setting) -> list[Table]:
     rows = [_at_most(demand, setting, count, alone) for count in setting.devices if count > 1]
     if not rows:
         return []
-    bound, payload = alone[1].seconds / (alone[1].fixed + alone[1].rest), demand.hidden * machine.value_bytes
+    bound, payload = (
+        ceiling(demand, machine, demand.num_experts, None, setting.context),
+        demand.hidden * machine.value_bytes,
+    )
+    held = fullest_device_bytes(described.bytes, 1) + described.cache_bytes_at(setting.context) <= machine.usable[0]
     all_sum = sum(link.all_sum_parts(payload, rows[0]["devices"]))
     routing = "uniform" if setting.trace is None else setting.trace.model or "trace"
     table = of_records(
@@ -165,8 +169,8 @@ def one_sequence(described: Architecture, setting: Setting) -> list[Table]:
         note=f"Speed over one device. If even, at most: were all-sums free; of {demand.chosen}: experts of a token that"
         f" the fullest device has; break-even: an all-sum that takes so long eats the gain ({payload:,} bytes over"
         f" {rows[0]['devices']} devices: {1e6 * all_sum:.0f} us, {setting.link_name}); 1 to {BATCHES[-1]}: with this"
-        f" link, for so many sequences at once. No number of devices gives more than {bound:.2f}x:"
-        f" {1 / bound:.0%} of a token's time is not the experts.",
+        f" link, for so many sequences at once. No number of devices gives one sequence more than {bound:.2f}x."
+        + ("" if held else " One device does not hold this model: its speed is what more memory would give it."),
         also={"bound": bound, "link": setting.link_name, "link_all_sum_seconds": all_sum, "routing": routing},
     )
     return [table]

@@ -213,7 +213,7 @@ def _fitted(metadata: dict, top_k: int) -> list[Figure]:
         return []
     other = "" if its_k == top_k else f" of top-{its_k}, not {top_k}"
     figures = [Figure("balancedness_fitted_simulated", f"placement fitted on {tokens} tokens{other}", there,
-                      "{:.3f} on those (simulated)")]  # fmt: skip
+                      "{:.3f} on those (simulated, copies share equally)")]  # fmt: skip
     if isinstance(unseen, int | float):
         how = "{:.3f} (simulated: first half fits, second judges)"
         figures.append(Figure("balancedness_expected_simulated", "to expect on unseen tokens", unseen, how))

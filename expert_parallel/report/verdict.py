@@ -40,10 +40,10 @@ def _memory(memory: dict) -> str:
 
 
 def _balance(balance: dict, placement: dict) -> str | None:
-    even, chance = balance["balancedness_aggregate"], balance["balancedness_if_uniform_simulated"]
+    even, chance = balance["balancedness_layers"], balance["balancedness_if_uniform_simulated"]
     if placement["devices"] == 1 or even is None:
         return None
-    text = f"by slots, devices wait {1 - even:.0%} of their time for the fullest one; uniform routing: {1 - chance:.0%}"
+    text = f"mean over fullest device's slots of the run {even:.2f}, 1 is even; uniform routing would give {chance:.2f}"
     if even > chance - CLEAR:
         return f"{text}: no more than so few tokens scatter"
     more = {"contiguous": "balanced", "round-robin": "balanced", "balanced": "replicated --redundant-experts 16"}

@@ -96,7 +96,7 @@ def _overview(device_loads, off, phases, parts, bound, hot, remedies, about) -> 
         Figure("most_balancedness_without_copies", "balance without copies", bound, "at most {:.3f} (bound)"),
         Figure(None, "balance if uniform", about["balancedness_if_uniform_simulated"],
                f"{{:.3f}}, batches of {BATCH} tokens (simulated)"),
-        Figure(None, "hottest expert", hottest, hottest_text,
+        Figure(None, "hottest expert", hottest and {**hottest, "layer": hot["layer"]}, hottest_text,
                beside=Figure(None, "uniform", hot["uniform_simulated"], "{:.2f}x", "simulated")),
         Figure(None, "seen after", hottest and hottest["tokens_until_seen"], f"{{}} tokens: {hot['rule']}"),
         Figure(None, "loads that last", about["stability_simulated"], "cosine {0[cosine]:.3f} of both parts;"
@@ -174,7 +174,7 @@ def among_copies_text(over: dict) -> str:
 
 def hottest_text(hot: dict) -> str:
     alone = ", too much for one device" if hot["alone_over_device_mean"] > 1 else ""
-    return f"#{hot['expert']}, {hot['over_mean']:.1f}x the mean{alone}"
+    return f"#{hot['expert']} of layer {hot['layer']}, {hot['over_mean']:.1f}x the mean{alone}"
 
 
 def proposed_text(plan: dict) -> str:

@@ -172,6 +172,39 @@ def test_keys_of_layers_as_text_and_a_whole_configuration(tmp_path):
     assert Placement.load(tmp_path / "ep.yaml") == held(DEVICES)
 
 
+def test_layers_are_found_by_their_numbers(tmp_path):
+    """A dense layer 0, MoE layers 1 to 3 and one more behind them, which the model does not have."""
+    rows = {1 + l: row.tolist() for l, row in enumerate(SLOTS)} | {4: list(range(16))}
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump({"initial_global_assignments": rows}))
+    assert Placement.load(tmp_path / "p.yaml", 3, 16, 4, layer_numbers=[1, 2, 3]) == held(DEVICES)
+    with pytest.raises(ValueError, match=r"nothing for layer 5, an MoE layer of the model; it names \[1, 2, 3, 4\]"):
+        Placement.load(tmp_path / "p.yaml", 3, 16, 4, layer_numbers=[3, 4, 5])
+    (tmp_path / "twice.yaml").write_text("initial_global_assignments: {0: [0, 1], '0': [1, 0]}")
+    with pytest.raises(ValueError, match="it names a layer twice"):
+        Placement.load(tmp_path / "twice.yaml", 1, 2, 2)
+    (tmp_path / "longer.json").write_text(json.dumps([*SLOTS.tolist(), *SLOTS.tolist()]))
+    with pytest.raises(ValueError, match="it has 6 layers, the model has 3"):
+        Placement.load(tmp_path / "longer.json", 3, 16, 4, layer_numbers=[0, 1, 2])
+    for wrong in ([1, 1, 2], [0, 1], [-1, 0, 1]):
+        with pytest.raises(ValueError, match="layer_numbers are 3 growing numbers from 0 up"):
+            held(DEVICES).save(tmp_path / "p", "tensorrt-llm", wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "devices", "message"),
+    [
+        ("[[0, 1000000000000000]]", 2, "expert 1000000000000000: more than any model has"),
+        ('{"expert_to_ep_rank": [[0, 1000000000000000]]}', None, "expert 1000000000000000"),
+        ('{"every_layer": ["0", "1"], "num_layers": 1000000000000000}', None, "not a count from 1 up to 65536"),
+        ("[[0, 1]]", 0, "0 devices: needs 1 at least"),
+    ],
+)
+def test_numbers_that_no_memory_holds(text, devices, message, tmp_path):
+    (tmp_path / "huge.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Placement.load(tmp_path / "huge.json", num_devices=devices)
+
+
 def test_unknown_formats_are_named(tmp_path):
     with pytest.raises(ValueError, match="unknown placement format 'trt': choose vllm, vllm-ranks, .*tensorrt-llm"):
         held(DEVICES).save(tmp_path / "p", "trt")

@@ -98,7 +98,15 @@ def test_the_drop_in_on_eplbs_own_example():
     assert (load <= eplb_device_loads(WEIGHT, 4, 8, 4, 2).max(axis=1) + 1e-9).all()
     assert drop_in(np.zeros((1, 4)), 4, 1, 1, 2)[2].tolist() == [[1, 1, 1, 1]]  # nothing counted yet
     assert drop_in([[0, 0, 1, 8]], 6, 1, 1, 2)[2].tolist() == [[1, 1, 2, 2]]  # what nobody wants needs no copy
-    for numbers, message in (((14, 1, 1, 8), "14 replicas do not divide over 8"), ((8, 1, 1, 8), "fewer than the 12")):
+    slots, _, copies = drop_in(
+        np.arange(1, 17)[None], 24, 8, 8, 8
+    )  # a node's one device has no room for its own copies
+    assert slots.shape == (1, 24) and copies.sum() == 24
+    for numbers, message in (
+        ((14, 1, 1, 0), "do not divide over 0"),
+        ((14, 1, 1, 8), "14 replicas do not divide over 8"),
+        ((8, 1, 1, 8), "fewer than the 12"),
+    ):
         with pytest.raises(ValueError, match=message):
             drop_in(WEIGHT, *numbers)
 

@@ -44,7 +44,7 @@ def test_a_published_ceiling(devices, published):
     load = Fullest(*2 * [np.full(4, expected_fullest(parts, 512, 10))])
     assert ceiling(demand, MACHINE, devices, load) == pytest.approx(published, abs=0.02)
     assert ceiling(demand, MACHINE, devices) == pytest.approx(1 / (0.51 + 0.49 / devices), rel=1e-3)
-    assert ceiling(demand, MACHINE, 10**6) == pytest.approx(1 / 0.51, rel=1e-3)
+    assert ceiling(demand, MACHINE, 10**6) == ceiling(demand, MACHINE, 10) == pytest.approx(1 / 0.559, rel=1e-3)
 
 
 def test_where_a_link_breaks_even():

@@ -309,8 +309,12 @@ def test_one_sequence_by_plain_arithmetic(described):
     cache = CACHE * CONTEXT / BANDWIDTH
     fixed, rest, expert = LAYERS * PER_LAYER, REST / BANDWIDTH + cache, LAYERS * EXPERT / BANDWIDTH
     one = fixed + rest + CHOSEN * expert
-    assert figures["bound"] == pytest.approx(one / (fixed + rest), rel=1e-3)
-    assert f"more than {one / (fixed + rest):.2f}x: {(fixed + rest) / one:.0%}" in " ".join(printed.split())
+    most = one / (fixed + rest + expert)  # one expert a layer is the least that the fullest device has
+    assert figures["bound"] == pytest.approx(most, rel=1e-3)
+    assert f"gives one sequence more than {most:.2f}x." in " ".join(printed.split())
+    assert "does not hold" not in printed
+    small = projection.one_sequence(described, setting_of(devices=[1, 2], memory=8e9))[0]
+    assert "One device does not hold this model" in " ".join(str(small).split())
     random = np.random.default_rng(5)
     for row, devices in zip(figures["devices"], (2, 8), strict=True):
         home = np.stack([random.permutation(EXPERTS)[:CHOSEN] * devices // EXPERTS for _ in range(6000)])

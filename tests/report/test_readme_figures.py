@@ -108,4 +108,4 @@ def test_what_a_single_sequence_gains():
     setting = projection.Setting(MACHINES["m4-max"], link, "thunderbolt-jaccl", source, 2048, (1, 2, 4, 8))
     lines = str(projection.one_sequence(described, setting)[0]).splitlines()
     assert "\n".join(lines[:5]) in TEXT
-    assert "more than 1.32x" in " ".join(" ".join(lines).split())
+    assert "one sequence more than 1.27x" in " ".join(" ".join(lines).split())

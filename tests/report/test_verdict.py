@@ -15,7 +15,7 @@ def document(**changes):
                    "max_abs_logit_difference": 0.0, "stock_tokens_per_second": 233.0},
         "not_a_number": None,
         "memory": {"per_device_bytes": [3_000_000, 3_930_000], "full_model_bytes": 17_690_000, "reduction": 4.5},
-        "balance": {"balancedness_aggregate": 0.6, "balancedness_if_uniform_simulated": 0.88},
+        "balance": {"balancedness_layers": 0.6, "balancedness_if_uniform_simulated": 0.88},
         "placement": {"devices": 8, "ranks": 1, "strategy": "contiguous"},
         "generation": {"tokens_per_second": 147.24},
         "communication": {"ring_bytes_sent_per_token_and_rank": 7168},
@@ -34,8 +34,8 @@ def test_the_whole_verdict():
     assert said() == {
         "answer": "the same as stock mlx-lm's: 64 tokens, 331,776 logits to the bit",
         "memory": "the fullest device holds 3.93 MB of 17.69 MB, 4.50x less",
-        "balance": "by slots, devices wait 40% of their time for the fullest one; uniform routing: 12%. To try: --trace"
-        " FILE, then --placement balanced --placement-trace FILE",
+        "balance": "mean over fullest device's slots of the run 0.60, 1 is even; uniform routing would give 0.88. To"
+        " try: --trace FILE, then --placement balanced --placement-trace FILE",
         "speed": "147.2 tokens/s, stock mlx-lm 233.0 (one run each): one process plays 8 devices",
         "real ranks": "each would send 7.17 kB a token (modelled); model_analysis.py says what your hardware makes of"
         " it",
@@ -65,23 +65,23 @@ def test_the_answer(changes, answer):
     [
         ("round-robin", 0.6, "--placement balanced --placement-trace FILE"),
         ("balanced", 0.6, "--placement replicated --redundant-experts 16 --placement-trace FILE"),
-        ("replicated", 0.6, "uniform routing: 12%"),
-        ("by hand", 0.6, "uniform routing: 12%"),
+        ("replicated", 0.6, "uniform routing would give 0.88"),
+        ("by hand", 0.6, "uniform routing would give 0.88"),
         ("contiguous", 0.84, "no more than so few tokens scatter"),
         ("contiguous", 0.82, "--placement-trace FILE"),
         ("contiguous", 0.88 - 0.05, "--placement-trace FILE"),
     ],
 )
 def test_what_imbalance_costs_and_what_would_help(strategy, even, end):
-    line = said(placement={"strategy": strategy}, balance={"balancedness_aggregate": even})["balance"]
-    assert line.startswith(f"by slots, devices wait {1 - even:.0%} of") and line.endswith(end)
+    line = said(placement={"strategy": strategy}, balance={"balancedness_layers": even})["balance"]
+    assert line.startswith(f"mean over fullest device's slots of the run {even:.2f}, 1 is even") and line.endswith(end)
 
 
 def test_one_device_and_one_token_and_ranks():
     alone = said(placement={"devices": 1}, communication={"ring_bytes_sent_per_token_and_rank": 0}, parity=None)
     assert alone["speed"] == "147.2 tokens/s" and "balance" not in alone and "real ranks" not in alone
     assert "speed" not in said(generation={"tokens_per_second": None})
-    assert "balance" not in said(balance={"balancedness_aggregate": None})
+    assert "balance" not in said(balance={"balancedness_layers": None})
     ranks = [{"seconds": {"tokens": 4, "collectives": 0.002, "waiting": 0.006}}, {"seconds": {}}]
     real = said(placement={"ranks": 2}, ranks=ranks)
     assert real["speed"].endswith("(one run each); rank 0 spends 0.50 ms a token in collectives, 1.50 waiting")

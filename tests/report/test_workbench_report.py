@@ -70,7 +70,7 @@ def test_what_is_printed_is_what_json_says(hot):
     assert facts["balance without copies"] == f"at most {figures['most_balancedness_without_copies']:.3f} (bound)"
     assert facts["off mlx-lm, off dense"] == f"0, {figures['parity']['dense']:.1g} (measured)"
     hottest, rule = figures["hot_experts"]["hottest"][0], figures["hot_experts"]["rule"]
-    assert facts["hottest expert"].startswith(f"#{hottest['expert']}, {hottest['over_mean']:.1f}x the mean")
+    assert facts["hottest expert"].startswith(f"#{hottest['expert']} of layer 0, {hottest['over_mean']:.1f}x the mean")
     even = figures["hot_experts"]["uniform_simulated"]
     assert facts["hottest expert"].endswith(f"(uniform: {even:.2f}x, simulated)") and 1.1 < even < 1.3
     even = figures["balancedness_if_uniform_simulated"]
