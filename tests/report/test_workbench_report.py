@@ -155,9 +155,9 @@ def test_even_routing_has_no_hot_expert_and_proposes_nothing():
 def test_words():
     plan = {"remedy": "balanced", "seconds_measured": [0.006, 0.0035], "seconds_modelled": [0.005, 0.003]}
     assert workbench.proposed_text(plan) == "balanced: 6.0 to 3.5 ms (measured, test), 5.0 to 3.0 (modelled, fit)"
-    hot = {"expert": 3, "over_mean": 12.34, "alone_over_device_mean": 1.5}
-    assert workbench.hottest_text(hot) == "#3, 12.3x the mean, too much for one device"
-    assert workbench.hottest_text(hot | {"alone_over_device_mean": 0.9}) == "#3, 12.3x the mean"
+    hot = {"expert": 3, "over_mean": 12.34, "alone_over_device_mean": 1.5, "layer": 7}
+    assert workbench.hottest_text(hot) == "#3 of layer 7, 12.3x the mean, too much for one device"
+    assert workbench.hottest_text(hot | {"alone_over_device_mean": 0.9}) == "#3 of layer 7, 12.3x the mean"
 
 
 # --- a trace of two layers ------------------------------------------------------------------------------------------
