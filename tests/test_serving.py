@@ -182,3 +182,10 @@ def test_equals_take_turns_over_the_steps():
     serving = Serving(np.ones((2, 8), dtype=bool))
     got = [int(serving.devices(np.array([expert]))[0]) for expert in range(8)]
     assert sorted(got) == [0] * 4 + [1] * 4
+
+
+def test_steps_of_one_slot_are_dealt_out_like_all_others():
+    """Without a GPU nobody takes turns, however few slots a step has."""
+    experts, held = np.arange(8).reshape(8, 1, 1), np.ones((1, 2, 8), dtype=bool)
+    expected = [int(Serving(held[0]).devices(np.array([expert]))[0]) for expert in range(8)]
+    assert devices_of_trace(experts, held, range(8)).reshape(-1).tolist() == expected

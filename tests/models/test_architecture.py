@@ -232,6 +232,11 @@ def test_the_shipped_model_by_its_name_alone(tmp_path, monkeypatch):
         load_configuration(SHIPPED.name)
 
 
+def test_a_folder_is_called_by_its_own_name(monkeypatch):
+    monkeypatch.chdir(SHIPPED)
+    assert load_configuration(".").name == load_configuration(str(SHIPPED)).name == SHIPPED.name
+
+
 def test_a_configuration_file_alone_is_enough(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     assert describe(load_configuration(str(tmp_path / "config.json"))).num_experts == 16

@@ -122,6 +122,7 @@ def test_replicated_on_the_eplb_example():
     assert (in_nodes.device_loads(WEIGHT).max(axis=1) <= eplb_device_loads(WEIGHT, 4, 8, 4, 2).max(axis=1) + 1e-9).all()
 
     everywhere = place_experts(WEIGHT, 8, "replicated", redundant=4)
+    assert everywhere.metadata == {}  # one node: nothing was asked that could not be done
     check_promises(everywhere, 16)
     # 136 and 172 are the optimum: all choices of 4 copies tried, two slots a device pair largest with smallest.
     assert everywhere.device_loads(WEIGHT).max(axis=1) == pytest.approx([136, 172])
