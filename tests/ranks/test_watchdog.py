@@ -274,8 +274,8 @@ def test_a_rank_that_is_stopped_in_its_last_moments_does_too(backend, tmp_path, 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_watch_that_is_stopped_does_not_hold_the_run_up(backend, tmp_path, monkeypatch):
     change = "noted(); os.kill(watch, 19); [watchdog.limit(30, 'x' * 60) for _ in range(2000)]; os.kill(watch, 18)"
-    statuses, out, _, _ = at_work(backend, 0, change, tmp_path, monkeypatch, steps=20)
-    assert not any(statuses) and out == "done\n" * 2
+    statuses, out, _, _ = at_work(backend, 0, change, tmp_path, monkeypatch, timeout=10, steps=20)
+    assert not any(statuses) and out.replace("\n", "") == "done" * 2  # mpirun may mix two ranks' lines
 
 
 def test_where_the_ranks_have_not_met_the_interpreters_own_clock_is_left(tmp_path):
