@@ -95,7 +95,7 @@ class ShardedExperts(StandIn):
         if self._tables is None:
             self._tables = [self._table(n) for n in range(len(self.stores))]
         if self.serving.any_shared:
-            turn = np.arange(indices.size).reshape(indices.shape) % len(self.serving.turns)
+            turn = self.serving.turn_of(indices.shape)
             indices = indices + mx.array((turn * self.num_experts).astype(np.uint32))
         parts = []
         for n, (store, table) in enumerate(zip(self.stores, self._tables, strict=True)):

@@ -47,10 +47,13 @@ class Serving:
         device[np.argsort(flat, kind="stable")] = np.repeat(every, given.T.reshape(-1))
         return device.reshape(experts.shape)
 
+    def turn_of(self, shape) -> np.ndarray:
+        """The row of `turns` that counts for each slot: replicas take turns over the slots."""
+        return np.arange(np.prod(shape)).reshape(shape) % len(self.turns)
+
     def taking_turns(self, experts: np.ndarray) -> np.ndarray:
-        """The device of each slot where replicas take turns over the slots, as one does who does not see the others."""
-        turn = np.arange(experts.size).reshape(experts.shape) % len(self.turns)
-        return self.turns[turn, experts]
+        """The device of each slot where replicas take turns, as one does who does not see the other slots."""
+        return self.turns[self.turn_of(experts.shape), experts]
 
     def _least_loaded(self, wanted) -> np.ndarray:
         """int [D + 1, E]: slots of each expert [E] by device; the most wanted replicated one first, to its emptiest."""
@@ -85,17 +88,14 @@ class Serving:
         """Devices from the fullest to one with two slots fewer, each with a slot for the next; [] if there is none."""
         takes = (given > 0).astype(np.float32) @ self.held.T > 0  # [D, D]: giver, taker
         fullest = int(load.argmax())
-        before, reached = {fullest: None}, [fullest]
-        for giver in reached:
-            for taker in np.flatnonzero(takes[giver]).tolist():
-                if taker not in before:
-                    before[taker] = giver
-                    reached.append(taker)
+        chains, reached = [[fullest]], {fullest}
+        for chain in chains:  # nearest first
+            for taker in np.flatnonzero(takes[chain[-1]]).tolist():
+                if taker not in reached:
+                    reached.add(taker)
+                    chains.append([*chain, taker])
                     if load[taker] <= load[fullest] - 2:
-                        chain = [taker]
-                        while chain[-1] != fullest:
-                            chain.append(before[chain[-1]])
-                        return chain[::-1]
+                        return chains[-1]
         return []
 
 

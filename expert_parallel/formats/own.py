@@ -16,6 +16,7 @@ import numpy as np
 from ..placement import Placement
 
 FORMAT = "expert-placement/1"
+MOST = 1 << 16  # layers, devices, experts: more than any model has, and still a table that memory holds
 
 
 def document_of(placement: Placement) -> dict:
@@ -53,8 +54,8 @@ def counts_in(document: dict, *names: str) -> dict[str, int]:
     """Those of the named counts that a file says; ValueError for one that is none."""
     said = {name: document[name] for name in names if name in document}
     for name, count in said.items():
-        if type(count) is not int or not 1 <= count <= 1 << 16:
-            raise ValueError(f'"{name}" is {count!r}, not a count from 1 up to 65536')
+        if type(count) is not int or not 1 <= count <= MOST:
+            raise ValueError(f'"{name}" is {count!r}, not a count from 1 up to {MOST}')
     return said
 
 
@@ -103,17 +104,21 @@ def metadata_of(document, held) -> dict:
     if "num_nodes" in metadata:
         if type(nodes := metadata["num_nodes"]) is not int:
             raise ValueError(f'"num_nodes" is a count, got {nodes!r}')
-        check_nodes(held, nodes)
+        experts_of_nodes(held, nodes)
     notes = metadata.get("notes", [])
     if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
         raise ValueError(f'"notes" are lines of text, got {notes!r}')
     return metadata
 
 
-def check_nodes(held, num_nodes: int) -> None:
-    """ValueError where nodes, equal runs of the devices in held [L, D, E], share experts or have not as many each."""
+def experts_of_nodes(held, num_nodes: int) -> np.ndarray:
+    """bool [L, nodes, E]: what each node has, equal runs of the devices in held [L, D, E].
+
+    ValueError where they share experts or have not as many each.
+    """
     num_layers, num_devices, num_experts = held.shape
     uneven = num_nodes < 1 or num_devices % num_nodes
     of_node = None if uneven else held.reshape(num_layers, num_nodes, -1, num_experts).any(axis=2)
     if uneven or (of_node.sum(axis=1) > 1).any() or (of_node.sum(axis=2) != num_experts / num_nodes).any():
         raise ValueError(f"a placement with num_nodes {num_nodes} has as many experts in each, and none in two")
+    return of_node

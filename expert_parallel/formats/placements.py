@@ -31,8 +31,6 @@ from ..placement import Placement
 from . import own
 from .content import content_of
 
-MOST_EXPERTS = 1 << 16
-
 
 def read_placement(path, num_layers=None, num_experts=None, num_devices=None, layer_numbers=None) -> Placement:
     """See `Placement.load`."""
@@ -96,7 +94,7 @@ def _held(content, num_layers, num_experts, num_devices, layer_numbers) -> tuple
         if num_layers is None:
             raise ValueError("it has one list for all layers and does not say how many there are")
         table = np.broadcast_to(table, (num_layers, len(table)))
-    if table.max() > MOST_EXPERTS:
+    if table.max() > own.MOST:
         raise ValueError(f"it names expert {table.max()}: more than any model has")
     if num_experts is None:
         num_experts = table.shape[1] if of_devices else int(table.max()) + 1

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..formats.own import check_nodes
+from ..formats.own import experts_of_nodes
 from .copies import count_copies, device_loads, replicate
 
 EVEN = 1.005  # fullest over mean device with which a layer is left alone: closer fits noise (held-out load gets worse)
@@ -149,8 +149,7 @@ def within_nodes(loads, held, num_nodes: int, search) -> np.ndarray:
     Raises ValueError where nodes differ in size or share experts.
     """
     num_layers, num_devices, num_experts = held.shape
-    check_nodes(held, num_nodes)
-    of_node = held.reshape(num_layers, num_nodes, -1, num_experts).any(axis=2)
+    of_node = experts_of_nodes(held, num_nodes)
     ids = np.argsort(~of_node, axis=2, kind="stable")[..., : num_experts // num_nodes]  # [L, nodes, E / nodes]
     of_nodes = np.take_along_axis(loads[:, None], ids, axis=2).reshape(num_layers * num_nodes, -1)
     whole = held.reshape(num_layers, num_nodes, -1, num_experts)

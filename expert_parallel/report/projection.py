@@ -40,6 +40,11 @@ class Setting:
     trace: RoutingTrace | None = None
     redundant: int = 0
 
+    @property
+    def routing(self) -> str:
+        """In words."""
+        return "uniform" if self.trace is None else self.trace.model or "trace"
+
     def copies(self, num_devices: int) -> int:
         return self.redundant if num_devices > 1 else 0
 
@@ -77,13 +82,12 @@ def projection(described: Architecture, setting: Setting, hybrid=None, section: 
     rows = [of[n] for n in setting.devices]
     milliseconds, (best, words) = rows[0]["milliseconds"], best_number(rows, usable)
     bound = 1e3 / (milliseconds["fixed"] + milliseconds["rest"])
-    routing = "uniform" if setting.trace is None else setting.trace.model or "trace"
     also = {"hardware": machine.name, "hardware_source": machine.source, "context": setting.context,
             "usable_bytes": usable, "best_devices": best, "speed_up_over": base and base["devices"],
-            "bound_tokens_per_second": bound, "routing": routing, "link": setting.link_name,
+            "bound_tokens_per_second": bound, "routing": setting.routing, "link": setting.link_name,
             "link_source": setting.link_source}  # fmt: skip
     table = of_records(
-        f"Projection (modelled): {machine.name}, {setting.link_name}, {routing} routing",
+        f"Projection (modelled): {machine.name}, {setting.link_name}, {setting.routing} routing",
         "devices",
         rows,
         (lambda row: f"{row['devices']}{'' if row['fits'] else ' *'}", "devices"),
@@ -113,13 +117,18 @@ def projection(described: Architecture, setting: Setting, hybrid=None, section: 
     return [table, facts("What it rests on", items)]
 
 
+def needed_bytes(described: Architecture, setting: Setting, count: int) -> int:
+    """Of the fullest of so many devices, with the cache of the context."""
+    held = fullest_device_bytes(described.bytes, count, redundant=setting.copies(count))
+    return held + described.cache_bytes_at(setting.context)
+
+
 def _figures(described, setting, count, hybrid_bytes) -> dict:
     demand, machine, weighed = described.demand, setting.machine, described.bytes
     where, load = (demand, machine, count, setting.link), setting.load(demand, count, 1)
     decoded, chunk = step.estimate(*where, load, context=setting.context), step.PREFILL_CHUNK
     read = step.estimate(*where, setting.load(demand, count, chunk), tokens=chunk)
-    needed = fullest_device_bytes(weighed, count, redundant=setting.copies(count))
-    needed += described.cache_bytes_at(setting.context)
+    needed = needed_bytes(described, setting, count)
     row = {
         "devices": count,
         "bytes": needed,
@@ -147,15 +156,12 @@ def one_sequence(described: Architecture, setting: Setting) -> list[Table]:
     rows = [_at_most(demand, setting, count, alone) for count in setting.devices if count > 1]
     if not rows:
         return []
-    bound, payload = (
-        ceiling(demand, machine, demand.num_experts, None, setting.context),
-        demand.hidden * machine.value_bytes,
-    )
-    held = fullest_device_bytes(described.bytes, 1) + described.cache_bytes_at(setting.context) <= machine.usable[0]
+    bound = ceiling(demand, machine, demand.num_experts, None, setting.context)
+    payload = demand.hidden * machine.value_bytes
+    held = needed_bytes(described, setting, 1) <= machine.usable[0]
     all_sum = sum(link.all_sum_parts(payload, rows[0]["devices"]))
-    routing = "uniform" if setting.trace is None else setting.trace.model or "trace"
     table = of_records(
-        f"One sequence at most (modelled): {machine.name}, {routing} routing",
+        f"One sequence at most (modelled): {machine.name}, {setting.routing} routing",
         "devices",
         rows,
         ("devices", "devices"),
@@ -171,7 +177,7 @@ def one_sequence(described: Architecture, setting: Setting) -> list[Table]:
         f" {rows[0]['devices']} devices: {1e6 * all_sum:.0f} us, {setting.link_name}); 1 to {BATCHES[-1]}: with this"
         f" link, for so many sequences at once. No number of devices gives one sequence more than {bound:.2f}x."
         + ("" if held else " One device does not hold this model: its speed is what more memory would give it."),
-        also={"bound": bound, "link": setting.link_name, "link_all_sum_seconds": all_sum, "routing": routing},
+        also={"bound": bound, "link": setting.link_name, "link_all_sum_seconds": all_sum, "routing": setting.routing},
     )
     return [table]
 

@@ -10,7 +10,7 @@ import numpy as np
 from ..balance import balancedness
 from ..placing.strategies import place_experts
 from ..serving import Serving
-from .remedies import Choices, device_slots
+from .remedies import Choices, device_slots, served
 
 FIRST = 16  # tokens of the shortest part that a placement is fitted on
 CLOSE = 0.01  # of balancedness: what is nearer than that to the best is as good
@@ -26,7 +26,8 @@ def learning_curve(fit: Choices, test: Choices, num_devices: int, redundant: int
         placement = place_experts(part.loads(), num_devices, strategy, redundant)
         both = {}
         for name, tokens in (("fit", part), ("test", test)):
-            both[f"balancedness_{name}"] = balancedness(device_slots(placement, tokens), "aggregate")
+            slots = device_slots(served(placement, tokens), num_devices)
+            both[f"balancedness_{name}"] = balancedness(slots, "aggregate")
         curve.append({"tokens": length, **both})
     return curve
 

@@ -205,17 +205,16 @@ def served(placement: Placement, choices: Choices) -> np.ndarray:
     return device if choices.kept is None else np.where(choices.kept, device, placement.num_devices)
 
 
-def device_slots(placement: Placement, choices: Choices) -> np.ndarray:
-    """[batches L, D]; slots of each device, batch by batch, in them layer by layer."""
-    device, devices = served(placement, choices), np.arange(placement.num_devices)
+def device_slots(device, num_devices: int) -> np.ndarray:
+    """[batches L, D]; slots of each device, batch by batch, in them layer by layer, for what `served` says."""
     batches = (device[start : start + BATCH] for start in range(0, len(device), BATCH))
-    return np.concatenate([(batch[..., None] == devices).sum(axis=(0, 2)) for batch in batches])
+    return np.concatenate([(batch[..., None] == np.arange(num_devices)).sum(axis=(0, 2)) for batch in batches])
 
 
 def _judge(remedy, placement, fit, test, price):
-    device = served(placement, test)
+    before, device = (served(placement, part) for part in (fit, test))
     touched = fan_out(device).mean() - (device == placement.num_devices).any(axis=2).mean()  # nobody is no device
-    fitted, judged = (device_slots(placement, part) for part in (fit, test))
+    fitted, judged = (device_slots(each, placement.num_devices) for each in (before, device))
     return _outcome(remedy, placement, test, fitted, judged, touched, price, {})
 
 

@@ -6,7 +6,7 @@ import pytest
 from expert_parallel import Placement, place_experts
 from expert_parallel.balance import balancedness
 from expert_parallel.study.learning import among_copies, enough_tokens, learning_curve, stability
-from expert_parallel.study.remedies import BATCH, Choices, device_slots
+from expert_parallel.study.remedies import BATCH, Choices, device_slots, served
 
 E, K, L = 32, 4, 2
 
@@ -53,7 +53,7 @@ def test_the_learning_curve_with_copies():
     fit, test = skewed(300, 1), skewed(600, 2)
     row = learning_curve(fit, test, 4, 8)[-1]
     placement = place_experts(fit.loads(), 4, "replicated", 8)
-    slots = [device_slots(placement, batch) for batch in test.batches()]
+    slots = [device_slots(served(placement, batch), 4) for batch in test.batches()]
     assert [int(of_batch.sum()) for of_batch in slots] == [BATCH * L * K, BATCH * L * K, (600 - 2 * BATCH) * L * K]
     assert row["balancedness_test"] == pytest.approx(balancedness(np.concatenate(slots), "aggregate"))
     assert row["balancedness_test"] > learning_curve(fit, test, 4, 0)[-1]["balancedness_test"]
