@@ -24,7 +24,7 @@ def check_loads(loads) -> np.ndarray:
     return loads
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Placement:
     """Which device holds which expert, layer by layer.
 

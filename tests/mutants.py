@@ -93,6 +93,19 @@ ACCEPTED = [
         "len(self.passes) >= self.EVERY -> len(self.passes) > self.EVERY",
         "how often notes are collected: tuning",
     ),
+    ("expert_parallel/formats/traces.py", "_table", "0 -> 1", "the larger of this and 1 at least"),
+    (
+        "expert_parallel/formats/warm_up.py",
+        "warm_up_rows",
+        "row += codes[l][trace.experts[:, l]].sum(axis=1) -> row -= codes[l][trace.experts[:, l]].sum(axis=1)",
+        "the negative tells rows apart as well",
+    ),
+    (
+        "expert_parallel/hybrid.py",
+        "ShardedHead.__call__",
+        "y.shape[-1] < self._share -> y.shape[-1] <= self._share",
+        "filled up by nothing",
+    ),
     ("expert_parallel/balance.py", "routing_entropy", "0 -> 1", "0 log 0 and 1 log 1 are the same"),
 ]
 

@@ -24,14 +24,15 @@ def gathered(monkeypatch):
     monkeypatch.setattr(mx.distributed, "all_gather", all_gather)
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 64), (5, 64)])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 @pytest.mark.parametrize("kind", ["float32", "quantised"])
-def test_each_rank_has_its_rows_of_the_head_and_every_logit_is_the_whole_heads(kind, ranks, gathered):
+def test_each_rank_has_its_rows_of_the_head_and_every_logit_is_the_whole_heads(kind, ranks, shape, gathered):
     """97 words over 8 ranks: 13 each, 6 on the last."""
     mx.random.seed(0)
     head = nn.Linear(64, 97, bias=False)
     head = nn.QuantizedLinear.from_linear(head, 32, 4) if kind == "quantised" else head
-    x = mx.random.normal((2, 5, 64))
+    x = mx.random.normal(shape)
     expected = head(x)
     copies = []
     for rank in range(ranks):

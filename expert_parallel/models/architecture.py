@@ -101,7 +101,7 @@ class Architecture:
         """For `projection`."""
         read, chosen = self.read_per_token, self.chosen
         moe = [layer.parts["experts"] for layer in self.layers if layer.moe]
-        parameters = np.array([part.parameters // self.num_experts for part in moe], dtype=np.int64)
+        parameters = np.array([part.parameters // self.num_experts for part in moe])
         return Demand(
             num_layers=len(self.layers),
             hidden=self.hidden,

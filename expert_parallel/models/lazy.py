@@ -128,7 +128,9 @@ def fill_randomly(model: nn.Module) -> nn.Module:
     for _, module in model.named_modules():
         if "scales" not in module:
             continue
-        module.weight = mx.random.randint(0, 2**31 - 1, module.weight.shape, dtype=mx.uint32)
+        *rows, width = module.weight.shape
+        random = mx.random.randint(0, 256, (*rows, 4 * width), dtype=mx.uint8)  # of a wider type the lowest bits are 0
+        module.weight = random.view(mx.uint32)
         if module.scales.dtype == mx.uint8:
             module.scales = mx.full(module.scales.shape, 118, dtype=mx.uint8)  # 2 ** -9
         else:

@@ -58,7 +58,7 @@ def model_bytes(model: nn.Module) -> ModelBytes:
     held = [[expert_tensors(module) for module in _modules_of(layer.experts)] for layer in layers]
     one = [sum(array.nbytes // len(array) for array in each[0].values()) for each in held]
     experts = sum(array.nbytes for each in held for tensors in each for array in tensors.values())
-    return ModelBytes(np.array(one, dtype=np.int64), num_experts(layers[0].experts), array_bytes(model) - experts)
+    return ModelBytes(np.array(one), num_experts(layers[0].experts), array_bytes(model) - experts)
 
 
 def live_expert_bytes(model: nn.Module) -> np.ndarray:
@@ -71,7 +71,7 @@ def live_expert_bytes(model: nn.Module) -> np.ndarray:
     for layer in moe_layers(model):
         experts = layer.experts
         sharded = isinstance(experts, ShardedExperts)
-        row = np.zeros(len(experts.held) if sharded else 1, dtype=np.int64)
+        row = np.zeros(len(experts.held) if sharded else 1, np.int64)
         here = list(experts.devices) if sharded else [0]
         row[here] = [sum(a.nbytes for a in expert_tensors(module).values()) for module in _modules_of(experts)]
         total = total + row

@@ -43,7 +43,7 @@ def ceiling(demand: Demand, machine: Machine, devices: int, load: Fullest | None
     return one.seconds / estimate(demand, machine, devices, FREE, load, context=context).seconds
 
 
-def break_even(demand: Demand, machine: Machine, devices: int, load: Fullest, context: int = 0) -> float:
+def break_even(demand: Demand, machine: Machine, devices: int, load: Fullest, context: int) -> float:
     """Seconds of one all-sum at which D devices are no faster than one."""
     one = estimate(demand, machine, context=context)
     many = estimate(demand, machine, devices, FREE, load, context=context)

@@ -30,8 +30,8 @@ class Seconds:
     waiting      for the other ranks, in an empty collective just before each real one: the slowest does not wait
     """
 
-    tokens: int = 0
-    value_bytes: int = 0
+    tokens: int
+    value_bytes: int = 4
     total: float = 0.0
     experts: float = 0.0
     waiting: float = 0.0

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 from expert_parallel import Placement, place_experts
-from expert_parallel.checkpoint import finding, tensors
+from expert_parallel.checkpoint import finding, opened, tensors
 from expert_parallel.checkpoint.finding import find_cached, resolve_model
 from expert_parallel.checkpoint.loading import activation_dtype, load_sharded, load_whole
 from expert_parallel.checkpoint.opened import Checkpoint
@@ -367,3 +367,21 @@ def test_a_stack_that_was_changed_on_the_way_is_not_read_as_rows(checkpoints, mo
     model, _ = load_sharded(folder, 2)
     assert mx.array_equal(model(PROMPT), stock(folder)(PROMPT))
     assert isinstance(model, nn.Module)
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_of_the_folder_is_trusted_where_that_was_asked_for(copy, monkeypatch, trusted):
+    """Whatever mlx-lm is told is handed on by it: the model's classes and the tokenizer's alike."""
+    told, folder = [], copy
+    monkeypatch.setattr(opened, "load_tokenizer", lambda folder, extra, **_: told.append((folder, extra)))
+    (folder / "tokenizer.json").touch()
+    Checkpoint(folder, trust_remote_code=trusted).tokenizer({"use_fast": True})
+    assert told == [(folder, {"use_fast": True} | ({"trust_remote_code": True} if trusted else {}))]
+
+
+def test_an_error_on_one_line_is_cut_to_200_characters():
+    assert finding.in_a_line(KeyError("a\n b")) == "KeyError: 'a\\n b'"
+    assert finding.in_a_line(ValueError("a\n  b")) == "ValueError: a b"
+    exactly = "x" * (200 - len("ValueError: "))
+    assert finding.in_a_line(ValueError(exactly)) == f"ValueError: {exactly}"
+    assert finding.in_a_line(ValueError(exactly + "y")) == f"ValueError: {exactly[:-3]}..."

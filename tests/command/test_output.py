@@ -65,6 +65,11 @@ def test_names_that_cannot_be_written(tmp_path):
         with pytest.raises(OSError, match="cannot write .*xxx: File name too long"):
             output.check_outputs({"--json": tmp_path / name}, {"the model": tmp_path / "model"})
     assert not list(tmp_path.iterdir())  # nor does the trial leave anything
+    there = tmp_path / ("x" * 250)
+    there.write_text("old")
+    with pytest.raises(OSError, match="File name too long"):  # it could be opened, but not be replaced whole
+        output.check_writable(there)
+    assert there.read_text() == "old"
 
 
 def test_a_trace_goes_into_a_pipe_and_is_refused_where_it_cannot_go(tmp_path, run_here):

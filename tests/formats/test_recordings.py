@@ -223,6 +223,14 @@ def test_a_tensor_may_reach_what_is_stored_and_no_more(offset, size, stride, ref
         assert content_of(tmp_path / "a.pt").tolist() == [offset + stride * n for n in range(size)]
 
 
+def test_lines_of_a_word_are_no_table(tmp_path):
+    """A table has commas: a text of single words is YAML's, where it is a text, and then no trace."""
+    (tmp_path / "a.txt").write_text("expert\nthree\n")
+    assert content_of(tmp_path / "a.txt") == "expert three"
+    (tmp_path / "a.csv").write_text("layer,expert\n0,3\n")
+    assert content_of(tmp_path / "a.csv")[0]["expert"] in (3, "3")
+
+
 def test_vllm_arrays_of_two_requests():
     one, two = choices(5, 2, 3, seed=1), choices(4, 2, 3, seed=2)
     assert np.array_equal(from_arrays([one, two], num_experts=16).experts, np.concatenate([one, two]))

@@ -50,7 +50,7 @@ def test_a_published_ceiling(devices, published):
 def test_where_a_link_breaks_even():
     demand = demand_of(0.5)
     load = Fullest(*2 * [np.full(4, 6.0)])
-    seconds = break_even(demand, MACHINE, 2, load)
+    seconds = break_even(demand, MACHINE, 2, load, 0)
     one = estimate(demand, MACHINE)
     # An all-sum on a ring of two takes two steps of the latency.
     slower, faster = (estimate(demand, MACHINE, 2, Link(seconds * f / 2, 1e30), load) for f in (1.01, 0.99))
