@@ -16,7 +16,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from expert_parallel.command import options, output
+from expert_parallel.command import options, output, prompts
 from expert_parallel.projection.hardware import LINKS, MACHINES, USUAL_LINK, find
 
 HERE = Path(__file__).resolve().parent
@@ -81,8 +81,8 @@ def run(args):
     configuration = load_configuration(args.model)
     alone = configuration.bundled or Path(args.model).expanduser().is_file()
     read = {"the model": configuration.file if alone else configuration.file.parent, "the trace": args.trace}
-    prompts = options.titled(args.prompt or ())
-    read |= {f"the prompt {path}": path for path in prompts.values() if os.path.isfile(path)}  # noqa: PTH113
+    asked = prompts.titled(args.prompt or ())
+    read |= {f"the prompt {path}": path for path in asked.values() if os.path.isfile(path)}  # noqa: PTH113
     output.check_outputs({"--json": args.json}, {what: path for what, path in read.items() if path})
     quantisation = {"bits": args.bits, "group_size": args.group_size, "mode": args.mode}
     described = describe(configuration, **quantisation)
@@ -133,7 +133,7 @@ def run(args):
         whole = checked["ok"]
         show(*checks.checkpoint(checked))
     if args.forward or args.prompt:
-        texts = {title: options.text_of(prompt) for title, prompt in (prompts or OWN_TEXTS).items()}
+        texts = {title: prompts.text_of(prompt) for title, prompt in (asked or OWN_TEXTS).items()}
         with output.progress_line(not args.quiet) as tell:
             tables = checks.forward(args.model, texts, args.prompt_tokens, tell)
         show(*tables)

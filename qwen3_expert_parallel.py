@@ -17,11 +17,11 @@ Every figure says whether it is measured, simulated or modelled.
 
 from contextlib import nullcontext
 
-from expert_parallel.command import options, output
+from expert_parallel.command import options, output, prompts
 from expert_parallel.ranks.launch import launched
 
 # What ranks may have in places of their own; what is in the files is compared.
-OWN_OPTIONS = ("model", "adapter_path", "prompt", "placement", "placement_trace", "verify", "quiet")
+OWN_OPTIONS = ("model", "adapter_path", "prompt", "placement", "placement_trace", "verify", "trials", "quiet", "full")
 OWN_OPTIONS += ("json", "trace", "plots", "save_placement")
 TIMED_TOKENS = 4  # extra ones, for where the time goes
 
@@ -83,7 +83,7 @@ def run(args, watchdog):
     console = output.console(args.quiet or not first or output.to_standard_output(args.json))
     versions = table.environment()
     waiting_for("no end of standard input" if args.prompt == "-" else "not all ranks had loaded")
-    typed = options.read_standard_input() if first and args.prompt == "-" else None
+    typed = prompts.read_standard_input() if first and args.prompt == "-" else None
     typed = gather_objects(group, typed)[0]  # a launcher passes its standard input to rank 0 alone
     waiting_for("not all ranks had loaded")
     with all_or_none(group) as same:
@@ -93,11 +93,14 @@ def run(args, watchdog):
             options.check_files(args, folder)
         checkpoint = Checkpoint(folder, args.adapter_path, args.trust_remote_code)
         tokenizer, config = checkpoint.tokenizer(), checkpoint.config
-        prompt = options.read_prompt(args, tokenizer, finding.context_of(config), typed)
+        prompt = prompts.read_prompt(args, tokenizer, finding.context_of(config), typed)
         numbers = [layer.number for layer in checkpoint.layers]
         placement = options.make_placement(args, checkpoint.shape, numbers, ranks)
-        verify = checkpoint.folder.resolve() == finding.SHIPPED if args.verify is None else args.verify
-        same |= {"mlx": versions["mlx"], "mlx-lm": versions["mlx_lm"], "config": config, "verify": verify}
+        shipped = checkpoint.folder.resolve() == finding.SHIPPED
+        verify = shipped if args.verify is None else args.verify
+        trials = 3 * shipped if args.trials is None else args.trials
+        same |= {"mlx": versions["mlx"], "mlx-lm": versions["mlx_lm"], "config": config}
+        same |= {"verify": verify, "trials": trials}
         same |= {options.option(name): value for name, value in vars(args).items() if name not in OWN_OPTIONS}
         same |= {"placement": placement.held.tobytes(), "prompt": prompt.ids}
         same["weights"] = checkpoint_mark(checkpoint.folder) if ranks > 1 else ""
@@ -143,10 +146,10 @@ def run(args, watchdog):
     with time_parts(TIMED_TOKENS, group) as seconds:
         for _ in range(TIMED_TOKENS):
             mx.eval(model(mx.array([tokens[-1:] or prompt.ids[-1:]]), cache=cache))
-    per_rank, parity = gather_objects(group, cost.rank_figures(model, seconds)), None
+    per_rank = gather_objects(group, cost.rank_figures(model, seconds))
     broken = any(gather_objects(group, mx.isnan(last.logprobs).any().item()))
     broken = run.not_a_number(first_not_a_number(model, prompt.ids + tokens)) if broken else None
-    sequence = mx.array([prompt.ids + tokens])
+    sequence, parity, stock, ours, theirs = mx.array([prompt.ids + tokens]), None, None, [last], []
     if verify:
         heard()
         logits = model(sequence)
@@ -158,20 +161,27 @@ def run(args, watchdog):
             stock, _ = load(str(checkpoint.folder), adapter_path=adapter, lazy=True)
             stock.set_dtype(dtype) if dtype is not None else None
             expected, _, answer, _ = generate(stock, tokenizer, prompt, args, None, lambda: None)
-            parity = run.parity(logits, tokens, stock(sequence), expected, cost.decoding_speed(answer))
+            parity = run.parity(logits, tokens, stock(sequence), expected)
+            theirs.append(answer)
         gather_objects(group, 0)  # nobody leaves while rank 0 still compares
+    for _ in range(trials):  # in turns: whatever else the machine does meets both
+        heard()
+        ours.append(generate(model, tokenizer, prompt, args, group, heard)[2])
+        watchdog.limit(None)
+        if stock:
+            theirs.append(generate(stock, tokenizer, prompt, args, None, lambda: None)[2])
+        gather_objects(group, 0)
 
     # 5. One report: for programs, and for people.
     if not first:
         return
-    stock_speed = parity.to_json()["stock_tokens_per_second"] if parity else None
     tables = [table for table in (broken, parity) if table]
     tables += [*run.routing(trace, numbers), *run.balance(trace, changes, numbers, model)]
     tables += [run.rebalancing(live.figures(), changes, trace, model)] if live else []
     tables += cost.memory(whole, changes[-1][1], sum(entry.nbytes for entry in cache), per_rank)
     tables += [cost.communication(model, trace, seconds.value_bytes, counted, ranks)]
     tables += [cost.ranks_table(per_rank)] if ranks > 1 else []
-    tables += cost.speed(text, tokens, len(prompt.ids), last, seconds, stock_speed)
+    tables += cost.speed(text, tokens, len(prompt.ids), ours, theirs, seconds)
     try:
         about = {"name": name, "config": config, "environment": versions}
         missing = dict.fromkeys(("parity", "not_a_number", "rebalancing", "ranks"))
@@ -180,7 +190,7 @@ def run(args, watchdog):
         tables.insert(0, verdict(document))
         write_files(args, document, trace, changes[-1][1], numbers)
     finally:  # a disk that is full takes no file; the report is still there to read
-        for part in filter(lambda part: part.title, tables):
+        for part in table.on_a_screen(tables, args.full):
             console.print()
             console.print(part)
 

@@ -48,17 +48,18 @@ def memory(whole: ModelBytes, placement: Placement, key_values: int, per_rank: l
         Figure("per_device_bytes", "together", together, size),
     ]
     fullest, beside = int(together.max()), f"in memory, {size(whole.experts)} of it experts"
+    peak = max(each["resident"]["peak"] for each in per_rank)
     of_experts = whole.experts / max(1, int(experts.max()))
     overall = [
         Figure("full_model_bytes", "whole model", whole.total, lambda total: f"{size(total)} {beside}"),
         Figure("reduction", "fullest device", whole.total / fullest, f"{size(fullest)}: {{:.2f}}x less than the whole"),
         Figure("reduction_of_experts", "experts alone", of_experts, "{:.2f}x less"),
         Figure("kv_cache_bytes", "key-value cache", key_values, lambda cache: f"{size(cache)} on each device besides"),
+        Figure("peak_process_bytes", "process at its peak", peak, lambda most: f"{size(most)}, with Python and MLX"),
     ]
     also = {"experts_per_device_bytes_modelled": whole.per_device(placement), "full_model_expert_bytes": whole.experts}
-    also["peak_process_bytes"] = max(each["resident"]["peak"] for each in per_rank)
     return [
-        Table("Memory per device", columns, "memory", source, first=-together, order="the fullest"),
+        Table("Memory per device", columns, "memory", source, first=-together, order="the fullest", detail=True),
         Table("Memory over all", overall, "memory", also=also, facts=True),
     ]
 
@@ -101,31 +102,43 @@ def communication(model, trace: RoutingTrace, value_bytes: int, counted: dict, r
     return Table(title, figures, "communication", "modelled", note, also=also, facts=True)
 
 
-def speed(text: str, tokens: list[int], prompt_tokens: int, last, seconds: Seconds, stock_speed=None) -> list[Table]:
-    """Speed of the run, and where the time of one token goes; `last` is mlx-lm's last response.
+def speed(text: str, tokens: list[int], prompt_tokens: int, ours: list, stock: list, seconds: Seconds) -> list[Table]:
+    """Speed of the run and of stock mlx-lm, and where the time of one token goes.
 
+    ours, stock  mlx-lm's last response of each run, made in turns; of several the first was a warm-up and counts not
     An answer of one token has no speed: there is no time between two. mlx-lm counts the end token, too, which went
     through the model.
     """
-    share, count = seconds.experts / max(seconds.total, 1e-12), last.generation_tokens
-    count = f"{count} tokens" + (", the end token among them" if count > len(tokens) else "")
+    first, ours, stock = ours[0], ours[1:] or ours, stock[1:] or stock
+    runs = {
+        "prompt_tokens_per_second": [last.prompt_tps for last in ours],
+        "tokens_per_second": [last.generation_tps for last in ours if last.generation_tokens > 1],
+        "stock_tokens_per_second": [last.generation_tps for last in stock if last.generation_tokens > 1],
+    }
+
+    def speed_of(key, label, of=""):
+        speeds = runs[key]
+        behind = "; ".join(filter(None, (of, f"{min(speeds):.1f} to {max(speeds):.1f}" if len(speeds) > 1 else "")))
+        shown = "{:.1f} tokens/s" + (f" ({behind})" if behind else "")
+        return Figure(key, label, float(np.median(speeds)) if speeds else None, shown)
+
+    count, share = first.generation_tokens, seconds.experts / max(seconds.total, 1e-12)
+    of_answer = f"{count} tokens" + (", the end token among them" if count > len(tokens) else "")
+    prompt = speed_of("prompt_tokens_per_second", "prompt", f"{prompt_tokens} tokens")
     figures = [
-        Figure("prompt_tokens_per_second", "prompt", last.prompt_tps, f"{{:.1f}} tokens/s ({prompt_tokens} tokens)"),
-        Figure("tokens_per_second", "generation", decoding_speed(last), f"{{:.1f}} tokens/s ({count})"),
-        Figure(None, "generation by stock mlx-lm", stock_speed, "{:.1f} tokens/s"),
+        Figure("seconds_to_first_token", "time to first token", prompt_tokens / prompt.value, "{:.3f} s"),
+        prompt,
+        speed_of("tokens_per_second", "generation", of_answer),
+        speed_of("stock_tokens_per_second", "generation by stock mlx-lm"),
         Figure(None, "share of time in experts", share, f"{{:.0%}} (measured on {seconds.tokens} tokens with stops)"),
     ]
     note = "with stops: extra tokens, with a wait after each part, which makes them slower"
-    also = {"prompt_tokens": prompt_tokens, "generation_tokens": last.generation_tokens, "text": text, "tokens": tokens}
+    also = {"prompt_tokens": prompt_tokens, "generation_tokens": count, "text": text, "tokens": tokens, "runs": runs}
+    how = f"medians of {len(ours)} runs after a warm-up, lowest and highest behind" if len(ours) > 1 else "one run"
     return [
-        Table("Speed", figures, "generation", "measured", note, also=also, facts=True),
+        Table(f"Speed (measured, {how})", figures, "generation", "measured", note, also=also, facts=True),
         Table("", [], "time", "measured with a stop after each part", also=vars(seconds), facts=True),
     ]
-
-
-def decoding_speed(last) -> float | None:
-    """Tokens a second by mlx-lm's last response; None where it had but one."""
-    return last.generation_tps if last.generation_tokens > 1 else None
 
 
 def ranks_table(per_rank: list[dict]) -> Table:

@@ -59,7 +59,7 @@ def what_runs_where(name: str, model, placement: Placement, ranks: int, reading,
     return Table("What runs where", figures, "placement", also=also, facts=True)
 
 
-def parity(logits: mx.array, tokens: list[int], stock_logits: mx.array, stock_tokens: list[int], stock_speed) -> Table:
+def parity(logits: mx.array, tokens: list[int], stock_logits: mx.array, stock_tokens: list[int]) -> Table:
     """Whether stock mlx-lm says the same: tokens of the run, logits [T, V] over prompt and answer."""
     count = len(stock_tokens)
     difference = mx.abs(stock_logits.astype(mx.float32) - logits.astype(mx.float32)).max().item()
@@ -75,7 +75,6 @@ def parity(logits: mx.array, tokens: list[int], stock_logits: mx.array, stock_to
         "tokens_equal": tokens == stock_tokens if count else None,
         "tokens_compared": count,
         "logits_compared": logits.size,
-        "stock_tokens_per_second": stock_speed,
     }
     return Table("Parity with stock mlx-lm", figures, "parity", "measured", also=also, facts=True)
 
@@ -115,6 +114,7 @@ def routing(trace: RoutingTrace, layer_numbers: list[int]) -> list[Table]:
             also={"tokens": len(trace), "uniform_simulated": uniform},
             first=per_layer[2].value,
             order="the most skewed",
+            detail=True,
         ),
         of_records(
             "Routing by phase (measured, means over layers; if uniform: simulated)",
@@ -191,7 +191,7 @@ def balance(trace: RoutingTrace, changes: list, layer_numbers: list[int], model=
             whole.append(Figure(None, label, both["balancedness_layers"], "{:.3f}", beside=replace(chance, key=None)))
     note = "A device's load: the slots, (token, chosen expert) pairs, that it answered."
     wide = "three characters" if len(shades(loads[0])) > first.num_devices else "a character"
-    least_balanced = {"first": per_layer[1].value, "order": "the least balanced"}
+    least_balanced = {"first": per_layer[1].value, "order": "the least balanced", "detail": True}
     return [
         Table("Balance over devices", per_layer, "balance", "measured", note, **least_balanced),
         Table("Balance over all layers", whole, "balance", "measured", BALANCEDNESSES, {"phases": phases}, facts=True),

@@ -73,6 +73,7 @@ class Table:
     also     {key: value} of what JSON has besides
     first    of a long table those rows are printed that have least of this, a value for each row
     order    what that makes them, e.g. "the most skewed"
+    detail   for who asks for all of the report; see `on_a_screen`
     """
 
     title: str
@@ -84,6 +85,7 @@ class Table:
     facts: bool = False
     first: object = None
     order: str = "the first"
+    detail: bool = False
 
     def heading(self) -> str:
         return f"{self.title} ({self.source})" if self.source and self.source not in self.title else self.title
@@ -170,6 +172,14 @@ def of_records(title: str, key: str | None, records, *columns, also=None, **more
 def facts(title: str, items: dict, **more) -> Table:
     """Names and texts, a line each, that are printed only."""
     return Table(title, [Figure(None, name, text) for name, text in items.items()], facts=True, **more)
+
+
+def on_a_screen(tables: list[Table], full: bool = False) -> list[Table]:
+    """The tables to print, and what is said of those that are left out; `full`: all that have a title."""
+    shown = [table for table in tables if table.title and (full or not table.detail)]
+    left_out = [table.title.partition(" (")[0] for table in tables if table.detail and not full]
+    names = facts("More", {"--full": ", ".join(left_out)})
+    return [*shown, names] if left_out else shown
 
 
 def sections(tables: list[Table], **others) -> dict:

@@ -52,11 +52,13 @@ def _balance(balance: dict, placement: dict) -> str | None:
 
 
 def _speed(document: dict) -> str | None:
-    ours, placement = document["generation"]["tokens_per_second"], document["placement"]
-    stock = document["parity"] and document["parity"]["stock_tokens_per_second"]
+    speeds, placement = document["generation"], document["placement"]
+    ours, stock, runs = speeds["tokens_per_second"], speeds["stock_tokens_per_second"], speeds["runs"]
+    runs = len(runs["tokens_per_second"])
+    how = f"medians of {runs} runs" if runs > 1 else "one run each"
     if ours is None:
         return None
-    text = f"{ours:.1f} tokens/s" + (f", stock mlx-lm {stock:.1f} (one run each)" if stock else "")
+    text = f"{ours:.1f} tokens/s" + (f", stock mlx-lm {stock:.1f} ({how})" if stock else "")
     if placement["ranks"] > 1:
         seconds = document["ranks"][0]["seconds"]
         parts = (1e3 * seconds[part] / seconds["tokens"] for part in ("collectives", "waiting"))

@@ -2,7 +2,8 @@
 
 import pytest
 
-from expert_parallel.command.options import check_numbers, check_placement, parser_of, read_prompt
+from expert_parallel.command.options import check_numbers, check_placement, parser_of
+from expert_parallel.command.prompts import read_prompt
 
 LIMITS = {  # the least and the most that is allowed, and what is just beyond
     "--max-tokens": (1, 10**12, 0, 10**12 + 1),

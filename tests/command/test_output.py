@@ -118,7 +118,7 @@ def test_characters_that_the_stream_cannot_encode_are_replaced():
     options = ("--model", SHIPPED, "--max-tokens", 2, "--no-verify")
     result = run_script("qwen3_expert_parallel.py", *options, LC_ALL="POSIX", PYTHONIOENCODING="ascii")
     assert (result.returncode, result.stderr) == (0, "")
-    assert "?" * 80 in result.stdout and "Speed (measured)" in result.stdout
+    assert "?" * 80 in result.stdout and "Speed (measured, " in result.stdout
 
 
 # --- output never destroys input ----------------------------------------------------------------------------

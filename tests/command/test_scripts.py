@@ -50,7 +50,7 @@ def test_main_script_answers_reports_and_writes(here, tmp_path):
         "by stock mlx-lm",
     ):
         assert words in result.stdout
-    for heading in ("Parity", "Routing", "Balance", "Memory per device", "Communication", "Speed"):
+    for heading in ("Parity", "Routing", "Balance", "Memory over all", "Communication", "Speed"):
         assert heading in result.stdout
     figures = json.loads(files["json"].read_text())
     assert figures["parity"]["tokens_equal"] is True

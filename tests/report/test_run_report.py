@@ -223,16 +223,16 @@ def test_of_48_layers_the_16_worst_are_printed():
 
 def test_parity_says_when_the_answers_differ():
     logits = mx.array([[1.0, 2.0], [3.0, 4.0]])
-    same = run.parity(logits, [7, 8], logits.astype(mx.float16), [7, 8], 99.0)
+    same = run.parity(logits, [7, 8], logits.astype(mx.float16), [7, 8])
     assert facts_of(str(same), "Parity with stock mlx-lm (measured)") == {
         "tokens": "the same (2 compared)", "largest logit difference": "0 (4 compared)",
     }  # fmt: skip
-    other = run.parity(logits, [7, 8], logits + mx.array([[0, 0], [0, -0.25]]), [7, 9], 99.0)
+    other = run.parity(logits, [7, 8], logits + mx.array([[0, 0], [0, -0.25]]), [7, 9])
     assert facts_of(str(other), "Parity")["tokens"] == "NOT the same (2 compared)"
     assert facts_of(str(other), "Parity")["largest logit difference"] == "0.25 (4 compared)"
     figures = {"tokens_equal": False, "max_abs_logit_difference": 0.25, "tokens_compared": 2, "logits_compared": 4}
-    assert other.to_json() == {"source": "measured", **figures, "stock_tokens_per_second": 99.0}
-    broken = run.parity(logits, [7], logits * mx.array(float("nan")), [7], 99.0)
+    assert other.to_json() == {"source": "measured", **figures}
+    broken = run.parity(logits, [7], logits * mx.array(float("nan")), [7])
     assert facts_of(str(broken), "Parity")["largest logit difference"] == "not a number"
     assert broken.to_json()["max_abs_logit_difference"] is None
 
@@ -274,6 +274,7 @@ def test_memory_of_simulated_devices_is_measured_but_for_the_rest():
         "fullest device": "4.45 kB: 1.99x less than the whole",
         "experts alone": "2.00x less",
         "key-value cache": "1.05 MB on each device besides",
+        "process at its peak": "9.00 MB, with Python and MLX",
     }
 
 
@@ -353,29 +354,49 @@ def test_one_process_says_what_ranks_would_send():
         shard_model(model, placement, combine="reduce")
 
 
+def answered(prompt_tps, generation_tps, tokens=3):
+    return SimpleNamespace(prompt_tps=prompt_tps, generation_tps=generation_tps, generation_tokens=tokens)
+
+
+SECONDS = Seconds(4, 4, total=0.5, experts=0.2)
+
+
 def test_speed_and_where_the_time_goes():
-    last, seconds = (
-        SimpleNamespace(prompt_tps=282.04, generation_tps=109.36, generation_tokens=3),
-        Seconds(4, 4, total=0.5, experts=0.2),
-    )
-    tables = cost.speed("text", [1, 2, 3], 17, last, seconds, 157.7)
-    assert facts_of(str(tables[0]), "Speed (measured)") == {
-        "prompt": "282.0 tokens/s (17 tokens)", "generation": "109.4 tokens/s (3 tokens)",
-        "generation by stock mlx-lm": "157.7 tokens/s",
+    tables = cost.speed("text", [1, 2, 3], 17, [answered(282.04, 109.36)], [answered(1.0, 157.7)], SECONDS)
+    assert facts_of(str(tables[0]), "Speed (measured, one run)") == {
+        "time to first token": "0.060 s", "prompt": "282.0 tokens/s (17 tokens)",
+        "generation": "109.4 tokens/s (3 tokens)", "generation by stock mlx-lm": "157.7 tokens/s",
         "share of time in experts": "40% (measured on 4 tokens with stops)",
     }  # fmt: skip
     document = sections(tables)
+    runs = {"prompt_tokens_per_second": [282.04], "tokens_per_second": [109.36], "stock_tokens_per_second": [157.7]}
     assert document["generation"] == {
-        "source": "measured", "prompt_tokens_per_second": 282.04, "tokens_per_second": 109.36, "prompt_tokens": 17,
-        "generation_tokens": 3, "text": "text", "tokens": [1, 2, 3],
+        "source": "measured", **{name: value for name, (value,) in runs.items()}, "runs": runs, "prompt_tokens": 17,
+        "seconds_to_first_token": 17 / 282.04, "generation_tokens": 3, "text": "text", "tokens": [1, 2, 3],
     }  # fmt: skip
-    assert document["time"] == {"source": "measured with a stop after each part", **vars(seconds)}
+    assert document["time"] == {"source": "measured with a stop after each part", **vars(SECONDS)}
     assert str(tables[1]).split("\n", 1) == [tables[1].heading(), ""]  # the figures are for programs alone
-    assert "stock" not in str(cost.speed("", [], 1, last, seconds)[0])
-    ended = cost.speed("", [1, 2], 17, last, seconds)[0]
+    assert "stock" not in str(cost.speed("", [], 1, [answered(1.0, 1.0)], [], SECONDS)[0])
+    ended = cost.speed("", [1, 2], 17, [answered(282.04, 109.36)], [], SECONDS)[0]
     assert facts_of(str(ended), "Speed")["generation"] == "109.4 tokens/s (3 tokens, the end token among them)"
-    last.generation_tokens = 1  # no time between two
-    assert "generation" not in facts_of(str(cost.speed("", [1], 17, last, seconds)[0]), "Speed")
+    once = answered(282.04, 109.36, tokens=1)  # no time between two
+    alone = cost.speed("", [1], 17, [once, once], [once], SECONDS)[0]
+    assert "generation" not in facts_of(str(alone), "Speed") and alone.to_json()["tokens_per_second"] is None
+    assert alone.to_json()["runs"]["stock_tokens_per_second"] == alone.to_json()["runs"]["tokens_per_second"] == []
+
+
+def test_speed_of_several_runs_is_their_median_without_the_first():
+    ours = [answered(1.0, 2.0), answered(300.0, 100.0), answered(200.0, 140.0), answered(250.0, 110.0)]
+    stock = [answered(1.0, 900.0), answered(1.0, 210.0), answered(1.0, 190.0)]
+    table = cost.speed("text", [1, 2, 3], 17, ours, stock, SECONDS)[0]
+    assert facts_of(str(table), "Speed (measured, medians of 3 runs after a warm-up, lowest and highest behind)") == {
+        "time to first token": "0.068 s", "prompt": "250.0 tokens/s (17 tokens; 200.0 to 300.0)",
+        "generation": "110.0 tokens/s (3 tokens; 100.0 to 140.0)",
+        "generation by stock mlx-lm": "200.0 tokens/s (190.0 to 210.0)",
+        "share of time in experts": "40% (measured on 4 tokens with stops)",
+    }  # fmt: skip
+    assert table.to_json()["runs"]["stock_tokens_per_second"] == [210.0, 190.0]
+    assert table.to_json()["runs"]["prompt_tokens_per_second"] == [300.0, 200.0, 250.0]
 
 
 def test_what_runs_where_shows_a_strategy_as_it_is():
@@ -443,7 +464,7 @@ def whole(run_here, tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "o.json"
     result = run_here(
         "qwen3_expert_parallel.py", "--model", SHIPPED, "--prompt", "import os\n", "--max-tokens", 24, "--devices", 3,
-        "--rebalance-every", 8, "--rebalance-horizon", 10**6, "--json", path,
+        "--rebalance-every", 8, "--rebalance-horizon", 10**6, "--json", path, "--full", "--trials", 0,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return result.stdout, json.loads(path.read_text(), parse_constant=pytest.fail)
@@ -475,7 +496,7 @@ def test_the_whole_report_prints_what_json_says(whole):
     balance = columns_of(text, "Balance over devices", 4)
     assert balance["balancedness"] == tuple(f"{b:.3f}" for b in figures["balance"]["balancedness_per_layer"])
     assert facts_of(text, "Parity")["tokens"] == f"the same ({figures['parity']['tokens_compared']} compared)"
-    speed, generation = facts_of(text, "Speed (measured)"), figures["generation"]
+    speed, generation = facts_of(text, "Speed (measured, one run)"), figures["generation"]
     tokens = f"({len(generation['tokens'])} tokens)"
     assert speed["generation"] == f"{generation['tokens_per_second']:.1f} tokens/s {tokens}"
     looks = lines_of(text, "Rebalancing")[1 : 1 + len(figures["rebalancing"]["looks"])]

@@ -11,7 +11,7 @@ from conftest import ROOT
 from printed import columns_of, facts_of, lines_of
 
 from expert_parallel.command.output import console, write_json
-from expert_parallel.report.table import Figure, Table, facts, of_records, of_rows, sections, shades, size
+from expert_parallel.report.table import Figure, Table, facts, of_records, of_rows, on_a_screen, sections, shades, size
 
 LAYERS = [
     Figure(None, "layer", [3, 7, 11]),
@@ -126,6 +126,15 @@ def test_shades_hold_each_row_against_its_own_mean():
     assert table.to_json() == {"device_loads": loads.tolist()}
     assert "<td>▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒</td>" in table._repr_html_()
     assert shades([1] * 20 + [20]) == "░" * 20 + "█"  # one letter each where there are many
+
+
+def test_details_are_named_in_place_of_being_printed():
+    short, untitled = facts("Short", {"a": "1"}), facts("", {"b": "2"})
+    long, longer = facts("Long (measured)", {"c": "3"}, detail=True), facts("Longer", {"d": "4"}, detail=True)
+    *shown, last = on_a_screen([long, short, untitled, longer])
+    assert shown == [short] and str(last) == "More\n--full  Long, Longer\n"
+    assert on_a_screen([long, short, untitled, longer], full=True) == [long, short, longer]
+    assert on_a_screen([short, untitled]) == [short]
 
 
 def test_tables_of_one_section_go_together():

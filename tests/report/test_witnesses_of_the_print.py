@@ -52,8 +52,8 @@ def test_in_short(run):
     even = mean([(mean(row) + 1e-5) / (max(row) + 1e-5) for row in balance["device_loads"]])
     assert f"fullest device's slots of the run {even:.2f}, 1 is even" in short["balance"]
     assert f"routing would give {balance['balancedness_if_uniform_simulated']:.2f}" in short["balance"]
-    ours, theirs = document["generation"]["tokens_per_second"], parity["stock_tokens_per_second"]
-    assert short["speed"].startswith(f"{ours:.1f} tokens/s, stock mlx-lm {theirs:.1f} (one run each)")
+    ours, theirs = (document["generation"][f"{whose}tokens_per_second"] for whose in ("", "stock_"))
+    assert short["speed"].startswith(f"{ours:.1f} tokens/s, stock mlx-lm {theirs:.1f} (medians of 3 runs)")
     assert ("real ranks" in short) == (run.ranks == 1)
 
 
@@ -206,6 +206,7 @@ def test_memory(run):
         "fullest device": f"{fullest}: {figures['reduction']:.2f}x less than the whole",
         "experts alone": f"{figures['reduction_of_experts']:.2f}x less",
         "key-value cache": f"{human(figures['kv_cache_bytes'])} on each device besides",
+        "process at its peak": f"{human(figures['peak_process_bytes'])}, with Python and MLX",
     }
 
 
@@ -234,14 +235,18 @@ def test_communication(run):
 def test_speed(run):
     lines, label = block(run, "Speed")
     figures, seconds = run.document["generation"], run.document["time"]
-    assert label == f" ({figures['source']})" == " (measured)"
+    assert label == f" ({figures['source']}, medians of 3 runs after a warm-up, lowest and highest behind)"
+    spread = {name: f"{min(speeds):.1f} to {max(speeds):.1f}" for name, speeds in figures["runs"].items()}
     prompt, answer = figures["prompt_tokens"], f"{run.prefill.count(False)} tokens"
     answer += ", the end token among them" if run is run_of("ended") else ""
     share = seconds["experts"] / seconds["total"]
     assert facts(lines) == {
-        "prompt": f"{figures['prompt_tokens_per_second']:.1f} tokens/s ({prompt} tokens)",
-        "generation": f"{figures['tokens_per_second']:.1f} tokens/s ({answer})",
-        "generation by stock mlx-lm": f"{run.document['parity']['stock_tokens_per_second']:.1f} tokens/s",
+        "time to first token": f"{figures['seconds_to_first_token']:.3f} s",
+        "prompt": f"{figures['prompt_tokens_per_second']:.1f} tokens/s"
+        f" ({prompt} tokens; {spread['prompt_tokens_per_second']})",
+        "generation": f"{figures['tokens_per_second']:.1f} tokens/s ({answer}; {spread['tokens_per_second']})",
+        "generation by stock mlx-lm": f"{figures['stock_tokens_per_second']:.1f} tokens/s"
+        f" ({spread['stock_tokens_per_second']})",
         "share of time in experts": f"{share:.0%} (measured on {seconds['tokens']} tokens with stops)",
         "note": "with stops: extra tokens, with a wait after each part, which makes them slower",
     }

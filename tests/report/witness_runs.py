@@ -99,6 +99,8 @@ def options_of(folder, tokens, more):
         "max_tokens": tokens,
         "dtype": "float32",
         "verify": True,
+        "full": True,
+        "trials": 3,
         **files,
         **more,
     }

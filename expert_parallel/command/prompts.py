@@ -1,0 +1,103 @@
+"""The prompt that was asked for: as text, a file or standard input, through the model's chat template if it has one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+CHAT_PROMPT = "Write a Python function that returns the n-th Fibonacci number."
+# No end of line at its end: that would be one token with the indent of the next line.
+CODE_PROMPT = "class Parser:\n    def parse(self, text):\n        if not text:"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids, the text they are of, and how many tokens may follow."""
+
+    ids: list[int]
+    text: str
+    max_tokens: int
+    note: str = ""
+
+
+def read_standard_input() -> str:
+    """All of it; bytes that are no UTF-8 come as surrogates, which `read_prompt` refuses."""
+    return sys.stdin.buffer.read().decode("utf-8", "surrogateescape") if sys.stdin else ""
+
+
+def read_prompt(args, tokenizer, context: int | None, standard_input: str | None = None) -> Prompt:
+    """The prompt that was asked for; ValueError if it is empty, no text, or fills the context.
+
+    context         tokens that the model can look at, where it says so
+    standard_input  for --prompt -
+    """
+    if args.prompt is None:
+        text = CHAT_PROMPT if tokenizer.has_chat_template and not args.ignore_chat_template else CODE_PROMPT
+    else:
+        text = text_of(args.prompt, standard_input)
+    ids = _token_ids(text, tokenizer, args)
+    if context and len(ids) >= context:
+        raise ValueError(f"the prompt has {len(ids)} tokens, the model's context is {context}")
+    room = context - len(ids) if context else args.max_tokens
+    note = ""
+    if room < args.max_tokens:
+        note = (
+            f"--max-tokens {args.max_tokens} is cut to {room}: the prompt has {len(ids)} tokens, the context {context}"
+        )
+    return Prompt(ids, text, min(args.max_tokens, room), note)
+
+
+def text_of(prompt: str, standard_input: str | None = None) -> str:
+    """The text that a --prompt means: that of the file it names, of standard input (-), or itself."""
+    text = prompt
+    if prompt == "-":
+        text = standard_input or ""
+    elif os.path.isfile(prompt):  # noqa: PTH113, pathlib's raises for a text too long for a file name
+        text = Path(prompt).read_text(encoding="utf-8", errors="surrogateescape")
+    elif os.path.isdir(prompt):  # noqa: PTH112
+        raise ValueError(f"--prompt {prompt} is a folder: give a file in it, a text, or - for standard input")
+    elif re.fullmatch(r"\S+\.(txt|md|py|json)", prompt):  # a model would answer the name of a file that is not there
+        raise ValueError(f"--prompt {prompt}: no such file (where this is a text, hand it over by standard input)")
+    if any("\ud800" <= letter <= "\udfff" or letter == "\0" for letter in text):
+        raise ValueError("the prompt is not UTF-8 text: give a text file, or convert it (iconv -t UTF-8)")
+    if not text.strip():
+        raise ValueError("the prompt is empty")
+    return text
+
+
+def titled(prompts) -> dict[str, str]:
+    """{title: prompt} of several, each with a title before it (code=a.py) or without; ValueError for one twice."""
+    found = {}
+    for number, prompt in enumerate(prompts, start=1):
+        title, separator, value = prompt.partition("=")
+        if not separator or not title.isidentifier() or len(title) > 12:
+            title, value = f"text {number}", prompt
+        if title in found:
+            raise ValueError(f"--prompt: two texts are named {title}: give each a name of its own")
+        found[title] = value
+    return found
+
+
+def _token_ids(text, tokenizer, args) -> list[int]:
+    if args.ignore_chat_template or not tokenizer.has_chat_template:
+        if args.system_prompt or args.chat_template_config:
+            raise ValueError("--system-prompt and --chat-template-config are for a chat template, and there is none")
+        return list(tokenizer.encode(text, verbose=False))  # too long a text is reported by the caller
+    try:
+        more = json.loads(args.chat_template_config or "{}")
+        system = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
+        messages = [*system, {"role": "user", "content": text}]
+    except ValueError as error:
+        raise ValueError(f"--chat-template-config is no JSON: {error}") from None
+    try:
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **more)
+    except Exception as error:  # templates are programs: jinja2, json and they themselves raise what they like
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"the model's chat template fails: {reason}") from None
+    if not ids:
+        raise ValueError("the prompt is empty after the model's chat template")
+    return list(ids)
