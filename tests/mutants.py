@@ -93,6 +93,20 @@ ACCEPTED = [
         "len(self.passes) >= self.EVERY -> len(self.passes) > self.EVERY",
         "how often notes are collected: tuning",
     ),
+    (
+        "expert_parallel/checkpoint/opened.py",
+        "build",
+        "1 -> 2",
+        "one token or two, one sequence or two: never computed",
+    ),
+    ("expert_parallel/ranks/watch.py", "Watch.end", "0 -> 1", "seconds of patience"),
+    ("expert_parallel/ranks/group.py", "checkpoint_mark", "4096 -> 4097", "bytes of a sample"),
+    (
+        "expert_parallel/formats/warm_up.py",
+        "warm_up_rows",
+        "tokens * elsewhere ** length < BY_CHANCE -> tokens * elsewhere ** length <= BY_CHANCE",
+        "a chance that is met exactly",
+    ),
     ("expert_parallel/formats/traces.py", "_table", "0 -> 1", "the larger of this and 1 at least"),
     (
         "expert_parallel/formats/warm_up.py",

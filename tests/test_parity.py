@@ -276,6 +276,12 @@ def test_a_second_sharding_is_refused_and_changes_nothing():
     assert_identical(prefill_and_decode(model), expected)
 
 
+def test_rounding_in_half_precision_does_not_keep_blocks_from_summing():
+    model = random_model()
+    model.set_dtype(mx.float16)
+    assert {why_not_reduce(layer) for layer in moe_layers(model)} == {None}
+
+
 # --- what only structure and trial can tell ---------------------------------------------------------------
 
 

@@ -209,6 +209,8 @@ def test_fewest_devices(coder):
     assert fewest_devices(coder.bytes, 20e9) == fewest_devices(coder.bytes, coder.bytes.total) == 1
     assert fewest_devices(coder.bytes, coder.bytes.total - 1) == 2
     assert fewest_devices(coder.bytes, 9.1e9) == 2
+    one_each = fullest_device_bytes(coder.bytes, 128)
+    assert fewest_devices(coder.bytes, one_each) == 128 and fewest_devices(coder.bytes, one_each - 1) is None
     assert fewest_devices(coder.bytes, 9.0e9) == 3
     assert fewest_devices(coder.bytes, 9.1e9, besides=int(1e9)) == 3
     assert fewest_devices(coder.bytes, 0.9e9) is None

@@ -59,6 +59,7 @@ def test_the_shipped_checkpoint_is_whole_and_as_predicted():
     assert report["ok"], report["problems"]
     assert report["bytes_on_disk"] == report["bytes_loaded"] == report["bytes_predicted"] == 15_922_688
     assert (report["num_files"], report["num_tensors"]) == (1, 119)
+    assert report["source"] == "measured on the files' headers"
 
 
 def test_two_files_and_an_index_are_fine(checkpoint):

@@ -296,3 +296,18 @@ def test_the_watch_listens_where_it_is_told_and_its_secret_is_on_no_command_line
     _, out, _, _ = at_work("ring", 1, change, tmp_path, monkeypatch, timeout=30, steps=10)
     listed = re.findall(rf"{WATCH} rank (\d): error:  \d+ ?(.*)\n", out)
     assert {("0", "127.0.0.1"), ("1", "")} <= set(listed) and len(set(listed)) == 2
+
+
+@pytest.mark.parametrize(("closed", "status"), [(True, 0), (False, 3)])
+def test_a_watch_that_ends_after_the_run_ends_no_rank(closed, status):
+    code = (
+        "import os, signal, time\n"
+        "from expert_parallel.ranks.watchdog import Watchdog\n"
+        "watchdog = Watchdog()\n"
+        "watchdog._port\n"  # it has begun
+        f"watchdog.close() if {closed} else None\n"
+        "os.kill(watchdog._process.pid, signal.SIGKILL)\n"
+        "time.sleep(1)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == status and ("its watch process was ended" in ended.stderr) == (not closed)

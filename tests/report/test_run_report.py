@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import SHIPPED, random_model
+from mlx.utils import tree_flatten
 from mlx_lm.models.qwen3_moe import Qwen3MoeSparseMoeBlock
 from printed import columns_of, facts_of, lines_of
 
@@ -284,6 +285,17 @@ def test_memory_of_ranks_is_measured_on_each():
     assert figures["source"] == "measured" and figures["peak_process_bytes"] == 9
     assert figures["per_device_bytes"] == [4430, 4450, 5100]  # the fullest has the fewest experts
     assert figures["reduction"] == pytest.approx(8850 / 5100)
+
+
+def test_what_a_rank_holds_and_computed_is_counted_on_its_own_arrays():
+    """Here of one process that plays all devices: all of them together."""
+    model = shard_model(random_model(), place_experts(np.zeros((L, E)), D))
+    held = tree_flatten(model.parameters())
+    figures = cost.rank_figures(model, Seconds(1))
+    of_experts = sum(array.nbytes for name, array in held if ".experts." in name or ".switch_mlp." in name)
+    assert figures["expert_bytes"] == sum(figures["expert_bytes_per_device"]) == of_experts > 0
+    assert figures["rest_bytes"] == sum(array.nbytes for _, array in held) - of_experts > 0
+    assert figures["slots_computed_per_layer"] == [0] * L
 
 
 def test_of_many_devices_the_fullest_are_printed():

@@ -260,6 +260,7 @@ def test_fit_and_test_parts():
     fit, test = fit_and_test(trace, 0.7)
     assert np.array_equal(np.concatenate([fit.experts, test.experts]), trace.experts)
     assert len(fit) == 7
+    assert [len(part) for part in fit_and_test(trace[:2])] == [1, 1]
     for share in (0, 1, 0.01):
         with pytest.raises(ValueError, match="both parts need tokens"):
             fit_and_test(trace, share)
