@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT, SHIPPED
 from transformers import AutoTokenizer
 
+from expert_parallel import Placement, RoutingTrace, balancedness
 from expert_parallel.command import options
 from expert_parallel.formats.placements import WRITERS
 from expert_parallel.models.architecture import describe, fullest_device_bytes
@@ -95,6 +96,19 @@ def test_commands_are_understood(script, words):
         tokens = AutoTokenizer.from_pretrained(SHIPPED).encode((ROOT / args.prompt).read_text())
         context = json.loads((SHIPPED / "config.json").read_text())["max_position_embeddings"]
         assert len(tokens) + args.max_tokens <= context
+
+
+def test_snippets_run_one_after_the_other(tmp_path, monkeypatch, capsys):
+    """As pasted into a notebook, from a folder that has the models beside it."""
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    monkeypatch.chdir(tmp_path)
+    names, blocks = {"__name__": "__main__"}, re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    recorded, own = RoutingTrace.load("run.npz"), names["mine"]
+    even = balancedness(names["placement"].device_loads(recorded.loads()))
+    assert len(blocks) == 3 and f"\n{even}\n" in capsys.readouterr().out
+    assert Placement.load("mine.json") == own and own.held.sum(axis=2).tolist() == [[16] * 8] * 4
 
 
 def test_every_format_of_placements_is_named():
