@@ -63,7 +63,7 @@ TESTS = {
     "scripts": [*WITNESSES, "tests/command/test_scripts.py", "tests/report/test_*.py", "tests/study/test_*.py"],
 }
 
-# Faults that no test can notice, or need not: (file, function, fault, reason).
+# Faults that no test can notice, or need not: (file, function or part of its line, fault, reason).
 ACCEPTED = [
     ("expert_parallel/moving/plan.py", "", "2 -> 3", "most swaps that are tried: tuning"),
     ("expert_parallel/moving/plan.py", "", "4 -> 5", "most swaps that are tried: tuning"),
@@ -95,11 +95,25 @@ ACCEPTED = [
     ),
     (
         "expert_parallel/checkpoint/opened.py",
-        "build",
+        "mx.zeros((1, 1)",
         "1 -> 2",
         "one token or two, one sequence or two: never computed",
     ),
-    ("expert_parallel/ranks/watch.py", "Watch.end", "0 -> 1", "seconds of patience"),
+    ("expert_parallel/ranks/watch.py", "for how, seconds in", "0 -> 1", "seconds of patience"),
+    (
+        "expert_parallel/ranks/group.py",
+        "checkpoint_mark",
+        "min(header, length) -> max(header, length)",
+        "it reads all of what is there: as good a mark, and slow",
+    ),
+    ("expert_parallel/trials.py", "random.key(0)", "0 -> 1", "a seed: any will do"),
+    ("expert_parallel/trials.py", "default_rng(0)", "0 -> 1", "a seed: any will do"),
+    (
+        "expert_parallel/placing/search.py",
+        "spread",
+        "fullest > EVEN * mean -> fullest >= EVEN * mean",
+        "a bound that is met exactly",
+    ),
     ("expert_parallel/ranks/group.py", "checkpoint_mark", "4096 -> 4097", "bytes of a sample"),
     (
         "expert_parallel/formats/warm_up.py",
@@ -107,7 +121,7 @@ ACCEPTED = [
         "tokens * elsewhere ** length < BY_CHANCE -> tokens * elsewhere ** length <= BY_CHANCE",
         "a chance that is met exactly",
     ),
-    ("expert_parallel/formats/traces.py", "_table", "0 -> 1", "the larger of this and 1 at least"),
+    ("expert_parallel/formats/traces.py", "max(num_experts or 0", "0 -> 1", "the larger of this and 1 at least"),
     (
         "expert_parallel/formats/warm_up.py",
         "warm_up_rows",
@@ -337,7 +351,11 @@ def main():
         return 2
     results = []
     for fault, seen in run(faults, args.jobs):
-        accepted = any((fault.file, fault.function, fault.change) == each[:3] for each in ACCEPTED)
+        line = (ROOT / fault.file).read_text().splitlines()[fault.line - 1]
+        accepted = any(
+            (fault.file, fault.change) == (file, change) and (place == fault.function or place and place in line)
+            for file, place, change, _ in ACCEPTED
+        )
         results.append((fault.room, "noticed" if seen else "accepted" if accepted else "unnoticed"))
         if not seen:
             print(f"{results[-1][1]:10}{fault}", flush=True)

@@ -43,7 +43,7 @@ def run_text(model: nn.Module, tokens: list[int], name: str = "") -> tuple[Routi
             for router in [name for name, m in layer.block.items() if isinstance(m, nn.Linear | nn.QuantizedLinear)]:
                 stack.callback(setattr, layer.block, router, layer.block[router])
                 setattr(layer.block, router, _Noting(layer.block[router], noted.append))
-        with record_routing(model, name=name, prompt_tokens=len(tokens)) as trace:
+        with record_routing(model, name=name) as trace:
             mx.eval(model(mx.array([tokens])), answers)
     # A router is the linear layer of the block that answers with a score for each expert.
     scores = [[y for y in noted if y.shape[-1] == trace.num_experts] for noted in answers]

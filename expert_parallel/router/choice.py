@@ -27,9 +27,8 @@ def choosing_by(block_class, name: str, chooser):
             return argpartition(a, kth, *along, **named)
         sign = 1 if kth < 0 else -1
         order = argpartition(sign * chooser.ranked(sign * a), kth)
-        if kth < 0:
-            return mx.concatenate([order[..., :kth], chooser.settled(a, order[..., kth:])], axis=-1)
-        return mx.concatenate([chooser.settled(-a, order[..., : kth + 1]), order[..., kth + 1 :]], axis=-1)
+        chosen = order[..., kth:] if kth < 0 else order[..., : kth + 1]  # those that are not nobody looks at
+        return chooser.settled(sign * a, chosen)
 
     def call(self, *args, **kwargs):
         answer = partial(chooser.answer, getattr(self, name))

@@ -248,4 +248,6 @@ def test_a_folder_is_called_by_its_own_name(monkeypatch):
 
 def test_a_configuration_file_alone_is_enough(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    assert describe(load_configuration(str(tmp_path / "config.json"))).num_experts == 16
+    for path in (tmp_path / "config.json", tmp_path):
+        found = load_configuration(str(path))
+        assert describe(found).num_experts == 16 and not found.has_weights

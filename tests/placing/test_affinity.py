@@ -69,6 +69,16 @@ def test_affinity_stays_within_its_bound(bound):
     assert (together.device_loads(loads).max(axis=1) <= limit * (1 + 1e-9)).all()
 
 
+def test_the_bound_is_on_the_fullest_device():
+    """Experts 0 and 1 are wanted together. One hot expert makes a device fuller than any bound lets the other get; it
+    may have a partner of another kind all the same, at the same load.
+    """
+    pairs = np.zeros((1, 4, 4), int)
+    pairs[0, 0, 1] = pairs[0, 1, 0] = 50
+    together = place_experts([[100, 1, 1, 1]], 2, "affinity", coactivation=pairs)
+    assert together.devices_of(0, 0) == together.devices_of(0, 1)
+
+
 def test_affinity_lowers_fan_out_on_text_it_was_not_fitted_on(held_out_traces):
     fit, test = held_out_traces
     balanced = place_experts(fit.loads(), 8, "balanced")

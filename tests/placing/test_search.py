@@ -98,6 +98,7 @@ def test_the_drop_in_on_eplbs_own_example():
     assert (load <= eplb_device_loads(WEIGHT, 4, 8, 4, 2).max(axis=1) + 1e-9).all()
     assert drop_in(np.zeros((1, 4)), 4, 1, 1, 2)[2].tolist() == [[1, 1, 1, 1]]  # nothing counted yet
     assert drop_in([[0, 0, 1, 8]], 6, 1, 1, 2)[2].tolist() == [[1, 1, 2, 2]]  # what nobody wants needs no copy
+    assert drop_in(WEIGHT, 12, 1, 1, 1)[0].tolist() == [list(range(12))] * 2  # one GPU has all
     slots, _, copies = drop_in(
         np.arange(1, 17)[None], 24, 8, 8, 8
     )  # a node's one device has no room for its own copies
