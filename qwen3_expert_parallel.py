@@ -119,15 +119,13 @@ def run(args, watchdog):
             attention=args.attention, streams=args.streams, progress=progress, return_report=True,
         )  # fmt: skip
     name = str(args.model or checkpoint.folder.name)
-    where = run.what_runs_where(name, model, placement, ranks, reading, versions)
+    where = run.what_runs_where(name, model, prompt, placement, ranks, reading, versions)
     console.print()
     console.print(where)
 
     # 3. The answer, with every routing decision recorded.
     shown = first and not output.to_standard_output(args.json)
     console.rule("answer", style="dim", align="left")
-    if shown and not args.quiet:
-        print(prompt.text if not tokenizer.has_chat_template else "", end="", flush=True)
     live = start_rebalancing(args, model, placement, checkpoint, dtype, group) if args.rebalance_every else None
     heard = lambda: waiting_for("no answer from the other ranks")  # noqa: E731
     heard()

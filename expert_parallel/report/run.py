@@ -24,6 +24,7 @@ from ..study.chance import expected_fan_out, uniform_routing
 from ..trace import RoutingTrace
 from .table import Figure, Table, facts, of_records, shades, size
 
+MOST_OF_PROMPT = 120  # characters that are printed
 PHASES = ("prefill", "decode")
 BALANCEDNESSES = (
     "SGLang: mean load over the fullest device's in each layer, then the mean of layers; vLLM: both are summed over"
@@ -31,18 +32,20 @@ BALANCEDNESSES = (
 )
 
 
-def what_runs_where(name: str, model, placement: Placement, ranks: int, reading, versions) -> Table:
-    """Model, types, devices, placement, hardware, versions; `reading` is a ReadReport."""
+def what_runs_where(name: str, model, prompt, placement: Placement, ranks: int, reading, versions) -> Table:
+    """Model, types, prompt, devices, placement, hardware, versions; `reading` is a ReadReport."""
     counts = placement.held.sum(axis=2)  # [L, D]
     held = " to ".join(map(str, sorted({int(counts.min()), int(counts.max())})))
     copies = int(placement.copies.sum()) // placement.num_layers - placement.num_experts
     more = f", {copies} copies a layer" if copies else ""
     spread = f"{ranks} ranks" if ranks > 1 else f"{placement.num_devices} simulated in one process"
+    said = prompt.text if len(prompt.text) <= MOST_OF_PROMPT else f"{prompt.text[: MOST_OF_PROMPT - 3]}..."
     read = size(reading.bytes_read_experts + reading.bytes_read_rest)
     figures = [
         Figure(None, "model", name),
         Figure(None, "MoE layers", f"{placement.num_layers} x {placement.num_experts} experts"),
         Figure(None, "dtype", stored_as(model)),
+        Figure(None, "prompt", f"{len(prompt.ids)} tokens: {said}"),
         Figure(None, "devices", spread),
         Figure(
             "strategy",

@@ -393,7 +393,7 @@ def test_an_interrupt_in_mid_answer_leaves_one_line_and_no_file(tmp_path):
     heeded = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a job in the background ignores it
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, cwd=ROOT, env=of_a_user(), text=True, **pipes, **heeded)
-    while "class Parser" not in process.stdout.readline():  # the answer begins after its prompt
+    while not process.stdout.readline().startswith("answer ─"):
         assert process.poll() is None, process.stderr.read()
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)

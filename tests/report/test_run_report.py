@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -13,6 +14,7 @@ from mlx_lm.models.qwen3_moe import Qwen3MoeSparseMoeBlock
 from printed import columns_of, facts_of, lines_of
 
 from expert_parallel import Placement, RoutingTrace, place_experts, shard_model
+from expert_parallel.command.prompts import Prompt
 from expert_parallel.models.memory import ModelBytes
 from expert_parallel.report import cost, run
 from expert_parallel.report.measuring import Seconds
@@ -422,11 +424,16 @@ def test_what_runs_where_shows_a_strategy_as_it_is():
         "python": "3",
     }
     reading = SimpleNamespace(bytes_read_experts=15_000_000, bytes_read_rest=920_000, seconds=0.14)
-    table = run.what_runs_where("[red]model", random_model(), PLACEMENT, 1, reading, versions)
+    prompt = Prompt([1, 2, 3], "a\n[b]" + "c" * 115, 9)  # 120 characters, the most that are shown
+    table = run.what_runs_where("[red]model", random_model(), prompt, PLACEMENT, 1, reading, versions)
+    longer = replace(prompt, text=prompt.text + "d")
+    longer = str(run.what_runs_where("m", random_model(), longer, PLACEMENT, 1, reading, versions))
+    assert facts_of(longer, "What runs where")["prompt"].replace(" ", "") == r"3tokens:a\n[b]" + "c" * 112 + "..."
     assert facts_of(str(table), "What runs where") == {
         "model": "[red]model",
         "MoE layers": "2 x 8 experts",
         "dtype": "float32",
+        "prompt": f"3 tokens: a\\n[b]{'c' * 62} {'c' * 53}",
         "devices": "3 simulated in one process",
         "placement": "[/x] by hand, 1 to 4 of 8 experts on each device, 1 copies a layer",
         "running on": "CPU, x, 2 cores, s",

@@ -10,7 +10,7 @@ import pytest
 import witness
 from conftest import SHIPPED
 from witness import columns, facts, human
-from witness_runs import MOVING, OVER_RANKS, RUNS, WEIGHTS, E, K, L, run_of
+from witness_runs import MOVING, OVER_RANKS, PROMPT, RUNS, WEIGHTS, E, K, L, run_of
 
 
 @pytest.fixture(params=RUNS)
@@ -71,6 +71,7 @@ def test_what_runs_where(run):
         "model": run.asked["model"],
         "MoE layers": f"{L} x {E} experts",
         "dtype": "experts 4-bit in groups of 64, the rest also 8-bit (gate), float32",
+        "prompt": f"{run.prefill.count(True)} tokens: {repr(PROMPT)[1:-1]}",
         "devices": f"{run.ranks} ranks" if run.ranks > 1 else f"{len(first[0])} simulated in one process",
         "placement": f"{document['placement']['strategy']}, {held} of {E} experts on each device{more}",
         "running on": f"{about['device']}, {about['device_name']}, {about['cores']} cores, {about['system']}",
@@ -85,9 +86,7 @@ def read_by_rank_0(run):
 
 
 def test_the_answer(run):
-    assert witness.blocks_of(run.text)["answer"] == (run.asked["prompt"] + run.document["generation"]["text"]).strip(
-        "\n"
-    )
+    assert witness.blocks_of(run.text)["answer"] == run.document["generation"]["text"].strip("\n")
 
 
 def test_parity(run):
