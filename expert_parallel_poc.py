@@ -13,6 +13,7 @@ in batches of 256 that wait for their fullest device.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from expert_parallel.command import options, output
@@ -78,6 +79,7 @@ def setup_arg_parser():
     add("--latency", type=float, default=20.0, help="microseconds of a message, for modelled times (default: 20)")
     add("--seed", type=int, default=0, help="of weights, tokens and scenarios (default: 0)")
     add("--json", type=Path, metavar="FILE", help="save all figures; - for standard output, and then nothing else")
+    add("--html", type=Path, metavar="FILE", help="save a page with everything in it, to read in a browser")
     add("--quiet", action="store_true", help="print nothing")
     return parser
 
@@ -100,7 +102,9 @@ def check_arguments(args):
     if args.test_trace and not args.trace:
         raise ValueError("--test-trace needs --trace, the trace to fit on")
     read = {"--trace": args.trace, "--test-trace": args.test_trace}
-    output.check_outputs({"--json": args.json}, {option: path for option, path in read.items() if path})
+    output.check_outputs(
+        {"--json": args.json, "--html": args.html}, {option: path for option, path in read.items() if path}
+    )
     names = [] if args.trace and args.scenarios is None else (args.scenarios or ",".join(SCENARIOS)).split(",")
     names = [name.strip() for name in names]
     unknown = [name for name in names if name not in SCENARIOS]
@@ -142,7 +146,7 @@ def run(args):
     )
 
     # 2. Each scenario, and the trace with its own choices on random tokens.
-    results = {}
+    results, shown = {}, []
     for name in [*names, *([args.trace.name] if trace else [])]:
         if name in MEANING:
             parts = scenario_tokens(layer, name, args.tokens, args.seed)
@@ -150,13 +154,19 @@ def run(args):
             parts = (*trace, mx.random.normal((MEASURED, args.hidden), key=mx.random.key(args.seed + 1)), None)
         tables = workbench.study(layer, *parts, args.devices, redundant, link)
         results[name] = table.sections(tables)
+        shown += [replace(part, title=f"{name}: {part.title}") for part in tables]
         console.rule(f"{name}: {MEANING.get(name, 'recorded trace')}", style="dim", align="left")
         console.print(*tables)
         console.print()
 
     # 3. The same figures for programs.
+    document = {"environment": about, "options": vars(args), "results": results}
     if args.json:
-        output.write_json(args.json, {"environment": about, "options": vars(args), "results": results})
+        output.write_json(args.json, document)
+    if args.html:
+        from expert_parallel.report import page
+
+        page.save_page(args.html, "What skewed routing costs", shown, {}, document)
 
 
 def main():

@@ -45,6 +45,7 @@ def setup_arg_parser():
     add("--prompt-tokens", type=int, default=256, help="at most so many tokens of each text (default: 256)")
     add("--measure", action="store_true", help="fit the projection's constants on this machine, a few minutes")
     add("--json", type=Path, metavar="FILE", help="save all figures; - for standard output, and then nothing else")
+    add("--html", type=Path, metavar="FILE", help="save a page with everything in it, to read in a browser")
     add("--quiet", action="store_true", help="print nothing")
     return parser
 
@@ -83,7 +84,8 @@ def run(args):
     read = {"the model": configuration.file if alone else configuration.file.parent, "the trace": args.trace}
     asked = prompts.titled(args.prompt or ())
     read |= {f"the prompt {path}": path for path in asked.values() if os.path.isfile(path)}  # noqa: PTH113
-    output.check_outputs({"--json": args.json}, {what: path for what, path in read.items() if path})
+    outputs = {"--json": args.json, "--html": args.html}
+    output.check_outputs(outputs, {what: path for what, path in read.items() if path})
     quantisation = {"bits": args.bits, "group_size": args.group_size, "mode": args.mode}
     described = describe(configuration, **quantisation)
     link = args.link or USUAL_LINK[args.hardware.lower()]
@@ -138,10 +140,16 @@ def run(args):
             tables = checks.forward(args.model, texts, args.prompt_tokens, tell)
         show(*tables)
 
+    missing = dict.fromkeys(("fit", "one_sequence", "this_machine", "checkpoint", "forward"))
+    document = table.sections(shown, options=vars(args), environment=table.environment(), **missing)
     if args.json:
-        missing = dict.fromkeys(("fit", "one_sequence", "this_machine", "checkpoint", "forward"))
-        about = {"options": vars(args), "environment": table.environment()}
-        output.write_json(args.json, table.sections(shown, **about, **missing))
+        output.write_json(args.json, document)
+    if args.html:
+        from expert_parallel.report import page, plots
+
+        title = f"{configuration.name} on {machine.name}"
+        pictures = {"speed": plots.speed_lines(document["projection"], title)}
+        page.save_page(args.html, title, shown, pictures, document)
     return 0 if whole else 1
 
 

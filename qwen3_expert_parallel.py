@@ -22,7 +22,7 @@ from expert_parallel.ranks.launch import launched
 
 # What ranks may have in places of their own; what is in the files is compared.
 OWN_OPTIONS = ("model", "adapter_path", "prompt", "placement", "placement_trace", "verify", "trials", "quiet", "full")
-OWN_OPTIONS += ("json", "trace", "plots", "save_placement")
+OWN_OPTIONS += ("json", "trace", "plots", "html", "save_placement")
 TIMED_TOKENS = 4  # extra ones, for where the time goes
 
 
@@ -186,24 +186,26 @@ def run(args, watchdog):
         document = {"model": about, "environment": versions, "options": vars(args), **missing}
         document = table.sections([where, *tables], **document)
         tables.insert(0, verdict(document))
-        write_files(args, document, trace, changes[-1][1], numbers)
+        write_files(args, [*tables, where], document, trace, changes[-1][1], numbers)
     finally:  # a disk that is full takes no file; the report is still there to read
         for part in table.on_a_screen(tables, args.full):
             console.print()
             console.print(part)
 
 
-def write_files(args, document, trace, placement, numbers):
+def write_files(args, tables, document, trace, placement, numbers):
     if args.trace:
         trace.save(args.trace)
     if args.save_placement:
         placement.save(args.save_placement, args.placement_format, numbers)
-    if args.plots:
-        from expert_parallel.report.plots import load_map, save_plots
+    if args.plots or args.html:
+        from expert_parallel.report import page, plots
 
-        name, device_loads = document["model"]["name"], document["balance"]["device_loads"]
-        maps = {"expert": load_map(trace.loads(), "expert", name), "device": load_map(device_loads, "device", name)}
-        save_plots(args.plots, {f"{across}_loads": figure for across, figure in maps.items()})
+        pictures, title = plots.of_run(document, trace, placement), f"{document['model']['name']}, experts in parallel"
+        if args.plots:
+            plots.save_plots(args.plots, pictures)
+        if args.html:
+            page.save_page(args.html, title, tables, pictures, document, document["generation"]["text"])
     if args.json:
         output.write_json(args.json, document)
 

@@ -15,7 +15,8 @@ BY_TRACE = ("balanced", "replicated", "affinity")
 STRATEGIES = ("contiguous", "round-robin", *BY_TRACE)
 PLACEMENT_FORMATS = ("vllm", "vllm-ranks", "vllm-ascend", "sglang", "tensorrt-llm")  # besides this project's own
 MOST = 10**12  # of a whole number: far beyond all use, and no arithmetic here overflows
-OUTPUTS = ("trace", "save_placement", "json")  # files, each with an option of its own
+PICTURES = ("expert_loads", "device_loads", "memory", "time", "coactivation")
+OUTPUTS = ("trace", "save_placement", "json", "html")  # files, each with an option of its own
 
 
 def parser_of(description: str) -> argparse.ArgumentParser:
@@ -75,7 +76,8 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     add("--save-placement", type=Path, metavar="FILE", help="save the placement")
     add("--placement-format", choices=PLACEMENT_FORMATS, metavar="FORMAT",
         help=f"of --save-placement: {', '.join(PLACEMENT_FORMATS)} (default: JSON of this project)")
-    add("--plots", type=Path, metavar="DIR", help="save pictures of the loads, two .png")
+    add("--plots", type=Path, metavar="DIR", help=f"save pictures, .png: {', '.join(PICTURES)}")
+    add("--html", type=Path, metavar="FILE", help="save a page with everything in it, to read in a browser")
     add("--json", type=Path, metavar="FILE", help="save all figures; - for standard output, and then nothing else")
     add("--full", action="store_true", help="print every table (default: what fits on a screen; --json has all)")
     add("--quiet", action="store_true", help="print the answer alone")
@@ -119,7 +121,7 @@ def check_files(args, model_folder) -> None:
         raise ValueError(f"cannot write {args.plots}: it is a file, --plots takes a folder")
     outputs = {option(name): getattr(args, name) for name in OUTPUTS}
     if args.plots:
-        pictures = [args.plots / f"{name}_loads.png" for name in ("expert", "device")]
+        pictures = [args.plots / f"{name}.png" for name in PICTURES]
         outputs |= {f"--plots ({path.name})": path for path in (pictures if args.plots.is_dir() else [args.plots])}
     inputs = {"the model": model_folder} | ({"the adapter": args.adapter_path} if args.adapter_path else {})
     named = {"the prompt": args.prompt, "the placement": args.placement, "the trace": args.placement_trace}

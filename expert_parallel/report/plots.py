@@ -1,4 +1,8 @@
-"""Plots: pictures of loads as matplotlib's Figures, for --plots and notebooks; no global backend is touched."""
+"""Pictures as matplotlib's Figures, for --plots, --html and notebooks; no global backend is touched.
+
+Dimensions: T tokens, L MoE layers, E experts, k chosen per token, D devices. Colours are cividis, which is as readable
+without colour; what bars are made of has patterns besides. Every caption says what was run, and how it is known.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +11,139 @@ from pathlib import Path
 import numpy as np
 
 from ..files import written_whole
+from ..placing.affinity import coactivation
+
+COLOURS = ("#00224e", "#a59c74", "#fee838")  # the ends of cividis and its middle
+PATTERNS = ("", "//", "..")
+MOST_OVER_MEAN = {"expert": 4, "device": 2}  # of the colour scale
 
 
-def load_map(loads, across: str, title: str = "", source: str = "measured"):
-    """Loads [L, E or D] as colours, each layer over its own mean; `across` names the columns, "expert" or "device"."""
+def of_run(document: dict, trace, placement) -> dict:
+    """{name: Figure} of a run of the main script.
+
+    document   its JSON (see `table.sections`)
+    trace      a RoutingTrace of it;  placement  the one at its end
+    """
+    ran, memory = document["placement"], document["memory"]
+    caption = f"{document['model']['name']}, {len(trace)} tokens, top-{trace.experts.shape[2]} of {trace.num_experts}"
+    on_devices = f"{caption}, {ran['devices']} devices, {ran['strategy']}"
+    ranks = document["ranks"] or [{"seconds": document["time"]}]
+    return {
+        "expert_loads": load_map(trace.loads(), "expert", on_devices, held=placement.held),
+        "device_loads": load_map(document["balance"]["device_loads"], "device", on_devices),
+        "memory": memory_bars(memory, on_devices),
+        "time": time_bars([rank["seconds"] for rank in ranks], on_devices),
+        "coactivation": pairs_map(trace.experts, trace.num_experts, caption),
+    }
+
+
+def load_map(loads, across: str, caption: str = "", source: str = "measured", held=None):
+    """Loads [L, E or D] as colours, each layer over its own mean, on a scale that is the same for every run.
+
+    across  what the columns are, "expert" or "device"
+    held    bool [L, D, E]: experts stand in the order of the devices that hold them first, with lines between devices
+    """
+    loads, label, ends = np.asarray(loads, float), across, []
+    if held is not None:
+        home = held.argmax(axis=1)  # [L, E]
+        order = home.argsort(axis=1, kind="stable")
+        loads, label = np.take_along_axis(loads, order, axis=1), "expert, in the order of devices"
+        ends = [np.searchsorted(np.sort(row), range(1, held.shape[1])) for row in home]
+    axes = _axes(
+        f"Slots of each {across} over the layer's mean", f"{caption} ({source})", label, "MoE layer", len(loads)
+    )
+    relative, most = loads / np.maximum(loads.mean(axis=1, keepdims=True), 1e-12), MOST_OVER_MEAN[across]
+    image = axes.imshow(relative, aspect="auto", cmap="cividis", vmin=0, vmax=most, interpolation="nearest")
+    for layer, lines in enumerate(ends):
+        axes.vlines(lines - 0.5, layer - 0.5, layer + 0.5, colors="white", linewidth=1)
+    axes.figure.colorbar(image, ax=axes, extend="max", ticks=range(most + 1), label="1 is even")
+    return axes.figure
+
+
+def pairs_map(experts, num_experts: int, caption: str = ""):
+    """How often two experts are chosen together, over what chance gives: [E, E], the mean over layers.
+
+    experts  [T, L, k]. Chance: as many pairs, each as likely as both its experts are chosen often; 1 is no preference
+    """
+    pairs = coactivation(experts, num_experts)
+    often = pairs.sum(axis=2)  # [L, E], times k - 1
+    chance = often[:, :, None] * often[:, None] * (1 - np.eye(num_experts))
+    chance *= (pairs.sum(axis=(1, 2)) / np.maximum(chance.sum(axis=(1, 2)), 1))[:, None, None]
+    over = np.where(chance > 0, pairs / np.where(chance > 0, chance, 1), 0).mean(axis=0)
+    axes = _axes(
+        "Pairs of experts chosen together, over chance", f"{caption} (measured)", "expert", "expert", rows=18, width=7
+    )
+    image = axes.imshow(over, cmap="cividis", vmin=0, vmax=4, interpolation="nearest")
+    axes.figure.colorbar(image, ax=axes, extend="max", ticks=range(5), label="1 is chance, mean over layers")
+    return axes.figure
+
+
+def memory_bars(memory: dict, caption: str = ""):
+    """Bytes of each device, experts, the rest and key-value cache, against the whole model; `memory` of the JSON."""
+    parts = {"experts": memory["experts_per_device_bytes"], "the rest": memory["rest_per_device_bytes"]}
+    parts["key-value cache"] = [memory["kv_cache_bytes"]] * len(parts["experts"])
+    largest = memory["full_model_bytes"]
+    power, unit = next((p, u) for p, u in ((9, "GB"), (6, "MB"), (3, "kB"), (0, "B")) if largest >= 10**p or not p)
+    axes = _axes("Memory of each device", f"{caption} ({memory['source']})", "device", unit)
+    _bars(axes, {name: np.divide(values, 10**power) for name, values in parts.items()})
+    axes.axhline(largest / 10**power, color="black", linestyle="--", label="the whole model")
+    axes.figure.legend(loc="outside lower center", ncols=4)
+    return axes.figure
+
+
+def time_bars(seconds: list[dict], caption: str = ""):
+    """Milliseconds of a token by part, for each rank; `seconds` of each as in the JSON."""
+    spent = [
+        {**each, "else": each["total"] - each["experts"] - each["collectives"] - each["waiting"]} for each in seconds
+    ]
+    names = {"experts": "experts", "else": "all else", "collectives": "collectives", "waiting": "waiting"}
+    parts = {label: [1e3 * each[name] / each["tokens"] for each in spent] for name, label in names.items()}
+    axes = _axes("Time of a token, with a stop after each part", f"{caption} (measured)", "rank", "ms")
+    _bars(axes, {label: times for label, times in parts.items() if any(times)})
+    axes.figure.legend(loc="outside lower center", ncols=4)
+    return axes.figure
+
+
+def speed_lines(projection: dict, caption: str = ""):
+    """Tokens a second of one sequence over numbers of devices, with the bound; `projection` of the analysis' JSON."""
+    rows = [row for row in projection["devices"] if row["fits"]]
+    labels = {"tokens_per_second": "expert parallel", "tokens_per_second_if_even": "were its load even"}
+    labels["hybrid_tokens_per_second"] = "attention sharded, too"
+    link = projection.get("link", "")
+    axes = _axes("Decoding one sequence", f"{caption}, {link} (modelled)", "devices", "tokens/s")
+    styles = zip(labels.items(), ("o-", "s--", "^:"), ("#00224e", "#7d7c78", "#a59c74"), strict=True)
+    for (name, label), style, colour in styles:
+        known = [(row["devices"], row[name]) for row in rows if row.get(name)]
+        if known:
+            axes.plot(*zip(*known, strict=True), style, color=colour, label=label)
+    axes.axhline(projection["bound_tokens_per_second"], color="black", linestyle="-.", label="were experts free")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(counts := [row["devices"] for row in rows], labels=map(str, counts))
+    axes.set_ylim(bottom=0)
+    axes.figure.legend(loc="outside lower center", ncols=4)
+    return axes.figure
+
+
+def _axes(title: str, caption: str, x: str, y: str, rows: int = 8, width: float = 9):
+    """Axes of a new Figure, as high as so many rows want."""
     from matplotlib.figure import Figure
 
-    loads = np.asarray(loads, float)
-    figure = Figure(figsize=(9, 1.5 + 0.25 * max(4, len(loads))), layout="constrained")
+    figure = Figure(figsize=(width, 1.8 + 0.25 * max(4, rows)), layout="constrained")
     axes = figure.subplots()
-    relative = loads / np.maximum(loads.mean(axis=1, keepdims=True), 1e-12)
-    image = axes.imshow(relative, aspect="auto")
-    axes.set(xlabel=across, ylabel="MoE layer")
-    axes.set_title(f"Slots per {across}, over the layer's mean\n{title} ({source})", parse_math=False)
-    figure.colorbar(image, ax=axes)
-    return figure
+    axes.set(xlabel=x, ylabel=y)
+    axes.set_title(f"{title}\n{caption}", parse_math=False, fontsize="medium", wrap=True)
+    return axes
+
+
+def _bars(axes, parts: dict) -> None:
+    """Parts {label: values} upon each other, a bar for each value."""
+    below = 0.0
+    for n, (label, values) in enumerate(parts.items()):
+        style = {"color": COLOURS[n % 3], "hatch": PATTERNS[n % 3] or PATTERNS[n // 3], "edgecolor": "white"}
+        axes.bar(range(len(values)), values, bottom=below, label=label, **style)
+        below = below + np.asarray(values)
+    axes.set_xticks(range(len(values))[:: -(-len(values) // 32)])
+    axes.set_xlim(-0.5, max(len(values), 4) - 0.5)  # one bar is no wall
 
 
 def save_plots(folder, figures: dict) -> list[Path]:

@@ -14,6 +14,8 @@ import mlx.core as mx
 import pytest
 from conftest import CONFIG, ROOT, SHIPPED, of_a_user, random_model, run_script, save_model
 
+from expert_parallel.command.options import PICTURES
+
 SCRIPT = "qwen3_expert_parallel.py"
 
 
@@ -61,7 +63,7 @@ def test_main_script_answers_reports_and_writes(here, tmp_path):
     assert figures["communication"]["bytes_per_token"] == 4 * 256 * 4  # layers, hidden, float32
     prompt, layers, top_k = figures["generation"]["prompt_tokens"], 4, 8
     assert sum(map(sum, figures["balance"]["device_loads"])) == (prompt + 8) * layers * top_k
-    assert sorted(p.name for p in (tmp_path / "plots").iterdir()) == ["device_loads.png", "expert_loads.png"]
+    assert {p.name for p in (tmp_path / "plots").iterdir()} == {f"{name}.png" for name in PICTURES}
     again = here(
         "--model", SHIPPED, "--prompt", "import os\n", "--max-tokens", 8, "--devices", 3, "--quiet",
         "--placement", files["placement"],

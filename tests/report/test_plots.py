@@ -1,21 +1,38 @@
-"""Pictures are matplotlib's Figures; a notebook's own backend is left alone."""
+"""Pictures are matplotlib's Figures that show the figures; a notebook's own backend is left alone."""
 
 import subprocess
 import sys
 
 import numpy as np
+import pytest
 from conftest import ROOT
 
+from expert_parallel import RoutingTrace, place_experts
+from expert_parallel.command.options import PICTURES
+from expert_parallel.report import plots
 from expert_parallel.report.plots import load_map, save_plots
 
 
-def test_each_layer_is_held_against_its_own_mean():
+def test_each_layer_is_held_against_its_own_mean_on_one_scale():
     loads = np.array([[1, 3], [100, 300], [0, 0]])
     axes, bar = load_map(loads, "device", "a $model_").axes
-    assert axes.images[0].get_array().tolist() == [[0.5, 1.5], [0.5, 1.5], [0, 0]]
+    (image,) = axes.images
+    assert image.get_array().tolist() == [[0.5, 1.5], [0.5, 1.5], [0, 0]]
+    assert image.get_clim() == (0, 2) and image.get_cmap().name == "cividis" and bar.get_ylabel() == "1 is even"
     assert not axes.title.get_parse_math()  # a model's name is no formula
     assert axes.get_xlabel() == "device" and "a $model_ (measured)" in axes.get_title()
     assert "(simulated)" in load_map(loads, "expert", source="simulated").axes[0].get_title()
+    assert load_map(loads, "expert").axes[0].images[0].get_clim() == (0, 4)
+
+
+def test_experts_stand_in_the_order_of_devices_with_lines_between():
+    """Layer 0: device 0 has experts 1 and 3, device 1 the others; layer 1: device 0 has all but expert 0."""
+    held = np.array([[[0, 1, 0, 1], [1, 0, 1, 0]], [[0, 1, 1, 1], [1, 0, 0, 0]]], bool)
+    axes = load_map([[1, 2, 3, 4], [4, 3, 2, 1]], "expert", held=held).axes[0]
+    assert axes.images[0].get_array().tolist() == [[0.8, 1.6, 0.4, 1.2], [1.2, 0.8, 0.4, 1.6]]
+    lines = [segment.tolist() for collection in axes.collections for segment in collection.get_segments()]
+    assert lines == [[[1.5, -0.5], [1.5, 0.5]], [[2.5, 0.5], [2.5, 1.5]]]
+    assert axes.get_xlabel() == "expert, in the order of devices"
 
 
 def test_a_map_grows_with_its_layers_and_fills_its_picture():
@@ -25,6 +42,111 @@ def test_a_map_grows_with_its_layers_and_fills_its_picture():
     assert many.get_figheight() - four.get_figheight() >= 0.2 * 44  # inches
     assert many.get_figwidth() == four.get_figwidth()
     assert {figure.axes[0].get_aspect() for figure in (few, four, many)} == {"auto"}
+
+
+def test_pairs_over_chance():
+    """Top-2 of 4, 4 tokens; layer 0: 0 and 1 always together, 2 and 3 too; layer 1: each with 0 but for the last."""
+    experts = np.array([[[0, 1], [0, 1]], [[1, 0], [0, 2]], [[2, 3], [0, 3]], [[3, 2], [1, 2]]])
+    axes, bar = plots.pairs_map(experts, 4, "m").axes
+    expected, counts = np.zeros((4, 4)), [[2, 2, 2, 2], [3, 2, 2, 1]]
+    for layer in (0, 1):
+        tokens = [set(token) for token in experts[:, layer].tolist()]
+        for a in range(4):
+            for b in range(4):
+                often = [sum(one in token for token in tokens) for one in (a, b)]
+                together = sum({a, b} <= token for token in tokens) if a != b else 0
+                # Of all pairs of different experts, weighed so; 4 tokens chose a pair each, counted both ways.
+                all_of_them = sum(counts[layer][c] * counts[layer][d] for c in range(4) for d in range(4) if c != d)
+                expected[a, b] += together / (often[0] * often[1] * 8 / all_of_them) / 2
+    assert np.array(axes.images[0].get_array()) == pytest.approx(expected)
+    assert expected[0, 1] == pytest.approx((2 / (2 * 2 * 8 / 48) + 1 / (3 * 2 * 8 / 46)) / 2)
+    assert (
+        axes.images[0].get_clim() == (0, 4) and "1 is chance" in bar.get_ylabel() and "(measured)" in axes.get_title()
+    )
+    assert plots.pairs_map(np.zeros((3, 1, 1), int), 4).axes[0].images[0].get_array().max() == 0  # top-1 has no pairs
+
+
+def test_independent_choices_are_at_chance():
+    random = np.random.default_rng(0)
+    experts = random.random((20_000, 1, 16)).argsort(axis=2)[..., :4]
+    over = plots.pairs_map(experts, 16).axes[0].images[0].get_array().data
+    assert over[~np.eye(16, dtype=bool)].mean() == pytest.approx(1, abs=0.01)
+
+
+def bars(axes):
+    """{label: [(left, bottom, height)]}"""
+    return {
+        group.get_label(): [(bar.get_x() + bar.get_width() / 2, bar.get_y(), bar.get_height()) for bar in group]
+        for group in axes.containers
+    }
+
+
+def test_memory_in_bars_against_the_whole_model():
+    memory = {"experts_per_device_bytes": [2e6, 3e6], "rest_per_device_bytes": [1e6, 1e6], "kv_cache_bytes": 5e5,
+              "full_model_bytes": 6e6, "source": "measured"}  # fmt: skip
+    axes = plots.memory_bars(memory, "m").axes[0]
+    assert bars(axes) == {
+        "experts": [(0, 0, 2), (1, 0, 3)],
+        "the rest": [(0, 2, 1), (1, 3, 1)],
+        "key-value cache": [(0, 3, 0.5), (1, 4, 0.5)],
+    }
+    assert axes.get_ylabel() == "MB" and axes.lines[0].get_ydata() == [6, 6]
+    small = plots.memory_bars({**memory, "full_model_bytes": 6e3})
+    large = plots.memory_bars({**memory, "full_model_bytes": 17e9})
+    assert [figure.axes[0].get_ylabel() for figure in (small, large)] == ["kB", "GB"]
+    assert large.axes[0].lines[0].get_ydata() == [17, 17]
+    assert plots.memory_bars({**memory, "full_model_bytes": 999}).axes[0].get_ylabel() == "B"
+
+
+def test_time_in_bars_of_each_rank():
+    one = {"tokens": 4, "total": 0.1, "experts": 0.04, "collectives": 0.02, "waiting": 0.0}
+    other = {"tokens": 4, "total": 0.1, "experts": 0.02, "collectives": 0.02, "waiting": 0.04}
+    axes = plots.time_bars([one, other]).axes[0]
+    found = bars(axes)
+    assert list(found) == ["experts", "all else", "collectives", "waiting"] and axes.get_ylabel() == "ms"
+    heights = {label: pytest.approx([bar[2] for bar in of]) for label, of in found.items()}
+    assert heights == {"experts": [10, 5], "all else": [10, 5], "collectives": [5, 5], "waiting": [0, 10]}
+    assert list(bars(plots.time_bars([{**one, "collectives": 0.0}]).axes[0])) == ["experts", "all else"]
+
+
+def test_projected_speed_over_devices():
+    rows = [
+        {"devices": 1, "fits": True, "tokens_per_second": 100, "tokens_per_second_if_even": 101},
+        {"devices": 2, "fits": True, "tokens_per_second": 90, "tokens_per_second_if_even": 95,
+         "hybrid_tokens_per_second": 80},
+        {"devices": 4, "fits": False, "tokens_per_second": 7, "tokens_per_second_if_even": 8},
+    ]  # fmt: skip
+    axes = plots.speed_lines({"devices": rows, "bound_tokens_per_second": 150, "link": "a link"}, "m").axes[0]
+    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+    assert lines == {
+        "expert parallel": ([1, 2], [100, 90]),
+        "were its load even": ([1, 2], [101, 95]),
+        "attention sharded, too": ([2], [80]),
+        "were experts free": ([0, 1], [150, 150]),
+    }
+    assert axes.get_title() == "Decoding one sequence\nm, a link (modelled)" and axes.get_ylim()[0] == 0
+
+
+def test_the_pictures_of_a_run_are_those_that_its_options_name():
+    trace = RoutingTrace(np.arange(24).reshape(6, 2, 2) % 8, 8)
+    placement, seconds = place_experts(np.ones((2, 8)), 2), {"tokens": 1, "total": 1, "experts": 1, "collectives": 0}
+    document = {
+        "model": {"name": "m"}, "placement": {"devices": 2, "strategy": "contiguous"}, "ranks": None,
+        "balance": {"device_loads": [[4, 8], [6, 6]]}, "time": {**seconds, "waiting": 0},
+        "memory": {"experts_per_device_bytes": [1, 2], "rest_per_device_bytes": [1, 1], "kv_cache_bytes": 0,
+                   "full_model_bytes": 5, "source": "measured"},
+    }  # fmt: skip
+    figures = plots.of_run(document, trace, placement)
+    assert tuple(figures) == PICTURES
+    assert all("m, 6 tokens, top-2 of 8" in figure.axes[0].get_title() for figure in figures.values())
+    relative = [[load / 6 for load in row] for row in document["balance"]["device_loads"]]
+    assert figures["device_loads"].axes[0].images[0].get_array().tolist() == [pytest.approx(row) for row in relative]
+    counts = [[sum(e in token for token in trace.experts[:, l].tolist()) for e in range(8)] for l in range(2)]
+    expected = [[count * 8 / sum(row) for count in row] for row in counts]
+    assert figures["expert_loads"].axes[0].images[0].get_array().tolist() == expected
+    ranks = [{"seconds": {**document["time"], "experts": share}} for share in (0.25, 0.5)]
+    several = plots.of_run({**document, "ranks": ranks}, trace, placement)["time"]
+    assert [bar[2] for bar in bars(several.axes[0])["experts"]] == [250, 500]
 
 
 def test_pictures_are_written_whole_into_a_folder(tmp_path):
