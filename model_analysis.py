@@ -19,10 +19,7 @@ from pathlib import Path
 from expert_parallel.command import options, output, prompts
 from expert_parallel.projection.hardware import LINKS, MACHINES, USUAL_LINK, find
 
-HERE = Path(__file__).resolve().parent
-BUNDLED = HERE / "expert_parallel" / "models" / "configs"
-# For --forward without prompts: code, prose and data that come with the project.
-OWN_TEXTS = {"code": __file__, "prose": str(HERE / "README.md"), "data": str(BUNDLED / "deepseek-v3.json")}
+BUNDLED = Path(options.__file__).resolve().parents[1] / "models" / "configs"
 
 
 def setup_arg_parser():
@@ -135,7 +132,10 @@ def run(args):
         whole = checked["ok"]
         show(*checks.checkpoint(checked))
     if args.forward or args.prompt:
-        texts = {title: prompts.text_of(prompt) for title, prompt in (asked or OWN_TEXTS).items()}
+        from expert_parallel.checkpoint.finding import SHIPPED
+
+        own = {"code": __file__, "prose": str(SHIPPED / "README.md"), "data": str(BUNDLED / "deepseek-v3.json")}
+        texts = {title: prompts.text_of(prompt) for title, prompt in (asked or own).items()}
         with output.progress_line(not args.quiet) as tell:
             tables = checks.forward(args.model, texts, args.prompt_tokens, tell)
         show(*tables)

@@ -2,6 +2,8 @@
 
 from importlib import import_module
 
+__version__ = "0.1.0"
+
 # Looked up when they are asked for: a script's --help needs neither mlx-lm nor a search for placements.
 _WHERE = {
     "Placement": "placement",

@@ -16,7 +16,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .hybrid import shard_rest
 from .layers import MoELayer, StandIn, expert_tensors, moe_layers, num_experts
 from .placement import Placement
 from .serving import Serving
@@ -153,13 +152,15 @@ def shard_model(
     combine    reduce  the block weighs its own slots, then its sum runs over all ranks: H values a token
                gather  all ranks sum slot outputs, then the block weighs them: k H values, right for any block
                auto    reduce where the block can; one process sums nothing, and asks the same
-    attention  replicated, or sharded by mlx-lm's own tensor parallelism (hybrid.py)
+    attention  replicated, or sharded by mlx-lm's own tensor parallelism (ranks/hybrid.py)
     Before old experts are let go, the new ones must give the same answers for random tokens over all of them.
     Raises ValueError for what does not fit, and where the answers differ.
     """
     layers, devices = check_request(model, placement, group, combine, attention)
     whole = [layer.experts for layer in layers]
     if attention == "sharded" and is_rank(group):
+        from .ranks.hybrid import shard_rest
+
         shard_rest(model, layers, group)
     lanes = [mx.new_stream(mx.default_device()) for _ in devices] if streams else None
     for layer, held in zip(layers, placement.held, strict=True):

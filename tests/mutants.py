@@ -129,7 +129,7 @@ ACCEPTED = [
         "the negative tells rows apart as well",
     ),
     (
-        "expert_parallel/hybrid.py",
+        "expert_parallel/ranks/hybrid.py",
         "ShardedHead.__call__",
         "y.shape[-1] < self._share -> y.shape[-1] <= self._share",
         "filled up by nothing",

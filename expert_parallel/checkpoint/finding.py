@@ -13,7 +13,8 @@ from mlx_lm.utils import _download, hf_repo_to_path
 from .tensors import checkpoint_tensors, index_problem
 
 CODER = "mlx-community/Qwen3-Coder-30B-A3B-Instruct-4bit"
-SHIPPED = Path(__file__).resolve().parents[2] / "models" / "tiny-qwen3-moe"
+PLACES = [Path(__file__).resolve().parents[n] / name for n, name in ((2, "models"), (1, "shipped"))]  # or installed
+SHIPPED = next((place / "tiny-qwen3-moe" for place in PLACES if place.is_dir()), PLACES[0])
 
 
 def default_model() -> tuple[Path, str]:

@@ -16,9 +16,9 @@ import mlx.core as mx
 import numpy as np
 
 from ..experts import ShardedExperts, check_request, install, is_rank
-from ..hybrid import shard_rest
 from ..layers import MoELayer, activation_type, cast, expert_tensors, hidden_size, with_tensors
 from ..placement import Placement, contiguous
+from ..ranks.hybrid import shard_rest
 from ..stores import InMemory, picked
 from ..trials import measure_masked
 from .opened import Checkpoint

@@ -13,9 +13,9 @@ import numpy as np
 
 from ..checkpoint.finding import in_a_line
 from ..checkpoint.opened import Checkpoint
-from ..hybrid import shard_rest
 from ..layers import expert_tensors, hidden_size, moe_layers, twin
 from ..projection.step import Demand
+from ..ranks.hybrid import shard_rest
 from .configurations import Configuration
 from .lazy import build_model
 from .memory import ModelBytes, array_bytes, dtype_name, model_bytes, stored_as

@@ -10,8 +10,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
-from .layers import MoELayer, expert_tensors
-from .stores import picked
+from ..layers import MoELayer, expert_tensors
+from ..stores import picked
 
 
 def shard_rest(model: nn.Module, layers: list[MoELayer], group) -> None:

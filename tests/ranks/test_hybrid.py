@@ -8,8 +8,8 @@ from conftest import random_model
 from mlx.utils import tree_flatten
 
 from expert_parallel import place_experts, shard_model
-from expert_parallel.hybrid import ShardedHead, shard_rest
 from expert_parallel.layers import moe_layers
+from expert_parallel.ranks.hybrid import ShardedHead, shard_rest
 
 
 @pytest.fixture

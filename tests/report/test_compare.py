@@ -1,0 +1,169 @@
+"""Two reports side by side: every figure by hand, and of two real runs by plain loops."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, SHIPPED
+from printed import columns_of, facts_of
+
+from expert_parallel.__main__ import main
+from expert_parallel.report.compare import compare, read_report
+from expert_parallel.report.table import sections
+
+
+def report(**changes):
+    whole = {
+        "options": {"placement": "contiguous", "devices": 8}, "environment": {"mlx": "1"},
+        "generation": {"source": "measured", "tokens_per_second": 100.0, "tokens": [1, 2, 3], "text": "abc"},
+        "balance": {"source": "measured", "balancedness_layers": 0.5, "loads": [[1, 2], [3, 4]],
+                    "fan_out_modelled": 2.0, "phases": {"decode": {"source": "simulated", "x": 1}}},
+        "looks": [{"moved": 1}, {"moved": 2}],
+    }  # fmt: skip
+    for section, fields in changes.items():
+        whole[section] = {**whole[section], **fields} if isinstance(fields, dict) else fields
+    return whole
+
+
+def rows(a, b, key):
+    return {row.pop("name"): row for row in sections(compare(a, b))[key]}
+
+
+def test_every_figure_that_differs_with_its_ratio():
+    changed = report(
+        options={"placement": "balanced"},
+        generation={"tokens_per_second": 150.0, "tokens": [1, 2, 9], "text": "abd"},
+        balance={
+            "loads": [[1, 2], [3, 6]],
+            "fan_out_modelled": 3.0,
+            "phases": {"decode": {"source": "simulated", "x": 4}},
+        },
+        looks=[{"moved": 1}, {"moved": 3}],
+    )
+    assert rows(report(), changed, "asked") == {
+        "options.placement": {"a": "contiguous", "b": "balanced", "ratio": None, "source": ""}
+    }
+    assert rows(report(), changed, "figures") == {
+        "balance.balancedness_layers": {"a": 0.5, "b": 0.5, "ratio": 1.0, "source": "measured"},
+        "generation.tokens_per_second": {"a": 100.0, "b": 150.0, "ratio": 1.5, "source": "measured"},
+    }
+    assert rows(report(), changed, "others") == {
+        "generation.tokens.most": {"a": 3, "b": 9, "ratio": 3.0, "source": "measured"},
+        "generation.tokens.sum": {"a": 6, "b": 12, "ratio": 2.0, "source": "measured"},
+        "generation.text": {"a": "abc", "b": "abd", "ratio": None, "source": "measured"},
+        "balance.loads.1.most": {"a": 4, "b": 6, "ratio": 1.5, "source": "measured"},
+        "balance.loads.1.sum": {"a": 7, "b": 9, "ratio": pytest.approx(9 / 7), "source": "measured"},
+        "balance.fan_out_modelled": {"a": 2.0, "b": 3.0, "ratio": 1.5, "source": "modelled"},
+        "balance.phases.decode.x": {"a": 1, "b": 4, "ratio": 4.0, "source": "simulated"},
+        "looks.1.moved": {"a": 2, "b": 3, "ratio": 1.5, "source": ""},
+    }
+    text = "\n".join(map(str, compare(report(), changed, ("one", "two"))))
+    assert facts_of(text, "Compared") == {"report of": "qwen3_expert_parallel.py"}
+    assert columns_of(text, "Figures", 2) == {
+        "figure": ("balancedness", "tokens/s"), "one": ("0.5", "100"), "two": ("0.5", "150"),
+        "two / one": ("1x", "1.5x"), "known as": ("measured", "measured"),
+    }  # fmt: skip
+
+
+def test_nothing_differs_a_figure_is_missing_or_nought():
+    same = compare(report(), report())
+    assert facts_of(str(same[0]), "Compared")["options"] == "the same, and hardware and versions"
+    assert [table.title for table in same] == ["Compared", "Figures"]
+    longer = report(generation={"tokens": [1, 2, 3, 0], "more": 7}, balance={"phases": {"decode": {"x": True}}})
+    found = rows(report(), longer, "others")
+    assert found["generation.tokens.length"] == {"a": 3, "b": 4, "ratio": pytest.approx(4 / 3), "source": "measured"}
+    assert found["generation.more"] == {"a": None, "b": 7, "ratio": None, "source": "measured"}
+    nought = rows(report(generation={"more": 0}), longer, "others")["generation.more"]
+    assert nought["ratio"] is None
+    assert rows(longer, report(generation={"more": 3.5, "tokens": ["a"]}), "others")["generation.more"]["ratio"] == 0.5
+    long = str(compare(report(), report(generation={"text": "y" * 25}))[-1])
+    assert f"{'y' * 21}..." in long and "y" * 22 not in long
+    assert "y" * 24 in str(compare(report(), report(generation={"text": "y" * 24}))[-1])
+
+
+def test_what_is_no_report_and_what_is_of_another_kind(tmp_path):
+    path = tmp_path / "a.json"
+    for text, why in (("{", "is no JSON"), ("[1]", "is no report"), ("{}", "is no report"), ("\xff", "is no report"),
+                      ('{"generation": {}}', "is no report"), ('{"options": {}}', "is no report")):  # fmt: skip
+        path.write_text(json.dumps(text) if text == "\xff" else text)
+        with pytest.raises(ValueError, match=f"a.json {why}"):
+            read_report(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="a.json is no JSON"):
+        read_report(path)
+    path.write_text(json.dumps(report()))
+    assert read_report(path) == report()
+    analysis = {"options": {}, "architecture": {}}
+    with pytest.raises(
+        ValueError, match=r"one is of qwen3_expert_parallel.py, two of model_analysis.py: only reports of"
+    ):
+        compare(report(), analysis, ("one", "two"))
+    assert compare(analysis, analysis)[0].figures[0].value == "model_analysis.py"
+    assert (
+        compare({"results": 1, "options": {}}, {"results": 2, "options": {}})[-1].to_json()["others"][0]["ratio"] == 2
+    )
+
+
+def scalars(value, path=()):
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        yield from scalars(inner, (*path, key))
+    if not isinstance(value, dict | list) and path[-1] != "source":
+        yield ".".join(path), value
+
+
+def test_two_real_runs(run_here, tmp_path, monkeypatch, capsys):
+    files = [tmp_path / "contiguous.json", tmp_path / "dealt.json"]
+    for file, placement in zip(files, ("contiguous", "round-robin"), strict=True):
+        done = run_here("qwen3_expert_parallel.py", "--model", SHIPPED, "--max-tokens", 4, "--json", file,
+                        "--placement", placement, "--trials", 0, "--quiet")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    arguments = ["compare", *files, "--json", tmp_path / "c.json", "--html", tmp_path / "c.html"]
+    monkeypatch.setattr(sys, "argv", ["expert-parallel", *map(str, arguments)])
+    main()
+    text, found = capsys.readouterr().out, json.loads((tmp_path / "c.json").read_text())
+    a, b = (dict(scalars(json.loads(file.read_text()))) for file in files)
+    listed = {row["name"]: row for key in ("asked", "figures", "others") for row in found[key]}
+    assert {name for name in {**a, **b} if a.get(name) != b.get(name)} <= listed.keys()
+    assert all((row["a"], row["b"]) == (a[name], b[name]) for name, row in listed.items() if name in a and name in b)
+    assert listed["options.placement"]["b"] == "round-robin" and listed["parity.tokens_equal"]["b"] is True
+    assert "contiguous" in text and "dealt / contiguous" in text and max(map(len, text.splitlines())) <= 80
+    assert "<td>balancedness</td>" in (tmp_path / "c.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("compare", "absent.json", "absent.json"), "absent.json"),
+        (("compare", str(ROOT / "README.md"), str(ROOT / "README.md")), "README.md is no JSON"),
+        (
+            ("compare", str(SHIPPED / "config.json"), "x", "--json", str(SHIPPED / "config.json")),
+            "would be written over a",
+        ),
+        (("nothing",), "unknown command 'nothing': choose run, study, analyze or compare"),
+    ],
+)
+def test_refusals_are_one_line(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["expert-parallel", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    out, error = capsys.readouterr()
+    assert (end.value.code, out, error.count("\n")) == (2, "", 1) and message in error
+
+
+def test_one_name_for_all_scripts(monkeypatch, capsys):
+    for name, words in (
+        ("run", "--placement"),
+        ("study", "--scenarios"),
+        ("analyze", "--hardware"),
+        ("compare", "ratio of"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["expert-parallel", name, "--help"])
+        with pytest.raises(SystemExit) as end:
+            main()
+        help_text = capsys.readouterr().out
+        assert not end.value.code and words in help_text and f"usage: expert-parallel {name} " in help_text
+    done = subprocess.run(
+        [sys.executable, "-m", "expert_parallel"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert all(f"\n    {name} " in done.stdout for name in ("run", "study", "analyze", "compare"))
