@@ -84,38 +84,9 @@ def setup_arg_parser():
     return parser
 
 
-def check_arguments(args):
-    """Names of the scenarios asked for; ValueError for what cannot be."""
-    limits = dict.fromkeys(("experts", "top_k", "hidden", "expert_width"), (1, 1 << 16)) | {"tokens": (1024, 1 << 30)}
-    options.check_limits(args, limits)
-    if args.trace and args.top_k:
-        raise ValueError(f"--top-k {args.top_k} does not go with --trace, which has its own")
-    if args.trace and args.tokens and args.scenarios is None:
-        raise ValueError(f"--tokens {args.tokens} is for scenarios and --trace has none: add --scenarios LIST")
-    args.tokens, args.top_k = args.tokens or 8192, args.top_k or (None if args.trace else 8)
-    if args.top_k and args.top_k > (args.experts or 128):
-        raise ValueError(f"--top-k {args.top_k}: there are {args.experts or 128} experts to choose from")
-    if not (args.bandwidth > 0 and 0 <= args.latency < float("inf")):
-        raise ValueError(f"--bandwidth {args.bandwidth}, --latency {args.latency}: needs more than 0, and 0 or more")
-    if not 0 <= args.seed < 1 << 63:
-        raise ValueError(f"--seed {args.seed}: needs a whole number from 0 up to 2^63 - 1")
-    if args.test_trace and not args.trace:
-        raise ValueError("--test-trace needs --trace, the trace to fit on")
-    read = {"--trace": args.trace, "--test-trace": args.test_trace}
-    output.check_outputs(
-        {"--json": args.json, "--html": args.html}, {option: path for option, path in read.items() if path}
-    )
-    names = [] if args.trace and args.scenarios is None else (args.scenarios or ",".join(SCENARIOS)).split(",")
-    names = [name.strip() for name in names]
-    unknown = [name for name in names if name not in SCENARIOS]
-    if unknown:
-        raise ValueError(f"unknown scenario {unknown[0]!r}: choose {', '.join(SCENARIOS)}")
-    return names
-
-
 def run(args):
     # 1. What to study, and the layer to study it on.
-    names = check_arguments(args)
+    names = options.check_study(args, SCENARIOS)
     import mlx.core as mx
     import numpy as np
 

@@ -34,7 +34,13 @@ def setup_arg_parser():
     add("--devices", type=int, nargs="+", metavar="N", help="numbers of devices to consider (default: 1 2 4 ... 64)")
     add("--device-memory", type=float, metavar="GB", help="of each device, not --hardware's: how many hold the model?")
     add("--redundant-experts", type=int, default=0, metavar="R", help="extra copies per layer")
-    add("--hardware", default="m4-max", help=f"project onto: {', '.join(MACHINES)} (default: m4-max)")
+    add(
+        "--hardware",
+        default="m4-max",
+        help=f"project onto: {', '.join(MACHINES)} (default: m4-max); --bandwidth"
+        " and --device-memory make one of your own of it",
+    )
+    add("--bandwidth", type=float, metavar="GB/S", help="of each device's memory, not --hardware's")
     add("--link", help=f"between devices: {', '.join(LINKS)}")
     add("--trace", type=Path, metavar="FILE", help="routing of the projection (default: uniform)")
     add("--forward", action="store_true", help="run texts through the model (needs its weights)")
@@ -54,6 +60,8 @@ def check_arguments(args):
         raise ValueError("--group-size and --mode say how --bits are packed: give --bits from 2 to 8 too")
     if args.device_memory is not None and not 0 < args.device_memory < float("inf"):
         raise ValueError(f"--device-memory must be above 0 and finite, got {args.device_memory:g}")
+    if args.bandwidth is not None and not 0 < args.bandwidth < float("inf"):
+        raise ValueError(f"--bandwidth must be above 0 and finite, got {args.bandwidth:g}")
     find("hardware", args.hardware, MACHINES)
     find("link", args.link or USUAL_LINK[args.hardware.lower()], LINKS)
     if (args.forward or args.prompt) and (BUNDLED / f"{args.model.lower()}.json").exists():
@@ -97,6 +105,7 @@ def run(args):
     # 2. What it needs on each device
     show(*(needs := model.memory(described, devices, args.redundant_experts)))
     machine = find("hardware", args.hardware, MACHINES)
+    machine = machine.with_bandwidth(args.bandwidth) if args.bandwidth else machine
     if args.device_memory:
         machine = replace(machine, memory_bytes=args.device_memory * 1e9)
         usable, whose = machine.usable

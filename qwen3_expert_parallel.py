@@ -65,6 +65,7 @@ def run(args, watchdog):
 
     from expert_parallel.checkpoint import finding, loading
     from expert_parallel.checkpoint.opened import Checkpoint
+    from expert_parallel.models.configurations import hub_id
     from expert_parallel.models.forward import first_not_a_number
     from expert_parallel.models.memory import model_bytes
     from expert_parallel.moving.live import start_rebalancing
@@ -88,7 +89,7 @@ def run(args, watchdog):
     waiting_for("not all ranks had loaded")
     with all_or_none(group) as same:
         folder, note = (args.model, "") if args.model is not None else finding.default_model()
-        folder = finding.resolve_model(folder)
+        folder = finding.resolve_model(hub_id(folder))
         if first:  # which alone writes
             options.check_files(args, folder)
         checkpoint = Checkpoint(folder, args.adapter_path, args.trust_remote_code)

@@ -1,7 +1,8 @@
-"""Files that are written whole, or not at all, and what JSON can hold."""
+"""Files that are written whole, or not at all, what JSON can hold, and names that are nearly right."""
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 from contextlib import contextmanager
@@ -42,3 +43,9 @@ def plain(value):
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def nearest(name: str, names) -> str:
+    """ ", did you mean ...?" where one of the names is like it, for an error's text; else nothing."""
+    found = difflib.get_close_matches(name.lower(), names, 1)
+    return f", did you mean {found[0]}?" if found else ""

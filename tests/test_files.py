@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from expert_parallel.files import plain, written_whole
+from expert_parallel.files import nearest, plain, written_whole
 
 
 def test_a_reader_never_sees_half(tmp_path):
@@ -47,3 +47,8 @@ def test_where_nothing_can_be_written_is_said_in_a_line(tmp_path):
 )
 def test_what_json_knows(value, as_json):
     assert plain(value) == as_json and json.loads(json.dumps(plain(value), allow_nan=False)) == as_json
+
+
+def test_a_name_that_is_nearly_right():
+    assert nearest("Balancd", ("contiguous", "balanced")) == ", did you mean balanced?"
+    assert nearest("abacus", ("contiguous", "balanced")) == nearest("x", ()) == ""

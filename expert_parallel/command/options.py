@@ -9,6 +9,7 @@ import argparse
 import os
 from pathlib import Path
 
+from ..files import nearest
 from .output import Parser, check_outputs
 
 BY_TRACE = ("balanced", "replicated", "affinity")
@@ -115,6 +116,34 @@ def check_limits(args, limits: dict) -> None:
             raise ValueError(f"{option(name)} must be {limit}, got {value}")
 
 
+def check_study(args, scenarios: tuple) -> list[str]:
+    """Names of the scenarios that expert_parallel_poc.py is asked for; ValueError for what cannot be."""
+    limits = dict.fromkeys(("experts", "top_k", "hidden", "expert_width"), (1, 1 << 16)) | {"tokens": (1024, 1 << 30)}
+    check_limits(args, limits)
+    if args.trace and args.top_k:
+        raise ValueError(f"--top-k {args.top_k} does not go with --trace, which has its own")
+    if args.trace and args.tokens and args.scenarios is None:
+        raise ValueError(f"--tokens {args.tokens} is for scenarios and --trace has none: add --scenarios LIST")
+    args.tokens, args.top_k = args.tokens or 8192, args.top_k or (None if args.trace else 8)
+    if args.top_k and args.top_k > (args.experts or 128):
+        raise ValueError(f"--top-k {args.top_k}: there are {args.experts or 128} experts to choose from")
+    if not (args.bandwidth > 0 and 0 <= args.latency < float("inf")):
+        raise ValueError(f"--bandwidth {args.bandwidth}, --latency {args.latency}: needs more than 0, and 0 or more")
+    if not 0 <= args.seed < 1 << 63:
+        raise ValueError(f"--seed {args.seed}: needs a whole number from 0 up to 2^63 - 1")
+    if args.test_trace and not args.trace:
+        raise ValueError("--test-trace needs --trace, the trace to fit on")
+    read = {"--trace": args.trace, "--test-trace": args.test_trace}
+    check_outputs({"--json": args.json, "--html": args.html}, {option: path for option, path in read.items() if path})
+    names = [] if args.trace and args.scenarios is None else (args.scenarios or ",".join(scenarios)).split(",")
+    names = [name.strip() for name in names]
+    unknown = [name for name in names if name not in scenarios]
+    if unknown:
+        like = nearest(unknown[0], scenarios)
+        raise ValueError(f"unknown scenario {unknown[0]!r}{like}: choose {', '.join(scenarios)}")
+    return names
+
+
 def check_files(args, model_folder) -> None:
     """That every output can be written, each into a file of its own, and none over what is read."""
     if args.plots and args.plots.exists() and not args.plots.is_dir():
@@ -147,7 +176,8 @@ def check_placement(args) -> None:
         raise ValueError(f"--placement {args.placement} needs --placement-trace; record one with --trace FILE")
     if args.placement not in STRATEGIES:
         if not Path(args.placement).is_file():
-            raise ValueError(f"--placement {args.placement}: neither {', '.join(STRATEGIES)} nor a file")
+            like = nearest(args.placement, STRATEGIES)
+            raise ValueError(f"--placement {args.placement}: neither {', '.join(STRATEGIES)} nor a file{like}")
         if args.redundant_experts:
             raise ValueError(f"--redundant-experts is of no use with {args.placement}, which names the copies itself")
     if args.placement_format and not args.save_placement:

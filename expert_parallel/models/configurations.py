@@ -8,7 +8,8 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 
-from ..checkpoint.finding import SHIPPED, read_config, resolve_model
+from ..checkpoint.finding import CODER, SHIPPED, read_config, resolve_model
+from ..files import nearest
 
 BUNDLED = Path(__file__).resolve().parent / "configs"
 
@@ -41,6 +42,22 @@ def bundled_names() -> list[str]:
     return sorted(path.stem for path in BUNDLED.glob("*.json"))
 
 
+def hub_id(name: str) -> str:
+    """Where the weights of a bundled configuration are, or of the shipped model; any other name as it is.
+
+    ValueError for one that is nearly right.
+    """
+    name, known = str(name), {SHIPPED.name: str(SHIPPED), "qwen3-coder-30b": CODER}
+    if Path(name).exists() or "/" in name:
+        return name
+    if name.lower() in bundled_names():
+        document = json.loads((BUNDLED / f"{name.lower()}.json").read_text())
+        known.setdefault(name.lower(), document["repository"])
+    elif name not in known and (like := nearest(name, [*bundled_names(), *known])):
+        raise ValueError(f"model {name} does not exist{like}")
+    return known.get(name.lower(), name)
+
+
 def load_configuration(name: str) -> Configuration:
     """By bundled name, folder, path of a config.json, or hub id (its config.json alone is fetched).
 
@@ -57,7 +74,8 @@ def load_configuration(name: str) -> Configuration:
     try:
         folder = resolve_model(path if name and path.exists() else name, lambda repo: _fetched(repo).parent)
     except FileNotFoundError as error:
-        raise ValueError(f"{error}; bundled configurations: {', '.join(bundled_names())}") from None
+        like = nearest(name, bundled_names())
+        raise ValueError(f"{error}{like}; bundled configurations: {', '.join(bundled_names())}") from None
     config = read_config(folder / "config.json")
     quantised = folder / "hf_quant_config.json"  # NVIDIA's ModelOpt writes its quantisation beside it
     if "quantization_config" not in config and quantised.is_file():

@@ -7,8 +7,9 @@ that `model_analysis.py --measure` replaces on hardware that you have.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from ..files import nearest
 from .links import Link
 
 # What weights and caches may take of a device's memory: (share, up to so many bytes, whose limit that is).
@@ -52,6 +53,13 @@ class Machine:
         share, _, whose = next(row for row in USABLE[self.kind] if self.memory_bytes <= row[1])
         return share * self.memory_bytes, whose
 
+    def with_bandwidth(self, gigabytes: float) -> Machine:
+        """The same with so many GB/s of memory by its vendor, at the efficiency of the M4 Max."""
+        moved = gigabytes * 1e9 * EFFICIENCY
+        source = f"{gigabytes:g} GB/s as given, else as {self.name}: {self.source}"
+        named = f"{self.name} at {gigabytes:g} GB/s"
+        return replace(self, name=named, bytes_per_second=moved, expert_bytes_per_second=moved, source=source)
+
     @property
     def value_bytes(self) -> int:
         """Of one activation that is sent: float32 on the CPU, 16 bits elsewhere."""
@@ -67,23 +75,45 @@ EFFICIENCY = M4_MAX_BYTES / 546e9  # of the vendor's bandwidth: 87%
 
 
 def _like_m4_max(name, bandwidth, operations, memory, kind, source):
-    source += "; efficiency and cost per layer assumed as on the M4 Max"
-    moved = bandwidth * EFFICIENCY
-    return Machine(name, moved, moved, operations, M4_MAX_LAYER_SECONDS, memory, source, kind=kind)
+    source = f"{bandwidth:g} GB/s, {memory:g} GB, {source}; efficiency and cost per layer assumed as on the M4 Max"
+    moved = bandwidth * 1e9 * EFFICIENCY
+    return Machine(name, moved, moved, operations, M4_MAX_LAYER_SECONDS, memory * 1e9, source, kind=kind)
 
+
+# The largest of each: (GB/s, GB, GPU cores, Apple newsroom's announcement).
+_APPLE = {
+    "m1": (68.25, 16, 8, "2020-11-10"), "m1-pro": (200, 32, 16, "2021-10-18"), "m1-max": (400, 64, 32, "2021-10-18"),
+    "m1-ultra": (800, 128, 64, "2022-03-08"), "m2": (100, 24, 10, "2022-06-06"), "m2-pro": (200, 32, 19, "2023-01-17"),
+    "m2-max": (400, 96, 38, "2023-01-17"), "m2-ultra": (800, 192, 76, "2023-06-05"), "m3": (100, 24, 10, "2023-10-30"),
+    "m3-pro": (150, 36, 18, "2023-10-30"), "m3-max": (400, 128, 40, "2023-10-30"),
+    "m3-ultra": (819, 512, 80, "2025-03-05"), "m4": (120, 32, 10, "2024-05-07"), "m4-pro": (273, 64, 20, "2024-10-30"),
+    "m5": (153, 32, 10, "2025-10-15"),
+}  # fmt: skip
+# (name, GB/s, GB, TFLOP/s of 16 bits without sparsity), by NVIDIA's datasheets.
+_NVIDIA = {
+    "a100": ("A100 SXM 80 GB", 2039, 80, 312), "h100": ("H100 SXM 80 GB", 3350, 80, 989),
+    "h200": ("H200 SXM", 4800, 141, 989), "l40s": ("L40S", 864, 48, 362), "rtx-4090": ("RTX 4090", 1008, 24, 165),
+}  # fmt: skip
 
 _M4_MAX = "546 GB/s, 128 GB (Apple newsroom, 2024-10-30); fitted on mlx-lm's BENCHMARKS.md"
-_M2_ULTRA = "800 GB/s, 192 GB, 76 GPU cores (Apple newsroom, 2023-06-05), arithmetic by cores"
-_M3_ULTRA = "819 GB/s, 512 GB, 80 GPU cores (Apple newsroom, 2025-03-05), arithmetic by cores"
-_H100 = "3350 GB/s, 80 GB, 989 TFLOP/s dense (NVIDIA H100 datasheet), of which 40% assumed"
 
 MACHINES = {
     "m4-max": Machine("Apple M4 Max", M4_MAX_BYTES, M4_MAX_BYTES, M4_MAX_OPERATIONS, M4_MAX_LAYER_SECONDS, 128e9,
                       _M4_MAX, kind="Metal"),
-    "m2-ultra": _like_m4_max("Apple M2 Ultra", 800e9, M4_MAX_OPERATIONS * 76 / 40, 192e9, "Metal", _M2_ULTRA),
-    "m3-ultra": _like_m4_max("Apple M3 Ultra", 819e9, M4_MAX_OPERATIONS * 80 / 40, 512e9, "Metal", _M3_ULTRA),
-    "h100": _like_m4_max("NVIDIA H100 SXM 80 GB", 3350e9, 0.4 * 989e12, 80e9, "CUDA", _H100),
 }  # fmt: skip
+for _name, (_bandwidth, _memory, _cores, _date) in _APPLE.items():
+    _source = f"{_cores} GPU cores (Apple newsroom, {_date}), arithmetic by cores"
+    MACHINES[_name] = _like_m4_max(
+        f"Apple {_name.replace('-', ' ').title()}",
+        _bandwidth,
+        M4_MAX_OPERATIONS * _cores / 40,
+        _memory,
+        "Metal",
+        _source,
+    )
+for _name, (_model, _bandwidth, _memory, _peak) in _NVIDIA.items():
+    _source = f"{_peak} TFLOP/s dense (NVIDIA's datasheet), of which 40% assumed"
+    MACHINES[_name] = _like_m4_max(f"NVIDIA {_model}", _bandwidth, 0.4e12 * _peak, _memory, "CUDA", _source)
 
 LINKS = {
     "ethernet-10g": (
@@ -107,17 +137,14 @@ LINKS = {
     ),
 }
 
-USUAL_LINK = {
-    "m4-max": "thunderbolt-jaccl",
-    "m2-ultra": "ethernet-10g",  # Thunderbolt 4 has no RDMA
-    "m3-ultra": "thunderbolt-jaccl",
-    "h100": "nvlink-h100",
-}
+USUAL_LINK = dict.fromkeys(MACHINES, "ethernet-10g")  # Thunderbolt 4 has no RDMA
+USUAL_LINK |= dict.fromkeys(("m4-pro", "m4-max", "m3-ultra"), "thunderbolt-jaccl")
+USUAL_LINK |= {"h100": "nvlink-h100", "h200": "nvlink-h100", "a100": "infiniband-ndr"}
 
 
 def find(kind: str, name: str, table: dict):
-    """An entry by name; ValueError that lists the names there are."""
+    """An entry by name; ValueError that lists the names there are, the nearest first."""
     try:
         return table[name.lower()]
     except KeyError:
-        raise ValueError(f"{kind} {name} is not known; there are: {', '.join(sorted(table))}") from None
+        raise ValueError(f"{kind} {name} is not known{nearest(name, table)}; there are: {', '.join(table)}") from None

@@ -16,7 +16,7 @@ from expert_parallel.models.architecture import (
     fullest_device_bytes,
     hybrid_rest_bytes,
 )
-from expert_parallel.models.configurations import Configuration, bundled_names, load_configuration
+from expert_parallel.models.configurations import Configuration, bundled_names, hub_id, load_configuration
 from expert_parallel.models.lazy import build_model, fill_randomly
 from expert_parallel.models.parts import CacheEntry
 
@@ -239,6 +239,20 @@ def test_the_shipped_model_by_its_name_alone(tmp_path, monkeypatch):
     (tmp_path / SHIPPED.name).mkdir()  # who has a folder of that name means it
     with pytest.raises(ValueError, match=f"{SHIPPED.name} has no config.json"):
         load_configuration(SHIPPED.name)
+
+
+def test_bundled_names_lead_to_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert hub_id("qwen3-coder-30b") == hub_id("Qwen3-Coder-30B") == "mlx-community/Qwen3-Coder-30B-A3B-Instruct-4bit"
+    assert hub_id("mixtral-8x7b") == load_configuration("mixtral-8x7b").published["repository"]
+    assert hub_id(SHIPPED.name) == hub_id(SHIPPED) == str(SHIPPED)
+    assert hub_id("owner/mixtral-8x7b") == "owner/mixtral-8x7b" and hub_id("abacus") == "abacus"
+    with pytest.raises(ValueError, match="mixtral-8x7 does not exist, did you mean mixtral-8x7b[?]"):
+        hub_id("mixtral-8x7")
+    with pytest.raises(ValueError, match="olmoe-1b-7 .*, did you mean olmoe-1b-7b[?]; bundled configurations: "):
+        load_configuration("olmoe-1b-7")
+    (tmp_path / "mixtral-8x7b").mkdir()  # a folder of one's own comes first
+    assert hub_id("mixtral-8x7b") == "mixtral-8x7b"
 
 
 def test_a_folder_is_called_by_its_own_name(monkeypatch):

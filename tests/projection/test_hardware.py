@@ -8,10 +8,28 @@ from expert_parallel.projection.hardware import LINKS, MACHINES, USUAL_LINK, Mac
 
 # (GB/s, GB, TFLOP/s as the vendor says or None: by GPU cores, cores)
 VENDORS = {
-    "m2-ultra": (800, 192, None, 76),
-    "m3-ultra": (819, 512, None, 80),
-    "h100": (3350, 80, 989, None),
-}
+    "m1": (68.25, 16, None, 8), "m1-pro": (200, 32, None, 16), "m1-max": (400, 64, None, 32),
+    "m1-ultra": (800, 128, None, 64), "m2": (100, 24, None, 10), "m2-pro": (200, 32, None, 19),
+    "m2-max": (400, 96, None, 38), "m2-ultra": (800, 192, None, 76), "m3": (100, 24, None, 10),
+    "m3-pro": (150, 36, None, 18), "m3-max": (400, 128, None, 40), "m3-ultra": (819, 512, None, 80),
+    "m4": (120, 32, None, 10), "m4-pro": (273, 64, None, 20), "m5": (153, 32, None, 10),
+    "a100": (2039, 80, 312, None), "h100": (3350, 80, 989, None), "h200": (4800, 141, 989, None),
+    "l40s": (864, 48, 362, None), "rtx-4090": (1008, 24, 165, None),
+}  # fmt: skip
+
+
+def test_every_device_of_the_table_is_known_here():
+    assert {*VENDORS, "m4-max"} == MACHINES.keys() == USUAL_LINK.keys()
+    assert (MACHINES["m3-pro"].name, MACHINES["rtx-4090"].name) == ("Apple M3 Pro", "NVIDIA RTX 4090")
+
+
+def test_a_bandwidth_of_ones_own():
+    own = MACHINES["m4-pro"].with_bandwidth(300)
+    assert (own.bytes_per_second, own.expert_bytes_per_second) == pytest.approx((300e9 * 473.1 / 546,) * 2)
+    assert own.name == "Apple M4 Pro at 300 GB/s" and own.source.startswith(
+        "300 GB/s as given, else as Apple M4 Pro: 273"
+    )
+    assert (own.memory_bytes, own.operations_per_second) == (64e9, MACHINES["m4-pro"].operations_per_second)
 
 
 @pytest.mark.parametrize("name", VENDORS)
@@ -37,12 +55,15 @@ def test_the_m4_max_is_what_was_fitted():
 def test_every_device_and_link_names_its_source():
     assert all(re.search(r"\d{4}-\d{2}-\d{2}|datasheet", machine.source) for machine in MACHINES.values())
     assert all(re.search(r"issue|github|NCCL|2025", source) for _, source in LINKS.values())
-    assert {name: LINKS[link][0].algorithm for name, link in USUAL_LINK.items()} == {
-        "m4-max": "auto", "m2-ultra": "ring", "m3-ultra": "auto", "h100": "switch",
-    }  # fmt: skip
+    usual = {link: {name for name in USUAL_LINK if USUAL_LINK[name] == link} for link in LINKS}
+    assert usual["thunderbolt-jaccl"] == {"m4-pro", "m4-max", "m3-ultra"}  # those with Thunderbolt 5
+    assert usual["nvlink-h100"] == {"h100", "h200"} and usual["infiniband-ndr"] == {"a100"}
+    assert LINKS[USUAL_LINK["m2-ultra"]][0].algorithm == "ring" and len(set().union(*usual.values())) == len(MACHINES)
     assert find("link", "NVLink-H100", LINKS)[0].most_devices == 8
-    with pytest.raises(ValueError, match="hardware abacus .*h100.*m4-max"):
+    with pytest.raises(ValueError, match="hardware abacus is not known; there are: m4-max, m1, .*h100"):
         find("hardware", "abacus", MACHINES)
+    with pytest.raises(ValueError, match=r"M3-mx is not known, did you mean m3-max\?; there are"):
+        find("hardware", "M3-mx", MACHINES)
 
 
 def test_links_are_what_their_sources_say():
@@ -78,5 +99,5 @@ def test_activations_are_float32_on_the_cpu_alone():
         "Metal": 2, "CUDA": 2, "CPU": 4,
     }  # fmt: skip
     assert {name: machine.kind for name, machine in MACHINES.items()} == {
-        "m4-max": "Metal", "m2-ultra": "Metal", "m3-ultra": "Metal", "h100": "CUDA",
-    }  # fmt: skip
+        name: "Metal" if machine.name.startswith("Apple") else "CUDA" for name, machine in MACHINES.items()
+    }

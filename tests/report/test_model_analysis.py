@@ -160,6 +160,8 @@ def test_what_is_refused(here, tmp_path):
     refused(here("--model", dense), "abacus")
     refused(here("--model", "nobody/nothing"), "nobody/nothing")
     refused(here("--hardware", "abacus"), "abacus", "m3-ultra")
+    refused(here("--bandwidth", 0), "--bandwidth must be above 0 and finite, got 0")
+    refused(here("--bandwidth", "inf"), "--bandwidth must be above 0")
     refused(here("--forward"), "needs weights")
     refused(here("--prompt", "x = 1"), "needs weights")
     refused(here("--model", SHIPPED, "--prompt", "a=x", "b=y", "a=z"), "two texts are named a")

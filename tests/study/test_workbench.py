@@ -354,7 +354,8 @@ def test_script_on_traces(run_here, tmp_path):
     [
         (["--devices", 0], "0 devices: needs 1 to 128"),
         (["--devices", 129], "129 devices: needs 1 to 128"),
-        (["--scenarios", "even"], "unknown scenario 'even'"),
+        (["--scenarios", "even"], "unknown scenario 'even': choose"),
+        (["--scenarios", "skewd"], "unknown scenario 'skewd', did you mean skewed?: choose"),
         (["--top-k", 200], "--top-k 200"),
         (["--tokens", 10], "--tokens must be between 1024 and"),
         (["--hidden", "9" * 400], "--hidden must be between 1 and 65536, got 999"),
