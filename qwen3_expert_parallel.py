@@ -97,7 +97,7 @@ def run(args, watchdog):
         prompt = prompts.read_prompt(args, tokenizer, finding.context_of(config), typed)
         numbers = [layer.number for layer in checkpoint.layers]
         placement = options.make_placement(args, checkpoint.shape, numbers, ranks)
-        shipped = checkpoint.folder.resolve() == finding.SHIPPED
+        shipped = finding.is_shipped(checkpoint.folder)
         verify = shipped if args.verify is None else args.verify
         trials = 3 * shipped if args.trials is None else args.trials
         same |= {"mlx": versions["mlx"], "mlx-lm": versions["mlx_lm"], "config": config}

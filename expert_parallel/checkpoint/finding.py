@@ -24,6 +24,11 @@ def default_model() -> tuple[Path, str]:
     return SHIPPED, f"Taking {SHIPPED.name}, shipped with this project. The real one, 17.2 GB:\n--model {CODER}"
 
 
+def is_shipped(folder: Path) -> bool:
+    """Whether a folder has the shipped model or one like it, small enough for all that is measured besides."""
+    return read_config(folder / "config.json") == read_config(SHIPPED / "config.json")
+
+
 def find_cached(repo: str) -> Path | None:
     """Folder of a hub model that is in the local cache, whole; None otherwise. Never uses the network."""
     try:

@@ -385,3 +385,9 @@ def test_an_error_on_one_line_is_cut_to_200_characters():
     exactly = "x" * (200 - len("ValueError: "))
     assert finding.in_a_line(ValueError(exactly)) == f"ValueError: {exactly}"
     assert finding.in_a_line(ValueError(exactly + "y")) == f"ValueError: {exactly[:-3]}..."
+
+
+def test_a_copy_of_the_shipped_model_is_as_small(tmp_path, checkpoints):
+    (tmp_path / "config.json").write_text((finding.SHIPPED / "config.json").read_text())
+    assert finding.is_shipped(finding.SHIPPED) and finding.is_shipped(tmp_path)
+    assert not finding.is_shipped(checkpoints["mlx-4bit"])
