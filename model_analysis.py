@@ -48,6 +48,7 @@ def setup_arg_parser():
     add("--prompt-tokens", type=int, default=256, help="at most so many tokens of each text (default: 256)")
     add("--measure", action="store_true", help="fit the projection's constants on this machine, a few minutes")
     add("--json", type=Path, metavar="FILE", help="save all figures; - for standard output, and then nothing else")
+    add("--plots", type=Path, metavar="DIR", help="save a picture of the projection, speed.png")
     add("--html", type=Path, metavar="FILE", help="save a page with everything in it, to read in a browser")
     add("--quiet", action="store_true", help="print nothing")
     return parser
@@ -90,6 +91,7 @@ def run(args):
     asked = prompts.titled(args.prompt or ())
     read |= {f"the prompt {path}": path for path in asked.values() if os.path.isfile(path)}  # noqa: PTH113
     outputs = {"--json": args.json, "--html": args.html}
+    outputs |= options.picture_files(args.plots, options.ANALYSIS_PICTURES)
     output.check_outputs(outputs, {what: path for what, path in read.items() if path})
     quantisation = {"bits": args.bits, "group_size": args.group_size, "mode": args.mode}
     described = describe(configuration, **quantisation)
@@ -153,12 +155,15 @@ def run(args):
     document = table.sections(shown, options=vars(args), environment=table.environment(), **missing)
     if args.json:
         output.write_json(args.json, document)
-    if args.html:
+    if args.plots or args.html:
         from expert_parallel.report import page, plots
 
         title = f"{configuration.name} on {machine.name}"
-        pictures = {"speed": plots.speed_lines(document["projection"], title)}
-        page.save_page(args.html, title, shown, pictures, document)
+        pictures = plots.of_analysis(document, title)
+        if args.plots:
+            plots.save_plots(args.plots, pictures)
+        if args.html:
+            page.save_page(args.html, title, shown, pictures, document)
     return 0 if whole else 1
 
 

@@ -17,6 +17,7 @@ STRATEGIES = ("contiguous", "round-robin", *BY_TRACE)
 PLACEMENT_FORMATS = ("vllm", "vllm-ranks", "vllm-ascend", "sglang", "tensorrt-llm")  # besides this project's own
 MOST = 10**12  # of a whole number: far beyond all use, and no arithmetic here overflows
 PICTURES = ("expert_loads", "device_loads", "memory", "time", "coactivation")
+ANALYSIS_PICTURES = ("speed",)  # of model_analysis.py
 OUTPUTS = ("trace", "save_placement", "json", "html")  # files, each with an option of its own
 
 
@@ -146,18 +147,21 @@ def check_study(args, scenarios: tuple) -> list[str]:
 
 def check_files(args, model_folder) -> None:
     """That every output can be written, each into a file of its own, and none over what is read."""
-    if args.plots and args.plots.exists() and not args.plots.is_dir():
-        raise ValueError(f"cannot write {args.plots}: it is a file, --plots takes a folder")
-    outputs = {option(name): getattr(args, name) for name in OUTPUTS}
-    if args.plots:
-        pictures = [args.plots / f"{name}.png" for name in PICTURES]
-        outputs |= {f"--plots ({path.name})": path for path in (pictures if args.plots.is_dir() else [args.plots])}
+    outputs = {option(name): getattr(args, name) for name in OUTPUTS} | picture_files(args.plots, PICTURES)
     inputs = {"the model": model_folder} | ({"the adapter": args.adapter_path} if args.adapter_path else {})
     named = {"the prompt": args.prompt, "the placement": args.placement, "the trace": args.placement_trace}
     inputs |= {what: path for what, path in named.items() if path and os.path.isfile(path)}  # noqa: PTH113
     check_outputs(outputs, inputs)
     if args.trace and args.trace.is_char_device():
         raise ValueError(f"cannot write {args.trace}: a trace needs a file, a device such as this cannot hold one")
+
+
+def picture_files(folder: Path | None, names) -> dict:
+    """{option: path} of what --plots writes, for `output.check_outputs`; ValueError where it names a file."""
+    if folder and folder.exists() and not folder.is_dir():
+        raise ValueError(f"cannot write {folder}: it is a file, --plots takes a folder")
+    paths = [folder / f"{name}.png" for name in names] if folder and folder.is_dir() else filter(None, [folder])
+    return {f"--plots ({path.name})": path for path in paths}
 
 
 def option(name: str) -> str:

@@ -20,8 +20,9 @@ th { font-weight: normal; opacity: .7; border-bottom: 1px solid; }
 th:first-child, td:first-child, .facts td { text-align: left; }
 p { margin: .3rem 0; max-width: 46rem; opacity: .8; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; border-left: 3px solid #a59c74; padding-left: .8rem; }
-figure { margin: 1.2rem 0; } img { max-width: 100%; height: auto; background: white; }
-@media print { section, figure { break-inside: avoid; } }
+figure { margin: 1.2rem 0; overflow-x: auto; }
+img { max-width: 100%; min-width: 42rem; height: auto; background: white; }
+@media print { section, figure { break-inside: avoid; } img { min-width: 0; } }
 """
 
 

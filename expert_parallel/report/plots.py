@@ -28,13 +28,22 @@ def of_run(document: dict, trace, placement) -> dict:
     caption = f"{document['model']['name']}, {len(trace)} tokens, top-{trace.experts.shape[2]} of {trace.num_experts}"
     on_devices = f"{caption}, {ran['devices']} devices, {ran['strategy']}"
     ranks = document["ranks"] or [{"seconds": document["time"]}]
-    return {
+    figures = {
         "expert_loads": load_map(trace.loads(), "expert", on_devices, held=placement.held),
         "device_loads": load_map(document["balance"]["device_loads"], "device", on_devices),
         "memory": memory_bars(memory, on_devices),
         "time": time_bars([rank["seconds"] for rank in ranks], on_devices),
-        "coactivation": pairs_map(trace.experts, trace.num_experts, caption),
     }
+    if trace.experts.shape[2] > 1:  # else there are no pairs
+        figures["coactivation"] = pairs_map(trace.experts, trace.num_experts, caption)
+    return figures
+
+
+def of_analysis(document: dict, caption: str = "") -> dict:
+    """{name: Figure} of model_analysis.py's JSON; empty where no number of devices holds the model."""
+    projection = document["projection"]
+    fits = any(row["fits"] for row in projection["devices"])
+    return {"speed": speed_lines(projection, caption)} if fits else {}
 
 
 def load_map(loads, across: str, caption: str = "", source: str = "measured", held=None):
@@ -43,6 +52,8 @@ def load_map(loads, across: str, caption: str = "", source: str = "measured", he
     across  what the columns are, "expert" or "device"
     held    bool [L, D, E]: experts stand in the order of the devices that hold them first, with lines between devices
     """
+    from matplotlib.patheffects import withStroke
+
     loads, label, ends = np.asarray(loads, float), across, []
     if held is not None:
         home = held.argmax(axis=1)  # [L, E]
@@ -55,26 +66,32 @@ def load_map(loads, across: str, caption: str = "", source: str = "measured", he
     relative, most = loads / np.maximum(loads.mean(axis=1, keepdims=True), 1e-12), MOST_OVER_MEAN[across]
     image = axes.imshow(relative, aspect="auto", cmap="cividis", vmin=0, vmax=most, interpolation="nearest")
     for layer, lines in enumerate(ends):
-        axes.vlines(lines - 0.5, layer - 0.5, layer + 0.5, colors="white", linewidth=1)
+        drawn = axes.vlines(lines - 0.5, layer - 0.5, layer + 0.5, colors="white", linewidth=1)
+        drawn.set_path_effects([withStroke(linewidth=2, foreground="black")])  # to be told from bright cells
     axes.figure.colorbar(image, ax=axes, extend="max", ticks=range(most + 1), label="1 is even")
     return axes.figure
 
 
 def pairs_map(experts, num_experts: int, caption: str = ""):
-    """How often two experts are chosen together, over what chance gives: [E, E], the mean over layers.
+    """How often two experts are chosen together, over what chance gives: [E, E], both summed over layers.
 
-    experts  [T, L, k]. Chance: as many pairs, each as likely as both its experts are chosen often; 1 is no preference
+    experts  [T, L, k]; expert e of one layer has nothing to do with that of the next: for one layer give
+             `experts[:, [layer]]`. Chance: as many pairs in each layer, each as likely as both its experts are
+             chosen often; 1 is no preference. Pairs that chance never gives, an expert with itself or one that
+             was not chosen, are masked.
     """
     pairs = coactivation(experts, num_experts)
     often = pairs.sum(axis=2)  # [L, E], times k - 1
     chance = often[:, :, None] * often[:, None] * (1 - np.eye(num_experts))
     chance *= (pairs.sum(axis=(1, 2)) / np.maximum(chance.sum(axis=(1, 2)), 1))[:, None, None]
-    over = np.where(chance > 0, pairs / np.where(chance > 0, chance, 1), 0).mean(axis=0)
+    together, chance = pairs.sum(axis=0), chance.sum(axis=0)
+    over = np.ma.masked_where(chance == 0, together / np.where(chance > 0, chance, 1))
     axes = _axes(
         "Pairs of experts chosen together, over chance", f"{caption} (measured)", "expert", "expert", rows=18, width=7
     )
     image = axes.imshow(over, cmap="cividis", vmin=0, vmax=4, interpolation="nearest")
-    axes.figure.colorbar(image, ax=axes, extend="max", ticks=range(5), label="1 is chance, mean over layers")
+    label = "1 is chance, all layers together; white: no such pair"
+    axes.figure.colorbar(image, ax=axes, extend="max", ticks=range(5), label=label)
     return axes.figure
 
 
@@ -109,8 +126,8 @@ def speed_lines(projection: dict, caption: str = ""):
     rows = [row for row in projection["devices"] if row["fits"]]
     labels = {"tokens_per_second": "expert parallel", "tokens_per_second_if_even": "were its load even"}
     labels["hybrid_tokens_per_second"] = "attention sharded, too"
-    link = projection.get("link", "")
-    axes = _axes("Decoding one sequence", f"{caption}, {link} (modelled)", "devices", "tokens/s")
+    setting = f"{projection['link']}, {projection['context']} tokens, {projection['routing']}"
+    axes = _axes("Decoding one sequence", f"{caption}, {setting} routing (modelled)", "devices", "tokens/s")
     styles = zip(labels.items(), ("o-", "s--", "^:"), ("#00224e", "#7d7c78", "#a59c74"), strict=True)
     for (name, label), style, colour in styles:
         known = [(row["devices"], row[name]) for row in rows if row.get(name)]

@@ -255,7 +255,7 @@ def test_prompts_that_are_no_text_and_plots_into_a_file_are_refused(here, tmp_pa
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has /dev/full")  # noqa: PTH110
-@pytest.mark.parametrize("option", ["--json", "--trace", "--save-placement", "--plots"])
+@pytest.mark.parametrize("option", ["--json", "--html", "--trace", "--save-placement", "--plots"])
 def test_a_full_disk_leaves_no_part_of_a_file(here, tmp_path, monkeypatch, option):
     """The disk fills up while the file is written; what stood there before stays."""
     name = "expert_loads.png" if option == "--plots" else "out"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SHIPPED
 
+from expert_parallel.command.options import ANALYSIS_PICTURES, PICTURES
 from expert_parallel.report.page import page
 from expert_parallel.report.plots import load_map
 from expert_parallel.report.table import Figure, Table, facts
@@ -92,6 +93,41 @@ def test_each_script_makes_a_page_of_all_its_tables(script, arguments, tmp_path,
     assert bold and all(any(line in cell for cell in headings) for line in bold if len(line) < 79)
     assert document["environment"]["mlx"] in found.cells and str(file) in found.cells
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("a.html")] == ["a.html"]
+
+
+@pytest.mark.parametrize("script", ["qwen3_expert_parallel.py", "model_analysis.py"])
+def test_a_page_beside_figures_on_standard_output(script, tmp_path, run_here):
+    """Nothing else goes there, and the page has the figures that the JSON has."""
+    more = ("--model", SHIPPED, "--max-tokens", 1, "--trials", 0) if script.startswith("qwen3") else ()
+    done = run_here(script, *more, "--quiet", "--json", "-", "--html", tmp_path / "a.html")
+    assert done.returncode == 0, done.stderr
+    document, found = json.loads(done.stdout), Page((tmp_path / "a.html").read_text())
+    pictures = [attributes["id"] for tag, attributes in found.found if tag == "figure"]
+    assert pictures == list(PICTURES if more else ANALYSIS_PICTURES)
+    balance = document["balance"]["balancedness_aggregate"] if more else None
+    rows = [] if more else document["projection"]["devices"]
+    figures = [f"{balance:.3f}"] if more else [str(row["devices"]) for row in rows]
+    assert figures and set(figures) <= set(found.cells)
+
+
+def test_the_analysis_saves_its_picture_and_none_over_what_is_read(tmp_path, run_here):
+    folder = tmp_path / "plots"
+    assert run_here("model_analysis.py", "--quiet", "--plots", folder).returncode == 0
+    assert [path.name for path in folder.iterdir()] == [f"{name}.png" for name in ANALYSIS_PICTURES]
+    (folder / "speed.png").write_text("a prompt")
+    reads = ("--model", SHIPPED, "--prompt", folder / "speed.png")
+    done = run_here("model_analysis.py", "--quiet", *reads, "--plots", folder)
+    assert done.returncode == 2 and "--plots (speed.png)" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert (folder / "speed.png").read_text() == "a prompt"
+    done = run_here("model_analysis.py", "--quiet", "--plots", folder / "speed.png")
+    assert done.returncode == 2 and "--plots takes a folder" in done.stderr
+
+
+def test_a_projection_that_fits_nowhere_has_no_picture(tmp_path, run_here):
+    none = ("--model", "deepseek-v3", "--device-memory", 1, "--html", tmp_path / "a.html", "--plots", tmp_path / "p")
+    assert run_here("model_analysis.py", "--quiet", *none).returncode == 0
+    assert not list((tmp_path / "p").iterdir())
+    assert "img" not in [tag for tag, _ in Page((tmp_path / "a.html").read_text()).found]
 
 
 @pytest.mark.parametrize("script", ["qwen3_expert_parallel.py", "model_analysis.py"])

@@ -6,9 +6,10 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
+from matplotlib.patheffects import withStroke
 
 from expert_parallel import RoutingTrace, place_experts
-from expert_parallel.command.options import PICTURES
+from expert_parallel.command.options import ANALYSIS_PICTURES, PICTURES
 from expert_parallel.report import plots
 from expert_parallel.report.plots import load_map, save_plots
 
@@ -44,11 +45,19 @@ def test_a_map_grows_with_its_layers_and_fills_its_picture():
     assert {figure.axes[0].get_aspect() for figure in (few, four, many)} == {"auto"}
 
 
+def test_boundaries_are_outlined_for_they_cross_bright_cells():
+    """White on the yellow of a hot expert was not to be seen, least of all in grey."""
+    held = np.array([[[1, 1, 0, 0], [0, 0, 1, 1]]], bool)
+    (lines,) = load_map([[1, 1, 9, 9]], "expert", held=held).axes[0].collections
+    assert lines.get_color().tolist() == [[1, 1, 1, 1]]
+    assert [type(effect) for effect in lines.get_path_effects()] == [withStroke]
+
+
 def test_pairs_over_chance():
     """Top-2 of 4, 4 tokens; layer 0: 0 and 1 always together, 2 and 3 too; layer 1: each with 0 but for the last."""
     experts = np.array([[[0, 1], [0, 1]], [[1, 0], [0, 2]], [[2, 3], [0, 3]], [[3, 2], [1, 2]]])
     axes, bar = plots.pairs_map(experts, 4, "m").axes
-    expected, counts = np.zeros((4, 4)), [[2, 2, 2, 2], [3, 2, 2, 1]]
+    found, expected, counts = np.zeros((4, 4)), np.zeros((4, 4)), [[2, 2, 2, 2], [3, 2, 2, 1]]
     for layer in (0, 1):
         tokens = [set(token) for token in experts[:, layer].tolist()]
         for a in range(4):
@@ -57,19 +66,32 @@ def test_pairs_over_chance():
                 together = sum({a, b} <= token for token in tokens) if a != b else 0
                 # Of all pairs of different experts, weighed so; 4 tokens chose a pair each, counted both ways.
                 all_of_them = sum(counts[layer][c] * counts[layer][d] for c in range(4) for d in range(4) if c != d)
-                expected[a, b] += together / (often[0] * often[1] * 8 / all_of_them) / 2
-    assert np.array(axes.images[0].get_array()) == pytest.approx(expected)
-    assert expected[0, 1] == pytest.approx((2 / (2 * 2 * 8 / 48) + 1 / (3 * 2 * 8 / 46)) / 2)
-    assert (
-        axes.images[0].get_clim() == (0, 4) and "1 is chance" in bar.get_ylabel() and "(measured)" in axes.get_title()
-    )
-    assert plots.pairs_map(np.zeros((3, 1, 1), int), 4).axes[0].images[0].get_array().max() == 0  # top-1 has no pairs
+                found[a, b] += together
+                expected[a, b] += often[0] * often[1] * 8 / all_of_them
+    shown, others = axes.images[0].get_array(), ~np.eye(4, dtype=bool)
+    assert shown.mask.tolist() == np.eye(4, dtype=bool).tolist()  # an expert with itself is no pair that never is
+    assert shown.data[others] == pytest.approx((found / expected)[others])
+    assert shown[0, 1] == pytest.approx(3 / (2 * 2 * 8 / 48 + 3 * 2 * 8 / 46))
+    assert axes.images[0].get_clim() == (0, 4) and "1 is chance" in bar.get_ylabel()
+    assert "(measured)" in axes.get_title()
+
+
+def test_what_was_never_chosen_is_neither_liked_nor_shunned():
+    """Independent choices of half of the experts in each layer: a layer that cannot have a pair once counted as 0."""
+    random = np.random.default_rng(0)
+    choices = [random.random((20_000, 8)).argsort(axis=1)[:, :4] + first for first in (0, 4)]
+    shown = plots.pairs_map(np.stack(choices, axis=1), 16).axes[0].images[0].get_array()
+    for a in range(16):
+        for b in range(16):
+            possible = a != b and any(first <= min(a, b) and max(a, b) < first + 8 for first in (0, 4))
+            assert shown.mask[a, b] != possible, (a, b)
+    assert np.abs(shown.compressed() - 1).max() < 0.05
 
 
 def test_independent_choices_are_at_chance():
     random = np.random.default_rng(0)
     experts = random.random((20_000, 1, 16)).argsort(axis=2)[..., :4]
-    over = plots.pairs_map(experts, 16).axes[0].images[0].get_array().data
+    over = plots.pairs_map(experts, 16).axes[0].images[0].get_array()
     assert over[~np.eye(16, dtype=bool)].mean() == pytest.approx(1, abs=0.01)
 
 
@@ -116,7 +138,10 @@ def test_projected_speed_over_devices():
          "hybrid_tokens_per_second": 80},
         {"devices": 4, "fits": False, "tokens_per_second": 7, "tokens_per_second_if_even": 8},
     ]  # fmt: skip
-    axes = plots.speed_lines({"devices": rows, "bound_tokens_per_second": 150, "link": "a link"}, "m").axes[0]
+    projection = {"devices": rows, "bound_tokens_per_second": 150, "link": "a link", "context": 7, "routing": "uniform"}
+    figures = plots.of_analysis({"projection": projection}, "m")
+    assert tuple(figures) == ANALYSIS_PICTURES
+    axes = figures["speed"].axes[0]
     lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
     assert lines == {
         "expert parallel": ([1, 2], [100, 90]),
@@ -124,7 +149,9 @@ def test_projected_speed_over_devices():
         "attention sharded, too": ([2], [80]),
         "were experts free": ([0, 1], [150, 150]),
     }
-    assert axes.get_title() == "Decoding one sequence\nm, a link (modelled)" and axes.get_ylim()[0] == 0
+    assert axes.get_title() == "Decoding one sequence\nm, a link, 7 tokens, uniform routing (modelled)"
+    assert axes.get_ylim()[0] == 0 and (axes.get_xlabel(), axes.get_ylabel()) == ("devices", "tokens/s")
+    assert plots.of_analysis({"projection": {**projection, "devices": rows[2:]}}) == {}  # no empty picture
 
 
 def test_the_pictures_of_a_run_are_those_that_its_options_name():
@@ -144,6 +171,8 @@ def test_the_pictures_of_a_run_are_those_that_its_options_name():
     counts = [[sum(e in token for token in trace.experts[:, l].tolist()) for e in range(8)] for l in range(2)]
     expected = [[count * 8 / sum(row) for count in row] for row in counts]
     assert figures["expert_loads"].axes[0].images[0].get_array().tolist() == expected
+    top_1 = RoutingTrace(trace.experts[..., :1], 8)
+    assert tuple(plots.of_run(document, top_1, placement)) == PICTURES[:-1]  # it has no pairs
     ranks = [{"seconds": {**document["time"], "experts": share}} for share in (0.25, 0.5)]
     several = plots.of_run({**document, "ranks": ranks}, trace, placement)["time"]
     assert [bar[2] for bar in bars(several.axes[0])["experts"]] == [250, 500]
