@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 
 from ..files import plain, written_whole
 from .table import Table
@@ -58,10 +57,8 @@ def _section(table: Table) -> str:
 
 
 def _picture(name: str, figure) -> str:
-    data = io.BytesIO()
-    figure.savefig(data, dpi=110, format="png")
     text = html.escape(figure.axes[0].get_title().replace("\n", ": "))
-    source = base64.b64encode(data.getvalue()).decode()
+    source = base64.b64encode(figure._repr_png_()).decode()
     return f'<figure id="{html.escape(name)}"><img alt="{text}" src="data:image/png;base64,{source}"></figure>'
 
 

@@ -6,6 +6,8 @@ without colour; what bars are made of has patterns besides. Every caption says w
 
 from __future__ import annotations
 
+import io
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -143,13 +145,25 @@ def speed_lines(projection: dict, caption: str = ""):
 
 def _axes(title: str, caption: str, x: str, y: str, rows: int = 8, width: float = 9):
     """Axes of a new Figure, as high as so many rows want."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, 1.8 + 0.25 * max(4, rows)), layout="constrained")
+    figure = _figure_class()(figsize=(width, 1.8 + 0.25 * max(4, rows)), layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel=x, ylabel=y)
     axes.set_title(f"{title}\n{caption}", parse_math=False, fontsize="medium", wrap=True)
     return axes
+
+
+@cache
+def _figure_class():
+    from matplotlib.figure import Figure
+
+    class Picture(Figure):
+        """A Figure that a notebook shows by itself, whatever its backend is, or without one."""
+
+        def _repr_png_(self) -> bytes:
+            self.savefig(data := io.BytesIO(), dpi=110, format="png")
+            return data.getvalue()
+
+    return Picture
 
 
 def _bars(axes, parts: dict) -> None:

@@ -185,6 +185,11 @@ def test_pictures_are_written_whole_into_a_folder(tmp_path):
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
 
+def test_a_notebook_shows_it_without_a_backend():
+    figure = load_map(np.ones((2, 4)), "device")
+    assert figure._repr_png_().startswith(b"\x89PNG") and "matplotlib.pyplot" not in sys.modules
+
+
 def test_no_backend_is_chosen_and_pyplot_is_not_imported():
     code = "import sys; from expert_parallel.report.plots import load_map; load_map([[1, 2]], 'expert');"
     code += "print('matplotlib.figure' in sys.modules, 'matplotlib.pyplot' in sys.modules)"

@@ -1,0 +1,26 @@
+"""The notebook runs from its first cell to its last, and has pictures and tables in it."""
+
+import json
+
+from conftest import ROOT
+
+NOTEBOOK = json.loads((ROOT / "notebooks" / "expert_parallelism.ipynb").read_text())
+CODE = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
+
+
+def test_every_cell_runs(monkeypatch):
+    monkeypatch.chdir(ROOT / "notebooks")
+    names = {"__name__": "__main__"}
+    for cell in CODE:
+        exec(compile("".join(cell["source"]), "the notebook", "exec"), names)
+    assert names["even"]["balanced"][0] > names["even"]["contiguous"][0]
+    assert len(names["answered"]) > names["answered"].prefill.sum() == len(names["prompt"])
+
+
+def test_what_it_shows_is_kept():
+    results = [
+        output["data"] for cell in CODE for output in cell["outputs"] if output["output_type"] == "execute_result"
+    ]
+    assert sum("image/png" in data for data in results) == 3
+    assert sum("<table>" in "".join(data.get("text/html", "")) for data in results) == 4
+    assert not [output for cell in CODE for output in cell["outputs"] if output.get("name") == "stderr"]
