@@ -47,10 +47,17 @@ TESTS = {
         "tests/command/test_output.py",
         "tests/checkpoint/test_loading.py",
         "tests/models/test_every*.py",
+        "tests/report/test_compare.py",
         *WITNESSES,
     ],
     "report": ["tests/report/test_table.py", "tests/report/test_*report.py", *WITNESSES, "tests/report/test_*.py"],
-    "command": ["tests/command/test_o*.py", "tests/command/test_scripts.py", *WITNESSES],
+    "command": [
+        "tests/command/test_o*.py",
+        "tests/command/test_scripts.py",
+        "tests/report/test_model_analysis.py",
+        "tests/study/test_workbench.py",
+        *WITNESSES,
+    ],
     "models": ["tests/models/test_[acfm]*.py", "tests/report/test_model*.py"],
     "projection": [
         "tests/projection/test_*.py",

@@ -263,3 +263,15 @@ def test_nothing_left_behind_when_saving_fails(tmp_path):
     with pytest.raises(OSError):
         place_experts(ones(1, 4), 2).save(tmp_path / "absent" / "placement.json")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_layers_that_are_alike_are_written_once(tmp_path):
+    alike = place_experts(np.ones((3, 8)), 2)
+    alike.save(tmp_path / "alike.json")
+    document = json.loads((tmp_path / "alike.json").read_text())
+    assert document["every_layer"] == ["0-3", "4-7"] and "layers" not in document
+    held = alike.held.copy()
+    held[2] = held[2, ::-1]
+    Placement(held).save(tmp_path / "other.json")
+    document = json.loads((tmp_path / "other.json").read_text())
+    assert document["layers"] == [["0-3", "4-7"], ["0-3", "4-7"], ["4-7", "0-3"]] and "every_layer" not in document

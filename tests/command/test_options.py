@@ -3,7 +3,7 @@
 import pytest
 
 from expert_parallel.command.options import check_numbers, check_placement, parser_of
-from expert_parallel.command.prompts import read_prompt
+from expert_parallel.command.prompts import read_prompt, titled
 
 LIMITS = {  # the least and the most that is allowed, and what is just beyond
     "--max-tokens": (1, 10**12, 0, 10**12 + 1),
@@ -94,3 +94,14 @@ def test_an_answer_ends_with_the_context():
         assert (f"--max-tokens 64 is cut to {room}: the prompt has 10 tokens" in prompt.note) == (room < 64)
     with pytest.raises(ValueError, match="the prompt has 10 tokens, the model's context is 10"):
         read_prompt(arguments("--prompt", "0123456789"), Tokenizer(False), 10)
+
+
+def test_a_title_is_a_short_name_before_a_text():
+    """What only looks like one is the text's own."""
+    texts = ["code=a.py", "x = 1", "an x=1", "abcdefghijkl=b", "abcdefghijklm=c", "alone"]
+    assert titled(texts) == {
+        "code": "a.py", "text 2": "x = 1", "text 3": "an x=1", "abcdefghijkl": "b", "text 5": "abcdefghijklm=c",
+        "text 6": "alone",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="two texts are named a"):
+        titled(["a=1", "a=2"])

@@ -113,6 +113,7 @@ def test_memory_in_bars_against_the_whole_model():
         "key-value cache": [(0, 3, 0.5), (1, 4, 0.5)],
     }
     assert axes.get_ylabel() == "MB" and axes.lines[0].get_ydata() == [6, 6]
+    assert axes.lines[0].get_label() == "the whole model"
     small = plots.memory_bars({**memory, "full_model_bytes": 6e3})
     large = plots.memory_bars({**memory, "full_model_bytes": 17e9})
     assert [figure.axes[0].get_ylabel() for figure in (small, large)] == ["kB", "GB"]

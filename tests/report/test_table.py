@@ -5,13 +5,25 @@ import json
 import subprocess
 import sys
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import ROOT
 from printed import columns_of, facts_of, lines_of
 
 from expert_parallel.command.output import console, write_json
-from expert_parallel.report.table import Figure, Table, facts, of_records, of_rows, on_a_screen, sections, shades, size
+from expert_parallel.report.table import (
+    Figure,
+    Table,
+    environment,
+    facts,
+    of_records,
+    of_rows,
+    on_a_screen,
+    sections,
+    shades,
+    size,
+)
 
 LAYERS = [
     Figure(None, "layer", [3, 7, 11]),
@@ -184,3 +196,8 @@ def test_sizes_for_people():
 def test_a_word_longer_than_the_line_is_folded_and_nothing_of_it_lost():
     text = str(facts("Names", {"file": "x" * 200}))
     assert text.count("x") == 200 and "…" not in text and max(map(len, text.splitlines())) <= 80
+
+
+def test_the_hardware_is_named_as_mlx_names_it():
+    assert environment()["device"] == ("CPU" if mx.default_device() == mx.cpu else "GPU")
+    assert (environment()["mlx"], environment()["numpy"]) == (mx.__version__, np.__version__)
