@@ -265,3 +265,4 @@ def test_a_configuration_file_alone_is_enough(tmp_path):
     for path in (tmp_path / "config.json", tmp_path):
         found = load_configuration(str(path))
         assert describe(found).num_experts == 16 and not found.has_weights
+        assert found.file == tmp_path / "config.json"

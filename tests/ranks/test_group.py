@@ -89,6 +89,16 @@ def test_hostfiles_are_checked_and_named(environment, tmp_path, hosts, rank, wor
         check_hostfile()
 
 
+@pytest.mark.parametrize(
+    "hosts", [5, "a:1", ["a:1", "b:1"], [[], ["b:1"]], [["a:1"], []], [["a:1"], ["b"]], {"a:1": 1}]
+)
+def test_what_is_no_list_of_addresses_of_each_rank(hosts, environment, tmp_path):
+    (tmp_path / "hosts.json").write_text(json.dumps(hosts))
+    environment(MLX_HOSTFILE=tmp_path / "hosts.json", MLX_RANK=0)
+    with pytest.raises(ValueError, match="should be like"):
+        check_hostfile()
+
+
 def test_where_rank_0_listens(environment, tmp_path):
     """Not on every interface where that can be helped."""
     assert host_of_rank_0() == "127.0.0.1"
