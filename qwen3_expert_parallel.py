@@ -148,7 +148,8 @@ def run(args, watchdog):
     per_rank = gather_objects(group, cost.rank_figures(model, seconds))
     broken = any(gather_objects(group, mx.isnan(last.logprobs).any().item()))
     broken = run.not_a_number(first_not_a_number(model, prompt.ids + tokens)) if broken else None
-    sequence, parity, stock, ours, theirs = mx.array([prompt.ids + tokens]), None, None, [last], []
+    sequence, parity, stock = mx.array([prompt.ids + tokens]), None, None
+    ours, theirs = [last], []  # mlx-lm's last response of each run
     if verify:
         heard()
         logits = model(sequence)

@@ -13,8 +13,9 @@ from mlx_lm.utils import _download, hf_repo_to_path
 from .tensors import checkpoint_tensors, index_problem
 
 CODER = "mlx-community/Qwen3-Coder-30B-A3B-Instruct-4bit"
-PLACES = [Path(__file__).resolve().parents[n] / name for n, name in ((2, "models"), (1, "shipped"))]  # or installed
-SHIPPED = next((place / "tiny-qwen3-moe" for place in PLACES if place.is_dir()), PLACES[0])
+# Beside the package, or in it where that was installed; other packages may have a folder "models" beside theirs.
+_BESIDE, _INSTALLED = (Path(__file__).resolve().parents[n] / name for n, name in ((2, "models"), (1, "shipped")))
+SHIPPED = next(filter(Path.is_dir, (place / "tiny-qwen3-moe" for place in (_INSTALLED, _BESIDE))), _BESIDE)
 
 
 def default_model() -> tuple[Path, str]:
@@ -75,7 +76,11 @@ def _from_hub(repo, download) -> Path:
 
 def in_a_line(error: BaseException, most: int = 200) -> str:
     """Kind and text of an error on one line, cut where it is long."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return cut(" ".join(f"{type(error).__name__}: {error}".split()), most)
+
+
+def cut(text: str, most: int) -> str:
+    """The text, or its beginning and an ellipsis, in at most so many characters."""
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 

@@ -50,12 +50,13 @@ def hub_id(name: str) -> str:
     name, known = str(name), {SHIPPED.name: str(SHIPPED), "qwen3-coder-30b": CODER}
     if Path(name).exists() or "/" in name:
         return name
+    if name.lower() in known:
+        return known[name.lower()]
     if name.lower() in bundled_names():
-        document = json.loads((BUNDLED / f"{name.lower()}.json").read_text())
-        known.setdefault(name.lower(), document["repository"])
-    elif name not in known and (like := nearest(name, [*bundled_names(), *known])):
+        return load_configuration(name).published["repository"]
+    if like := nearest(name, [*bundled_names(), *known]):
         raise ValueError(f"model {name} does not exist{like}")
-    return known.get(name.lower(), name)
+    return name
 
 
 def load_configuration(name: str) -> Configuration:

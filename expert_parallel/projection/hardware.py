@@ -80,6 +80,17 @@ def _like_m4_max(name, bandwidth, operations, memory, kind, source):
     return Machine(name, moved, moved, operations, M4_MAX_LAYER_SECONDS, memory * 1e9, source, kind=kind)
 
 
+def _apple(name, bandwidth, memory, cores, date):
+    name, operations = f"Apple {name.replace('-', ' ').title()}", M4_MAX_OPERATIONS * cores / 40
+    source = f"{cores} GPU cores (Apple newsroom, {date}), arithmetic by cores"
+    return _like_m4_max(name, bandwidth, operations, memory, "Metal", source)
+
+
+def _nvidia(model, bandwidth, memory, peak):
+    source = f"{peak} TFLOP/s dense (NVIDIA's datasheet), of which 40% assumed"
+    return _like_m4_max(f"NVIDIA {model}", bandwidth, 0.4e12 * peak, memory, "CUDA", source)
+
+
 # The largest of each: (GB/s, GB, GPU cores, Apple newsroom's announcement).
 _APPLE = {
     "m1": (68.25, 16, 8, "2020-11-10"), "m1-pro": (200, 32, 16, "2021-10-18"), "m1-max": (400, 64, 32, "2021-10-18"),
@@ -101,19 +112,8 @@ MACHINES = {
     "m4-max": Machine("Apple M4 Max", M4_MAX_BYTES, M4_MAX_BYTES, M4_MAX_OPERATIONS, M4_MAX_LAYER_SECONDS, 128e9,
                       _M4_MAX, kind="Metal"),
 }  # fmt: skip
-for _name, (_bandwidth, _memory, _cores, _date) in _APPLE.items():
-    _source = f"{_cores} GPU cores (Apple newsroom, {_date}), arithmetic by cores"
-    MACHINES[_name] = _like_m4_max(
-        f"Apple {_name.replace('-', ' ').title()}",
-        _bandwidth,
-        M4_MAX_OPERATIONS * _cores / 40,
-        _memory,
-        "Metal",
-        _source,
-    )
-for _name, (_model, _bandwidth, _memory, _peak) in _NVIDIA.items():
-    _source = f"{_peak} TFLOP/s dense (NVIDIA's datasheet), of which 40% assumed"
-    MACHINES[_name] = _like_m4_max(f"NVIDIA {_model}", _bandwidth, 0.4e12 * _peak, _memory, "CUDA", _source)
+MACHINES |= {name: _apple(name, *row) for name, row in _APPLE.items()}
+MACHINES |= {name: _nvidia(*row) for name, row in _NVIDIA.items()}
 
 LINKS = {
     "ethernet-10g": (
@@ -143,7 +143,7 @@ USUAL_LINK |= {"h100": "nvlink-h100", "h200": "nvlink-h100", "a100": "infiniband
 
 
 def find(kind: str, name: str, table: dict):
-    """An entry by name; ValueError that lists the names there are, the nearest first."""
+    """An entry by name; ValueError with the nearest one and all there are."""
     try:
         return table[name.lower()]
     except KeyError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ..checkpoint.finding import cut
 from .table import Table, facts, of_records
 
 SCRIPTS = {"generation": "qwen3_expert_parallel.py", "results": "expert_parallel_poc.py"}
@@ -101,4 +102,4 @@ def _figures_of(value, path: str = "", source: str = ""):
 
 def _shown(value) -> str:
     text = f"{value:,}" if type(value) is int else f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= MOST_TEXT else f"{text[: MOST_TEXT - 3]}..."
+    return cut(text, MOST_TEXT)

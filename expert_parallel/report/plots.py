@@ -183,5 +183,5 @@ def save_plots(folder, figures: dict) -> list[Path]:
     paths = [Path(folder) / f"{name}.png" for name in figures]
     for path, figure in zip(paths, figures.values(), strict=True):
         with written_whole(path, "wb") as file:
-            figure.savefig(file, dpi=110, format="png")
+            file.write(figure._repr_png_())
     return paths

@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from .. import balance as metrics
+from ..checkpoint.finding import cut
 from ..layers import moe_layers
 from ..models.memory import stored_as
 from ..placement import Placement
@@ -39,13 +40,12 @@ def what_runs_where(name: str, model, prompt, placement: Placement, ranks: int, 
     copies = int(placement.copies.sum()) // placement.num_layers - placement.num_experts
     more = f", {copies} copies a layer" if copies else ""
     spread = f"{ranks} ranks" if ranks > 1 else f"{placement.num_devices} simulated in one process"
-    said = prompt.text if len(prompt.text) <= MOST_OF_PROMPT else f"{prompt.text[: MOST_OF_PROMPT - 3]}..."
     read = size(reading.bytes_read_experts + reading.bytes_read_rest)
     figures = [
         Figure(None, "model", name),
         Figure(None, "MoE layers", f"{placement.num_layers} x {placement.num_experts} experts"),
         Figure(None, "dtype", stored_as(model)),
-        Figure(None, "prompt", f"{len(prompt.ids)} tokens: {said}"),
+        Figure(None, "prompt", f"{len(prompt.ids)} tokens: {cut(prompt.text, MOST_OF_PROMPT)}"),
         Figure(None, "devices", spread),
         Figure(
             "strategy",

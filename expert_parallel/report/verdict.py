@@ -53,8 +53,8 @@ def _balance(balance: dict, placement: dict) -> str | None:
 
 def _speed(document: dict) -> str | None:
     speeds, placement = document["generation"], document["placement"]
-    ours, stock, runs = speeds["tokens_per_second"], speeds["stock_tokens_per_second"], speeds["runs"]
-    runs = len(runs["tokens_per_second"])
+    ours, stock = speeds["tokens_per_second"], speeds["stock_tokens_per_second"]
+    runs = len(speeds["runs"]["tokens_per_second"])
     how = f"medians of {runs} runs" if runs > 1 else "one run each"
     if ours is None:
         return None
