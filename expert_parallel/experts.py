@@ -51,7 +51,7 @@ class ShardedExperts(StandIn):
 
     def _serve(self, held):
         self.held, self.serving, self._tables = held, Serving(held), None
-        self._alone = len(self.devices) == len(held) == 1
+        self._alone = len(self.devices) == len(held) == 1 and self.stores[0].all_here
 
     def replaced_module(self) -> nn.Module:
         return self.stores[0].experts
@@ -123,7 +123,8 @@ class ShardedExperts(StandIn):
 
         rows  source of what a device here lacks; None: another device here
         """
-        if rows is None and len(new := np.flatnonzero((held & ~self.held)[self.devices].any(axis=0))):
+        new = np.flatnonzero((held & ~self.held)[self.devices].any(axis=0))
+        if rows is None and len(new) and self.stores[0].all_here:
             come = self.rows(new)  # all of it before any device lets go of an expert
             mx.eval(come)
             rows = lambda ids: picked(come, np.searchsorted(new, ids))  # noqa: E731

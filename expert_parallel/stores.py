@@ -37,6 +37,8 @@ class InMemory(nn.Module):
     ids, rows    the experts held here, and the source of their weights
     """
 
+    all_here = True  # False where some are elsewhere until they are asked for
+
     def __init__(self, like: nn.Module, num_experts: int, ids, rows):
         super().__init__()
         self._take(like, num_experts, np.asarray(ids), rows(ids))

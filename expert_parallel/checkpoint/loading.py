@@ -17,11 +17,14 @@ import numpy as np
 
 from ..experts import ShardedExperts, check_request, install, is_rank
 from ..layers import MoELayer, activation_type, cast, expert_tensors, hidden_size, with_tensors
+from ..offload.budget import make_caches
+from ..offload.store import OnDisk
 from ..placement import Placement, contiguous
 from ..ranks.hybrid import shard_rest
 from ..stores import InMemory, picked
 from ..trials import measure_masked
 from .opened import Checkpoint
+from .rows import OpenFiles
 
 
 def activation_dtype(dtype=None) -> mx.Dtype | None:
@@ -84,6 +87,9 @@ def load_sharded(
     progress=None,
     tokenizer_config: dict | None = None,
     return_report: bool = False,
+    expert_memory=None,
+    cache_policy: str = "lru",
+    cache_trace=None,
 ):
     """(model, tokenizer): the model with its experts spread, reading only what this process holds.
 
@@ -97,6 +103,9 @@ def load_sharded(
     combine, attention, streams  see `shard_model`
     progress      called as progress(done_bytes, total_bytes)
     return_report a third value, a ReadReport
+    expert_memory at most so much for the experts of a device, "4GB" or "25%" of them: the others stay on disk and are
+                  read when a token asks for them. None, or more than they take: all are in memory
+    cache_policy  which of them stay, see offload/policies.py; `cache_trace`, a RoutingTrace, says what is "pinned"
     Raises ValueError, FileNotFoundError or OSError in one line, before anything large is read.
     """
     report, dtype = ReadReport(progress), activation_dtype(dtype)
@@ -106,8 +115,18 @@ def load_sharded(
     layers, devices = check_request(model, placement, group, combine, attention)
     check_computable(layers, dtype)
     tokenizer = opened.tokenizer(tokenizer_config)
+    held, sources = placement.held, [opened.rows(n, dtype) for n in range(len(layers))]
+    caches = None
+    if expert_memory is not None:
+        one = np.array([sum(array.nbytes for array in source.empty(1).values()) for source in sources])
+        caches = make_caches(held, devices, one, expert_memory, cache_policy, cache_trace)
+    if caches and not opened.reads_rows:
+        raise ValueError(
+            f"{opened.folder}: its experts cannot be read from disk one by one (an adapter, or a layout that mlx-lm"
+            " converts): fuse it or convert it with mlx_lm, or leave expert memory out"
+        )
     paths = tuple(f"{layer.path}." for layer in layers)
-    wanted = [np.flatnonzero(held[devices].any(axis=0)) for held in placement.held]  # experts to read, by layer
+    wanted = [np.flatnonzero(each[devices].any(axis=0) & (caches is None)) for each in held]  # to read, by layer
     report.total = opened.rest_bytes + sum(opened.bytes_to_read(n, ids) for n, ids in enumerate(wanted))
 
     # 1. All that is no expert; read whole even where only a part of it is kept.
@@ -117,15 +136,20 @@ def load_sharded(
     report.bytes_read_rest = opened.rest_bytes
     # 2. Layer by layer the rows of the devices that are here.
     lanes = [mx.new_stream(mx.default_device()) for _ in devices] if streams else None
-    for n, (layer, held, ids) in enumerate(zip(layers, placement.held, wanted, strict=True)):
-        rows, like, opened.experts[n] = opened.rows(n, dtype)(ids), opened.experts[n], None
+    files = OpenFiles()
+    for n, (layer, ids, source) in enumerate(zip(layers, wanted, sources, strict=True)):
+        like, opened.experts[n], sources[n] = opened.experts[n], None, None
+        rows = source(ids) if caches is None else {}
         stores = {}
         for device in devices:
-            mine = np.flatnonzero(held[device])
-            stores[device] = InMemory(like, len(held[0]), mine, _of(rows, ids))
-        install(layer, ShardedExperts(stores, held, streams=lanes), group, combine)
+            mine = np.flatnonzero(held[n, device])
+            if caches is None:
+                stores[device] = InMemory(like, len(held[n, device]), mine, _of(rows, ids))
+            else:
+                stores[device] = OnDisk(like, mine, source.opened(files), caches[n][device])
+        install(layer, ShardedExperts(stores, held[n], streams=lanes), group, combine)
         report.add(experts=opened.bytes_to_read(n, ids))
-        del rows, like, stores
+        del rows, like, stores, source
     if dtype is not None:
         model.set_dtype(dtype)  # what hangs on the experts' module
     mx.eval(model.parameters())

@@ -20,10 +20,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes, load_adapters, load_model, load_tokenizer
 
-from ..layers import cast, expert_tensors, moe_layers
-from ..stores import rows_of
+from ..layers import expert_tensors, moe_layers
 from .finding import in_a_line, read_config, resolve_model
-from .tensors import StoredTensor, checkpoint_tensors, index_problem, read_rows
+from .rows import StoredRows
+from .tensors import StoredTensor, checkpoint_tensors, index_problem
 
 
 def build(folder, where, **how) -> tuple[nn.Module, dict]:
@@ -109,17 +109,10 @@ class Checkpoint:
         """Whether single experts of every layer can be read from the files."""
         return all(self._stored)
 
-    def rows(self, layer: int, dtype: mx.Dtype | None = None):
+    def rows(self, layer: int, dtype: mx.Dtype | None = None) -> StoredRows:
         """The source of MoE layer `layer` (see stores.py), with `dtype` for all that is not packed; None: as stored."""
-        stored, like = self._stored[layer], self._like[layer]
-
-        def read(ids):
-            found = {} if stored else rows_of(self.experts[layer])(ids)
-            for name, (shape, kind) in like.items() if stored else ():
-                found[name] = mx.array(read_rows(stored[name], ids)).view(kind).reshape(len(ids), *shape[1:])
-            return {name: cast(array, dtype) for name, array in found.items()}
-
-        return read
+        stored = self._stored[layer]
+        return StoredRows(stored, self._like[layer], None if stored else self.experts[layer], dtype)
 
     def bytes_to_read(self, layer: int, ids) -> int:
         """Of the files for these experts: their rows, or the whole layer where its layout has none."""

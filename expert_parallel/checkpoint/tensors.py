@@ -98,17 +98,21 @@ def index_problem(folder, tensors: dict[str, StoredTensor]) -> str | None:
     return None
 
 
+def places_of(stored: list[StoredTensor], rows) -> tuple[list[tuple[Path, int]], int]:
+    """([(file, offset)] of rows, bytes of each), of one tensor whose leading axis is meant, or a tensor for each row."""
+    if len(stored) > 1:
+        return [(stored[row].file, stored[row].offset) for row in rows], stored[0].nbytes
+    size = stored[0].nbytes // stored[0].shape[0]
+    return [(stored[0].file, stored[0].offset + int(row) * size) for row in rows], size
+
+
 def read_rows(stored: list[StoredTensor], rows) -> np.ndarray:
     """Rows as bytes, uint8 [n, bytes per row], and nothing else of the files.
 
     stored  one tensor whose leading axis is meant, or a tensor for each row
     rows    ascending; neighbours in a file are read in one go
     """
-    per_row = stored[0].nbytes // (stored[0].shape[0] if len(stored) == 1 else 1)
-    if len(stored) == 1:
-        places = [(stored[0].file, stored[0].offset + int(row) * per_row) for row in rows]
-    else:
-        places = [(stored[row].file, stored[row].offset) for row in rows]
+    places, per_row = places_of(stored, rows)
     data = np.empty((len(places), per_row), dtype=np.uint8)
     first = 0
     for n, (file, offset) in enumerate(places):

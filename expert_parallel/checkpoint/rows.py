@@ -1,0 +1,109 @@
+"""Single experts from a checkpoint's files: as arrays, or into memory that is there already.
+
+Dimensions: n experts, E of them in a layer.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+
+import ml_dtypes
+import mlx.core as mx
+import numpy as np
+
+from ..layers import cast
+from ..stores import rows_of
+from .tensors import places_of, read_rows
+
+THREADS = 4  # that read into memory side by side; BENCHMARKS.md has what more and fewer give
+IN_NUMPY = {mx.bfloat16: ml_dtypes.bfloat16, mx.float16: np.float16, mx.float32: np.float32}
+
+
+class OpenFiles:
+    """Weight files that stay open while a model runs, so that one that is replaced or removed is read as it was."""
+
+    def __init__(self):
+        self._open = {}
+        self.threads = ThreadPoolExecutor(THREADS)
+
+    def open(self, path) -> None:
+        if path in self._open:
+            return
+        number = os.open(path, os.O_RDONLY)
+        if hasattr(os, "posix_fadvise"):  # else the system reads ahead into rows that nobody asked for
+            os.posix_fadvise(number, 0, 0, os.POSIX_FADV_RANDOM)
+        self._open[path] = number, self._mark(number)
+
+    @staticmethod
+    def _mark(number):
+        state = os.fstat(number)
+        return state.st_size, state.st_mtime_ns
+
+    def read(self, path, offset: int, into: np.ndarray) -> None:
+        """Fill uint8 `into` from the file's bytes at `offset`. OSError for too few, or where the file was changed."""
+        number, mark = self._open[path]
+        view = memoryview(into)
+        while view:
+            count = os.preadv(number, [view], offset)  # a single read stops at 2 GiB
+            if not count:
+                raise OSError(f"{path} ended {len(view)} bytes too early; was it changed while it was read?")
+            view, offset = view[count:], offset + count
+        if self._mark(number) != mark:  # after the read: what it got is of before the change, or refused
+            raise OSError(f"{path} was changed while the model ran from it; start again")
+
+
+class StoredRows:
+    """The source (see stores.py) of one layer's experts in the files, with `dtype` for all that is not packed.
+
+    stored  {"down_proj.weight": its tensors in the files}, one [E, ...] or E of them; None: `whole`, the layer's lazy
+            module, is evaluated and cut
+    like    {"down_proj.weight": (shape [E, ...], dtype)} as mlx-lm builds it
+    """
+
+    def __init__(self, stored, like: dict, whole=None, dtype: mx.Dtype | None = None):
+        self._stored, self._like, self._whole, self._dtype = stored, like, whole, dtype
+
+    def __call__(self, ids) -> dict[str, mx.array]:
+        if not self._stored:
+            found = rows_of(self._whole)(ids)
+        else:
+            found = {
+                name: mx.array(read_rows(self._stored[name], ids)).view(kind).reshape(len(ids), *shape[1:])
+                for name, (shape, kind) in self._like.items()
+            }
+        return {name: cast(array, self._dtype) for name, array in found.items()}
+
+    def empty(self, room: int) -> dict[str, mx.array]:
+        """Arrays for so many experts, of zeros."""
+        return {name: cast(mx.zeros((room, *s[1:]), kind), self._dtype) for name, (s, kind) in self._like.items()}
+
+    def opened(self, files: OpenFiles) -> StoredRows:
+        """The same, ready to be read `into` arrays."""
+        self._files = files
+        for tensor in chain(*self._stored.values()):
+            files.open(tensor.file)
+        return self
+
+    def into(self, ids: np.ndarray, rows: np.ndarray, pool: dict[str, np.ndarray]) -> int:
+        """Read experts `ids` [n] into `rows` [n] of writable arrays, several side by side; returns the bytes read.
+
+        OSError where a read fails: those rows then hold anything.
+        """
+        jobs = []
+        for name, stored in self._stored.items():
+            places, size = places_of(stored, ids)
+            kind, target = IN_NUMPY.get(self._like[name][1]), pool[name]
+            kind = None if kind == target.dtype else kind  # as stored
+            jobs += [(*place, size, target[row], kind) for place, row in zip(places, rows, strict=True)]
+        list(self._files.threads.map(lambda job: self._read(*job), jobs))
+        return sum(size for _, _, size, *_ in jobs)
+
+    def _read(self, path, offset, size, target, kind):
+        if kind is None:
+            self._files.read(path, offset, target.reshape(-1).view(np.uint8))  # a view: rows lie in one piece
+            return
+        data = np.empty(size, np.uint8)
+        self._files.read(path, offset, data)
+        target[:] = data.view(kind).reshape(target.shape)

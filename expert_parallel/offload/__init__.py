@@ -1,0 +1,1 @@
+"""Experts on disk: which stay in memory, reading the others, and what that costs."""

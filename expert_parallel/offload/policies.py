@@ -1,0 +1,204 @@
+"""Which experts stay in memory: a cache of one layer by numbers alone, and what it would have hit on a trace.
+
+Dimensions: T tokens, L layers, E experts, k chosen per token, S steps.
+
+A step wants a set of experts at once: one token's k in decoding, all that a prompt chose in prefill. Those that are
+here are hits, each of the others is a miss and takes the place of the one with the least claim to it:
+
+    lru     that was used longest ago                 lfu     that was used in fewest steps, ever
+    aging   lfu whose counts halve every HALVED steps  pinned  lru, but the hottest of a trace never go
+    belady  whose next use is furthest ahead: no policy can miss less, and none can know it (Belady, A Study of
+            Replacement Algorithms for a Virtual-Storage Computer, IBM Systems Journal 1966). The bound.
+
+Equal claims: the one used longest ago goes, then the one of the lowest number. A step that wants more than there is
+room for is served in waves. The running cache and the simulation are the same compiled function (numba).
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+from numba import njit
+
+POLICIES = ("lru", "lfu", "aging", "pinned")  # that a run can follow
+HALVED = 64  # steps
+KEPT = {"lru": 1.0, "lfu": 1.0, "aging": 0.5 ** (1 / HALVED), "pinned": 1.0}  # of a count, from step to step
+GAIN = {"lru": 0.0, "lfu": 1.0, "aging": 1.0, "pinned": 0.0}  # of an expert's claim by a use
+NOWHERE = NOBODY = -1
+
+
+@njit(nogil=True)
+def take_in(wanted, place, held, claim, used, come, row, wave):
+    """Serve `wanted` [n]: into `come` the experts in their order, into `row` the place of each, into `wave` its wave.
+
+    place [E], the place of each expert or NOWHERE, and held [room], the expert of each place or NOBODY, are changed;
+    claim [E] and used [E], the step of the last use, say who goes. Returns the hits, which come first.
+    """
+    # 1. First those that are here, then the others, the strongest claim last, so that it is here in the end.
+    hits = 0
+    for expert in wanted:
+        if place[expert] >= 0:
+            come[hits] = expert
+            hits += 1
+    n = hits
+    for expert in wanted:
+        if place[expert] < 0:
+            at = n
+            while at > hits and claim[come[at - 1]] > claim[expert]:
+                come[at] = come[at - 1]
+                at -= 1
+            come[at] = expert
+            n += 1
+    # 2. Each that is not here takes a free place, or that of the least claim outside its wave.
+    first = 0  # of the wave
+    for at in range(n):
+        if at - first == len(held):
+            first = at
+        wave[at] = first
+        expert = come[at]
+        if place[expert] < 0:
+            worst = -1
+            for here in range(len(held)):
+                other = held[here]
+                if other == NOBODY:
+                    worst = here
+                    break
+                if worst >= 0 and claim[other] > claim[held[worst]]:
+                    continue
+                if worst >= 0 and claim[other] == claim[held[worst]]:
+                    rival = held[worst]
+                    if used[other] > used[rival] or (used[other] == used[rival] and other > rival):
+                        continue
+                needed = False
+                for mate in range(first, at):
+                    needed |= row[mate] == here
+                if not needed:
+                    worst = here
+            if held[worst] != NOBODY:
+                place[held[worst]] = NOWHERE
+            held[worst] = expert
+            place[expert] = worst
+        row[at] = place[expert]
+    return hits
+
+
+@njit(nogil=True)
+def use(wanted, claim, used, step, kept, gain):
+    """Note that these experts are used in this step."""
+    if kept < 1:
+        claim *= kept
+    for expert in wanted:
+        claim[expert] += gain
+        used[expert] = step
+
+
+class Cache:
+    """The experts of a layer that are in memory, of E, in so many places; starts empty.
+
+    room    places, 1 to E
+    policy  one of POLICIES
+    pinned  experts that never go once they are here, fewer than there is room for
+    """
+
+    def __init__(self, num_experts: int, room: int, policy: str = "lru", pinned=()):
+        self.policy, self.steps = policy, 0
+        self.place, self.held = np.full(num_experts, NOWHERE), np.full(room, NOBODY)
+        self.claim, self.used = np.zeros(num_experts), np.full(num_experts, -1)
+        self.claim[list(pinned)] = np.inf
+        self.hits = self.misses = 0
+
+    def step(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+        """(experts, hits first; the place of each; its wave; number of hits) for ascending `wanted` of a step."""
+        use(wanted, self.claim, self.used, self.steps, KEPT[self.policy], GAIN[self.policy])
+        come, row, wave, hits = self.bring(wanted)
+        self.steps, self.hits, self.misses = self.steps + 1, self.hits + hits, self.misses + len(wanted) - hits
+        return come, row, wave, hits
+
+    def bring(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+        """As `step`, ahead of a use: neither a use nor hits and misses are counted."""
+        come, row, wave = np.empty((3, len(wanted)), np.int64)
+        return come, row, wave, take_in(wanted, self.place, self.held, self.claim, self.used, come, row, wave)
+
+
+@njit(nogil=True)
+def _replay(experts, starts, num_experts, room, kept, gain, claim, foreseen):
+    """Hits and distinct experts of each step [2, S], for `experts` [T k] of one layer; `starts` [S + 1] of steps.
+
+    foreseen  whether the claim is the next use, as Belady's
+    """
+    place, held, used = np.full(num_experts, NOWHERE), np.full(room, NOBODY), np.full(num_experts, -1)
+    wanted, come, row, wave = np.empty((4, num_experts), np.int64)
+    marked, found = np.full(num_experts, -1), np.zeros((2, len(starts) - 1), np.int64)
+    after = _next_uses(experts, starts, num_experts) if foreseen else np.zeros(0, np.int64)
+    for step in range(len(starts) - 1):
+        count = 0
+        for at in range(starts[step], starts[step + 1]):
+            expert = experts[at]
+            if marked[expert] < step:
+                marked[expert], place_in = step, count
+                while place_in and wanted[place_in - 1] > expert:  # ascending, as a running cache is asked
+                    wanted[place_in] = wanted[place_in - 1]
+                    place_in -= 1
+                wanted[place_in] = expert
+                count += 1
+            if foreseen:
+                claim[expert] = -after[at]
+        use(wanted[:count], claim, used, step, kept, gain)
+        found[0, step] = take_in(wanted[:count], place, held, claim, used, come, row, wave)
+        found[1, step] = count
+    return found
+
+
+@njit(nogil=True)
+def _next_uses(experts, starts, num_experts):
+    """The step that next wants the expert of each slot [T k]; one beyond all where none does."""
+    after, coming = np.empty(len(experts), np.int64), np.full(num_experts, len(starts))
+    for step in range(len(starts) - 2, -1, -1):
+        for at in range(starts[step], starts[step + 1]):
+            after[at] = coming[experts[at]]
+        for at in range(starts[step], starts[step + 1]):
+            coming[experts[at]] = step
+    return after
+
+
+def replay(trace, rooms, policy: str, pinned=None) -> np.ndarray:
+    """What a cache for each layer would have hit on a trace, int64 [2, S, L]: hits and distinct experts, by step.
+
+    trace   RoutingTrace; its forward passes are the steps
+    rooms   places of each layer's cache [L], or one number for all
+    policy  one of POLICIES or "belady"
+    pinned  by layer the experts that stay, see `hottest`
+    """
+    T, L, k = trace.experts.shape
+    starts = np.append(np.flatnonzero(np.diff(trace.steps, prepend=-1)), T) * k
+    found = np.zeros((2, len(starts) - 1, L), np.int64)
+    how = (KEPT.get(policy, 1.0), GAIN.get(policy, 0.0))
+
+    def replay_layer(l):
+        claim = np.zeros(trace.num_experts)
+        claim[[] if pinned is None else pinned[l]] = np.inf
+        experts, room = np.ascontiguousarray(trace.experts[:, l]).reshape(-1), np.broadcast_to(rooms, L)[l]
+        found[:, :, l] = _replay(experts, starts, trace.num_experts, room, *how, claim, policy == "belady")
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        list(threads.map(replay_layer, range(L)))
+    return found
+
+
+def hottest(loads: np.ndarray, rooms, top_k: int) -> list[np.ndarray]:
+    """By layer the experts to pin: those of most load [L, E], but k places stay for what a token wants besides."""
+    order = np.argsort(-loads, axis=1, kind="stable")
+    return [order[l, : max(0, room - top_k)] for l, room in enumerate(np.broadcast_to(rooms, len(loads)))]
+
+
+def in_one(trace):
+    """The trace as one cache over all layers would see it: each layer of each pass a step of its own, L E experts."""
+    T, L, k = trace.experts.shape
+    if trace.prefill.any():
+        raise ValueError("one cache over all layers is replayed for decode tokens alone")
+    ids = trace.experts.astype(np.int64) + np.arange(L)[:, None] * trace.num_experts
+    whole = {"experts": ids.reshape(T * L, 1, k), "num_experts": trace.num_experts * L}
+    return replace(trace, **whole, prefill=np.zeros(T * L, bool), steps=np.arange(T * L))
