@@ -83,7 +83,8 @@ def measure_masked(layers: list[MoELayer], group=None) -> int:
     """The most slots for which masked is quicker than compact on this device, measured on one layer; sets it in all.
 
     On the CPU it is 0 unmeasured: the host itself computes, so nothing waits for it, and skipped slots are time
-    saved. Where experts are read as they are asked for the ids are needed in any case. Ranks take the smallest of theirs: with replicas both ways choose other holders.
+    saved; so it is where experts are read as they are asked for, which takes the ids. Ranks take the smallest of
+    theirs: with replicas both ways choose other holders.
     """
     if mx.default_device().type == mx.cpu or not all(store.all_here for store in layers[0].experts.stores):
         return 0

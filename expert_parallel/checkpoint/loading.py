@@ -115,10 +115,10 @@ def load_sharded(
     layers, devices = check_request(model, placement, group, combine, attention)
     check_computable(layers, dtype)
     tokenizer = opened.tokenizer(tokenizer_config)
-    held, sources = placement.held, [opened.rows(n, dtype) for n in range(len(layers))]
-    caches = None
+    held, caches = placement.held, None
     if expert_memory is not None:
-        one = np.array([sum(array.nbytes for array in source.empty(1).values()) for source in sources])
+        empty = [opened.rows(n, dtype).empty(1) for n in range(len(layers))]
+        one = np.array([sum(array.nbytes for array in rows.values()) for rows in empty])
         caches = make_caches(held, devices, one, expert_memory, cache_policy, cache_trace)
     if caches and not opened.reads_rows:
         raise ValueError(
@@ -137,19 +137,19 @@ def load_sharded(
     # 2. Layer by layer the rows of the devices that are here.
     lanes = [mx.new_stream(mx.default_device()) for _ in devices] if streams else None
     files = OpenFiles()
-    for n, (layer, ids, source) in enumerate(zip(layers, wanted, sources, strict=True)):
-        like, opened.experts[n], sources[n] = opened.experts[n], None, None
-        rows = source(ids) if caches is None else {}
-        stores = {}
+    for n, (layer, ids) in enumerate(zip(layers, wanted, strict=True)):
+        rows = opened.rows(n, dtype)
+        rows = rows(ids) if caches is None else rows.opened(files)
+        like, opened.experts[n], stores = opened.experts[n], None, {}
         for device in devices:
             mine = np.flatnonzero(held[n, device])
             if caches is None:
                 stores[device] = InMemory(like, len(held[n, device]), mine, _of(rows, ids))
             else:
-                stores[device] = OnDisk(like, mine, source.opened(files), caches[n][device])
+                stores[device] = OnDisk(like, mine, rows, caches[n][device])
         install(layer, ShardedExperts(stores, held[n], streams=lanes), group, combine)
         report.add(experts=opened.bytes_to_read(n, ids))
-        del rows, like, stores, source
+        del rows, like, stores
     if dtype is not None:
         model.set_dtype(dtype)  # what hangs on the experts' module
     mx.eval(model.parameters())

@@ -99,7 +99,7 @@ def index_problem(folder, tensors: dict[str, StoredTensor]) -> str | None:
 
 
 def places_of(stored: list[StoredTensor], rows) -> tuple[list[tuple[Path, int]], int]:
-    """([(file, offset)] of rows, bytes of each), of one tensor whose leading axis is meant, or a tensor for each row."""
+    """([(file, offset)] of rows, bytes of each) of one tensor with a row for each, or of a tensor for each row."""
     if len(stored) > 1:
         return [(stored[row].file, stored[row].offset) for row in rows], stored[0].nbytes
     size = stored[0].nbytes // stored[0].shape[0]

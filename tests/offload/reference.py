@@ -2,7 +2,7 @@
 
 
 def distinct(step):
-    return sorted(set(int(expert) for expert in step))
+    return sorted({int(expert) for expert in step})
 
 
 def lru_hits(steps, room):
