@@ -17,8 +17,6 @@ import numpy as np
 
 from ..experts import ShardedExperts, check_request, install, is_rank
 from ..layers import MoELayer, activation_type, cast, expert_tensors, hidden_size, with_tensors
-from ..offload.budget import make_caches
-from ..offload.store import OnDisk
 from ..placement import Placement, contiguous
 from ..ranks.hybrid import shard_rest
 from ..stores import InMemory, picked
@@ -90,6 +88,7 @@ def load_sharded(
     expert_memory=None,
     cache_policy: str = "lru",
     cache_trace=None,
+    prefetch: str = "none",
 ):
     """(model, tokenizer): the model with its experts spread, reading only what this process holds.
 
@@ -105,7 +104,9 @@ def load_sharded(
     return_report a third value, a ReadReport
     expert_memory at most so much for the experts of a device, "4GB" or "25%" of them: the others stay on disk and are
                   read when a token asks for them. None, or more than they take: all are in memory
-    cache_policy  which of them stay, see offload/policies.py; `cache_trace`, a RoutingTrace, says what is "pinned"
+    cache_policy  which of them stay, see offload/policies.py
+    prefetch      none, next-layer or learned: read ahead what the next layer is foretold to want, offload/prefetch.py
+    cache_trace   a RoutingTrace of this model, which says what is "pinned", and from which is "learned"
     Raises ValueError, FileNotFoundError or OSError in one line, before anything large is read.
     """
     report, dtype = ReadReport(progress), activation_dtype(dtype)
@@ -117,9 +118,13 @@ def load_sharded(
     tokenizer = opened.tokenizer(tokenizer_config)
     held, caches = placement.held, None
     if expert_memory is not None:
+        from ..offload.budget import make_caches  # numba takes half a second
+        from ..offload.prefetch import read_ahead
+        from ..offload.store import OnDisk
+
         empty = [opened.rows(n, dtype).empty(1) for n in range(len(layers))]
         one = np.array([sum(array.nbytes for array in rows.values()) for rows in empty])
-        caches = make_caches(held, devices, one, expert_memory, cache_policy, cache_trace)
+        caches = make_caches(held, devices, one, expert_memory, cache_policy, cache_trace, prefetch)
     if caches and not opened.reads_rows:
         raise ValueError(
             f"{opened.folder}: its experts cannot be read from disk one by one (an adapter, or a layout that mlx-lm"
@@ -155,6 +160,8 @@ def load_sharded(
     mx.eval(model.parameters())
     mx.clear_cache()
     measure_masked(layers, group)
+    if caches and prefetch != "none":
+        read_ahead(layers, prefetch, cache_trace)
     return (model, tokenizer, report) if return_report else (model, tokenizer)
 
 

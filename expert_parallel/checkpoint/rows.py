@@ -17,7 +17,8 @@ from ..layers import cast
 from ..stores import rows_of
 from .tensors import places_of, read_rows
 
-THREADS = 4  # that read into memory side by side; BENCHMARKS.md has what more and fewer give
+THREADS = 4  # that read into memory side by side, and from how many bytes on
+WORTH_THREADS = 1 << 20  # bytes
 IN_NUMPY = {mx.bfloat16: ml_dtypes.bfloat16, mx.float16: np.float16, mx.float32: np.float32}
 
 
@@ -97,13 +98,18 @@ class StoredRows:
             kind, target = IN_NUMPY.get(self._like[name][1]), pool[name]
             kind = None if kind == target.dtype else kind  # as stored
             jobs += [(*place, size, target[row], kind) for place, row in zip(places, rows, strict=True)]
-        list(self._files.threads.map(lambda job: self._read(*job), jobs))
-        return sum(size for _, _, size, *_ in jobs)
+        total = sum(size for _, _, size, *_ in jobs)
+        if total < WORTH_THREADS:
+            self._read_all(jobs)
+        else:
+            list(self._files.threads.map(self._read_all, (jobs[n::THREADS] for n in range(THREADS))))
+        return total
 
-    def _read(self, path, offset, size, target, kind):
-        if kind is None:
-            self._files.read(path, offset, target.reshape(-1).view(np.uint8))  # a view: rows lie in one piece
-            return
-        data = np.empty(size, np.uint8)
-        self._files.read(path, offset, data)
-        target[:] = data.view(kind).reshape(target.shape)
+    def _read_all(self, jobs):
+        for path, offset, size, target, kind in jobs:
+            if kind is None:
+                self._files.read(path, offset, target.reshape(-1).view(np.uint8))  # a view: rows lie in one piece
+            else:
+                data = np.empty(size, np.uint8)
+                self._files.read(path, offset, data)
+                target[:] = data.view(kind).reshape(target.shape)

@@ -10,6 +10,7 @@ import re
 import numpy as np
 
 from .policies import POLICIES, Cache, hottest
+from .prefetch import PREFETCH
 
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -47,17 +48,18 @@ def rooms(budget, expert_bytes: np.ndarray, held: np.ndarray) -> np.ndarray:
     return places
 
 
-def make_caches(held: np.ndarray, devices, expert_bytes, budget, policy="lru", trace=None) -> list[dict] | None:
-    """By layer {device: Cache} for the devices that are here; None where all experts of each fit into the budget.
+def make_caches(held: np.ndarray, devices, expert_bytes, budget, policy="lru", trace=None, prefetch="none"):
+    """list [L] of {device: Cache} for the devices that are here; None where all experts of each fit into the budget.
 
     held    bool [L, D, E];  expert_bytes, budget  see `rooms`
-    policy  one of POLICIES; "pinned" needs a `trace` of the same shape, whose hottest experts stay
-    Raises ValueError for a budget or a policy that cannot be followed.
+    policy, prefetch  one of POLICIES, one of PREFETCH; "pinned" and "learned" need a `trace` of the same shape
+    Raises ValueError for what cannot be followed.
     """
-    if policy not in POLICIES:
-        raise ValueError(f"cache policy is {', '.join(POLICIES)}, got {policy!r}")
-    if policy == "pinned" and trace is None:
-        raise ValueError("cache policy pinned needs a routing trace, which says what is hottest")
+    for what, asked, known in (("cache policy", policy, POLICIES), ("prefetch", prefetch, PREFETCH)):
+        if asked not in known:
+            raise ValueError(f"{what} is {', '.join(known)}, got {asked!r}")
+        if asked in ("pinned", "learned") and trace is None:
+            raise ValueError(f"{what} {asked} needs a routing trace")
     if trace is not None and (trace.experts.shape[1], trace.num_experts) != held.shape[::2]:
         shape = f"{trace.experts.shape[1]} layers of {trace.num_experts} experts"
         raise ValueError(f"the trace is of {shape}, the model has {held.shape[0]} of {held.shape[2]}")

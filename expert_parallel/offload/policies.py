@@ -30,7 +30,15 @@ GAIN = {"lru": 0.0, "lfu": 1.0, "aging": 1.0, "pinned": 0.0}  # of an expert's c
 NOWHERE = NOBODY = -1
 
 
-@njit(nogil=True)
+def compiled(function):
+    """By numba, once for all runs where there is a folder to keep it in."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # neither beside this file nor in the user's own folder
+        return njit(nogil=True)(function)
+
+
+@compiled
 def take_in(wanted, place, held, claim, used, come, row, wave):
     """Serve `wanted` [n]: into `come` the experts in their order, into `row` the place of each, into `wave` its wave.
 
@@ -85,7 +93,7 @@ def take_in(wanted, place, held, claim, used, come, row, wave):
     return hits
 
 
-@njit(nogil=True)
+@compiled
 def use(wanted, claim, used, step, kept, gain):
     """Note that these experts are used in this step."""
     if kept < 1:
@@ -123,7 +131,7 @@ class Cache:
         return come, row, wave, take_in(wanted, self.place, self.held, self.claim, self.used, come, row, wave)
 
 
-@njit(nogil=True)
+@compiled
 def _replay(experts, starts, num_experts, room, kept, gain, claim, foreseen):
     """Hits and distinct experts of each step [2, S], for `experts` [T k] of one layer; `starts` [S + 1] of steps.
 
@@ -152,7 +160,7 @@ def _replay(experts, starts, num_experts, room, kept, gain, claim, foreseen):
     return found
 
 
-@njit(nogil=True)
+@compiled
 def _next_uses(experts, starts, num_experts):
     """The step that next wants the expert of each slot [T k]; one beyond all where none does."""
     after, coming = np.empty(len(experts), np.int64), np.full(num_experts, len(starts))

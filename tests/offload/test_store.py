@@ -222,5 +222,5 @@ def test_after_a_read_that_failed_nothing_is_computed_from_half_of_it(tmp_path, 
     for _ in range(2):
         with pytest.raises(OSError, match="Input/output error"):
             mx.eval(model(PROMPT))
-    assert len(calls) > 40
+    assert len(calls) == 40
     assert same(answers(model), expected)
