@@ -22,7 +22,7 @@ from expert_parallel.ranks.launch import launched
 
 # What ranks may have in places of their own; what is in the files is compared.
 OWN_OPTIONS = ("model", "adapter_path", "prompt", "placement", "placement_trace", "verify", "trials", "quiet", "full")
-OWN_OPTIONS += ("json", "trace", "plots", "html", "save_placement")
+OWN_OPTIONS += (*options.OUTPUTS, "plots")
 TIMED_TOKENS = 4  # extra ones, for where the time goes
 
 

@@ -30,7 +30,7 @@ def main():
 
 
 def compare():
-    from expert_parallel.command import output
+    from expert_parallel.command import options, output
 
     parser = output.Parser(
         description="Two runs side by side: what was asked, and every figure with the ratio of b to a."
@@ -46,7 +46,7 @@ def compare():
 
         output.check_outputs({"--json": args.json, "--html": args.html}, {"a": args.a, "b": args.b})
         names = (args.a.stem, args.b.stem) if args.a.stem != args.b.stem else ("a", "b")
-        tables = compare(read_report(args.a), read_report(args.b), names)
+        tables = compare(read_report(args.a), read_report(args.b), names, (*options.OUTPUTS, "plots"))
         console = output.console(output.to_standard_output(args.json))
         for part in tables:
             console.print(part)
