@@ -120,15 +120,25 @@ def progress_bar(what: str, show: bool = True):
 
 @contextlib.contextmanager
 def progress_line(show: bool = True):
-    """What is under way, on standard error while the block runs, where that is a terminal; gives (what) -> None."""
+    """Gives (what) -> None, which shows what is under way on standard error where that is a terminal; () wipes it.
+
+    It is to be wiped before anything else is printed.
+    """
+    if not (show and sys.stderr is not None and sys.stderr.isatty()):
+        yield lambda what=None: None
+        return
     from rich.console import Console
     from rich.text import Text
 
-    if not (show and sys.stderr is not None and sys.stderr.isatty()):
-        yield lambda what: None
-        return
-    with Console(stderr=True).status("") as status:
-        yield lambda what: status.update(Text(what))  # a name in brackets is no markup
+    console = Console(stderr=True)
+    with contextlib.ExitStack() as line:
+
+        def tell(what=None):
+            line.close()
+            if what:  # as Text: a name in brackets is no markup; and slowly, for it may be a time that is taken
+                line.enter_context(console.status(Text(what), refresh_per_second=4))
+
+        yield tell
 
 
 def exit_of(error: BaseException) -> tuple[int, str] | None:
