@@ -21,6 +21,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help explains)\n")
 
 
+def without_options(description: str) -> None:
+    """Of a script that is one flat text: --help works, Control-C and `| head` end it without a word.
+
+    Nothing in a notebook, whose arguments and signals are its own.
+    """
+    if hasattr(sys.modules["__main__"], "__file__"):
+        Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+        for number in (signal.SIGINT, signal.SIGPIPE):
+            signal.signal(number, signal.SIG_DFL)
+
+
 def to_standard_output(path) -> bool:
     """Whether `--json -` was asked for; then nothing else goes there."""
     return str(path) == "-"
