@@ -84,9 +84,10 @@ def setup_arg_parser():
     return parser
 
 
-def run(args):
+def run(args, tell):
     # 1. What to study, and the layer to study it on.
     names = options.check_study(args, SCENARIOS)
+    tell("making the layer")
     import mlx.core as mx
     import numpy as np
 
@@ -102,6 +103,7 @@ def run(args):
     if args.trace:
         *trace, notes = recorded(filter(None, (args.trace, args.test_trace)), args.experts)
         experts, top_k = trace[0].num_experts, trace[0].experts.shape[2]
+        tell()
         for note in notes:
             console.print(note)
     redundant = args.redundant_experts
@@ -110,6 +112,7 @@ def run(args):
     place_experts(np.ones((1, experts)), args.devices, "replicated", redundant)  # mistakes are said now
     layer = SmallLayer(args.hidden, args.expert_width, experts, top_k, args.seed)
     link, about = Link(args.latency * 1e-6, args.bandwidth * 1e9), table.environment()
+    tell()
     console.print(
         f"{experts} experts, top-{top_k}, hidden {args.hidden}, expert width {args.expert_width}, float32"
         f"\n{about['device']}, {about['cores']} cores, mlx {about['mlx']};"
@@ -119,6 +122,7 @@ def run(args):
     # 2. Each scenario, and the trace with its own choices on random tokens.
     results, shown = {}, []
     for name in [*names, *([args.trace.name] if trace else [])]:
+        tell(f"{name}: measuring, and fitting remedies")
         if name in MEANING:
             parts = scenario_tokens(layer, name, args.tokens, args.seed)
         else:
@@ -126,6 +130,7 @@ def run(args):
         tables = workbench.study(layer, *parts, args.devices, redundant, link)
         results[name] = table.sections(tables)
         shown += [replace(part, title=f"{name}: {part.title}") for part in tables]
+        tell()
         console.rule(f"{name}: {MEANING.get(name, 'recorded trace')}", style="dim", align="left")
         console.print(*tables)
         console.print()
@@ -142,8 +147,8 @@ def run(args):
 
 def main():
     args = setup_arg_parser().parse_args()
-    with output.exit_on_user_error():
-        run(args)
+    with output.exit_on_user_error(), output.progress_line(not args.quiet) as tell:
+        run(args, tell)
 
 
 if __name__ == "__main__":

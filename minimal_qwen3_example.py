@@ -1,9 +1,13 @@
-"""Expert parallelism in 40 lines: to read, to paste into a notebook cell by cell, to run. It has no options.
+"""Expert parallelism in 40 lines: to read, to paste into a notebook, to run as python minimal_qwen3_example.py
 
 Takes the small model that ships with the project; any Mixture-of-Experts model that mlx-lm
 knows goes in its place, for example mlx-community/Qwen3-Coder-30B-A3B-Instruct-4bit.
 """
 
+from expert_parallel.command.output import without_options
+
+if __name__ == "__main__":
+    without_options(__doc__)
 import mlx.core as mx
 from mlx_lm import generate, load
 

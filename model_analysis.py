@@ -69,8 +69,9 @@ def check_arguments(args):
         raise ValueError(f"--forward needs weights: {args.model} is a configuration alone, give a folder or a hub id")
 
 
-def run(args):
+def run(args, tell):
     check_arguments(args)
+    tell(f"describing {args.model}")
     from expert_parallel.formats import traces
     from expert_parallel.models.architecture import describe
     from expert_parallel.models.configurations import load_configuration
@@ -80,6 +81,7 @@ def run(args):
 
     def show(*tables):
         shown.extend(tables)
+        tell()
         for part in tables:
             console.print(part)
             console.print()
@@ -125,8 +127,7 @@ def run(args):
     hybrid = {row["devices"]: row["hybrid_bytes"] for row in needs[0].to_json()["devices"]}
     show(*projection.projection(described, setting, hybrid), *projection.one_sequence(described, setting))
     if args.measure:
-        with output.progress_line(not args.quiet) as tell:
-            here, links, measured = checks.machine(configuration, described, quantisation, tell=tell)
+        here, links, measured = checks.machine(configuration, described, quantisation, tell=tell)
         show(measured)
         for name, local in links.items():
             source = "all-sums of 2 processes on this machine, each of which is taken for a machine like it"
@@ -147,15 +148,14 @@ def run(args):
 
         own = {"code": __file__, "prose": str(SHIPPED / "README.md"), "data": str(BUNDLED / "deepseek-v3.json")}
         texts = {title: prompts.text_of(prompt) for title, prompt in (asked or own).items()}
-        with output.progress_line(not args.quiet) as tell:
-            tables = checks.forward(args.model, texts, args.prompt_tokens, tell)
-        show(*tables)
+        show(*checks.forward(args.model, texts, args.prompt_tokens, tell))
 
     missing = dict.fromkeys(("fit", "one_sequence", "this_machine", "checkpoint", "forward"))
     document = table.sections(shown, options=vars(args), environment=table.environment(), **missing)
     if args.json:
         output.write_json(args.json, document)
     if args.plots or args.html:
+        tell("drawing")
         from expert_parallel.report import page, plots
 
         title = f"{configuration.name} on {machine.name}"
@@ -169,8 +169,8 @@ def run(args):
 
 def main():
     args = setup_arg_parser().parse_args()
-    with output.exit_on_user_error():
-        status = run(args)
+    with output.exit_on_user_error(), output.progress_line(not args.quiet) as tell:
+        status = run(args, tell)
     sys.exit(status)
 
 

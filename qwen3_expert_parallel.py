@@ -22,7 +22,7 @@ from expert_parallel.ranks.launch import launched
 
 # What ranks may have in places of their own; what is in the files is compared.
 OWN_OPTIONS = ("model", "adapter_path", "prompt", "placement", "placement_trace", "verify", "trials", "quiet", "full")
-OWN_OPTIONS += ("json", "trace", "plots", "html", "save_placement")
+OWN_OPTIONS += (*options.OUTPUTS, "plots")
 TIMED_TOKENS = 4  # extra ones, for where the time goes
 
 
@@ -58,8 +58,9 @@ def generate(model, tokenizer, prompt, args, group, heard, out=False, after_toke
     return tokens, text, last, cache
 
 
-def run(args, watchdog):
+def run(args, watchdog, tell=lambda what=None: None):
     options.check_numbers(args)
+    tell("starting" if args.prompt != "-" else None)  # someone may be typing
     import mlx.core as mx
     from mlx_lm import load
 
@@ -96,6 +97,7 @@ def run(args, watchdog):
         tokenizer, config = checkpoint.tokenizer(), checkpoint.config
         prompt = prompts.read_prompt(args, tokenizer, finding.context_of(config), typed)
         numbers = [layer.number for layer in checkpoint.layers]
+        tell(f"placing experts, {args.placement}")
         placement = options.make_placement(args, checkpoint.shape, numbers, ranks)
         shipped = finding.is_shipped(checkpoint.folder)
         verify = shipped if args.verify is None else args.verify
@@ -106,6 +108,7 @@ def run(args, watchdog):
         same |= {"placement": placement.held.tobytes(), "prompt": prompt.ids}
         same["weights"] = checkpoint_mark(checkpoint.folder) if ranks > 1 else ""
         same["adapter"] = checkpoint_mark(args.adapter_path, "adapters*") if ranks > 1 and args.adapter_path else ""
+    tell()
     for line in filter(None, (note, prompt.note, *placement.metadata.get("notes", ()))):
         console.print(line)
 
@@ -130,18 +133,21 @@ def run(args, watchdog):
     live = start_rebalancing(args, model, placement, checkpoint, dtype, group) if args.rebalance_every else None
     heard = lambda: waiting_for("no answer from the other ranks")  # noqa: E731
     heard()
+    tell(f"reading the prompt, {len(prompt.ids)} tokens")
     with (
         record_routing(model, name=name, prompt_tokens=len(prompt.ids)) as trace,
         count_collectives() as counted,
         live or nullcontext(),
     ):
         after_token = live.after_token if live else lambda: None
-        tokens, text, last, cache = generate(model, tokenizer, prompt, args, group, heard, shown, after_token)
+        answering = lambda: (heard(), tell())  # noqa: E731
+        tokens, text, last, cache = generate(model, tokenizer, prompt, args, group, answering, shown, after_token)
     changes = live.changes if live else [(0, placement)]
     console.rule(style="dim")
 
     # 4. Where the time goes, on extra tokens; and the same run by stock mlx-lm, on rank 0 alone.
     heard()
+    tell("timing its parts")
     with time_parts(TIMED_TOKENS, group) as seconds:
         for _ in range(TIMED_TOKENS):
             mx.eval(model(mx.array([tokens[-1:] or prompt.ids[-1:]]), cache=cache))
@@ -152,6 +158,7 @@ def run(args, watchdog):
     ours, theirs = [last], []  # mlx-lm's last response of each run
     if verify:
         heard()
+        tell("comparing with stock mlx-lm")
         logits = model(sequence)
         mx.eval(logits)
     watchdog.limit(None)  # from here on the others wait for rank 0, which works alone
@@ -164,8 +171,9 @@ def run(args, watchdog):
             parity = run.parity(logits, tokens, stock(sequence), expected)
             theirs.append(answer)
         gather_objects(group, 0)  # nobody leaves while rank 0 still compares
-    for _ in range(trials):  # in turns: whatever else the machine does meets both
+    for n in range(trials):  # in turns: whatever else the machine does meets both
         heard()
+        tell(f"timing run {n + 1} of {trials}")
         ours.append(generate(model, tokenizer, prompt, args, group, heard)[2])
         watchdog.limit(None)
         if stock:
@@ -188,19 +196,21 @@ def run(args, watchdog):
         document = {"model": about, "environment": versions, "options": vars(args), **missing}
         document = table.sections([where, *tables], **document)
         tables.insert(0, verdict(document))
-        write_files(args, [*tables, where], document, trace, changes[-1][1], numbers)
+        write_files(args, [*tables, where], document, trace, changes[-1][1], numbers, tell)
     finally:  # a disk that is full takes no file; the report is still there to read
+        tell()
         for part in table.on_a_screen(tables, args.full):
             console.print()
             console.print(part)
 
 
-def write_files(args, tables, document, trace, placement, numbers):
+def write_files(args, tables, document, trace, placement, numbers, tell):
     if args.trace:
         trace.save(args.trace)
     if args.save_placement:
         placement.save(args.save_placement, args.placement_format, numbers)
     if args.plots or args.html:
+        tell("drawing")
         from expert_parallel.report import page, plots
 
         pictures, title = plots.of_run(document, trace, placement), f"{document['model']['name']}, experts in parallel"
@@ -208,6 +218,7 @@ def write_files(args, tables, document, trace, placement, numbers):
             plots.save_plots(args.plots, pictures)
         if args.html:
             page.save_page(args.html, title, tables, pictures, document, document["generation"]["text"])
+    tell()  # before JSON on standard output
     if args.json:
         output.write_json(args.json, document)
 
@@ -221,7 +232,8 @@ def main():
         from expert_parallel.ranks.watchdog import NoWatchdog, Watchdog, failing_together
 
         if rank is None:
-            run(args, NoWatchdog())
+            with output.progress_line(not args.quiet) as tell:
+                run(args, NoWatchdog(), tell)
             return
         watchdog = Watchdog(f"{name}error: ")
         with failing_together(name, watchdog, output.exit_of):

@@ -30,7 +30,7 @@ def main():
 
 
 def compare():
-    from expert_parallel.command import output
+    from expert_parallel.command import options, output
 
     parser = output.Parser(
         description="Two runs side by side: what was asked, and every figure with the ratio of b to a."
@@ -40,18 +40,20 @@ def compare():
     parser.add_argument("--json", type=Path, metavar="FILE", help="save the comparison; - for standard output")
     parser.add_argument("--html", type=Path, metavar="FILE", help="save a page of it")
     args = parser.parse_args()
-    with output.exit_on_user_error():
+    with output.exit_on_user_error(), output.progress_line() as tell:
+        tell("comparing")
         from expert_parallel.report import page, table
         from expert_parallel.report.compare import compare, read_report
 
         output.check_outputs({"--json": args.json, "--html": args.html}, {"a": args.a, "b": args.b})
         names = (args.a.stem, args.b.stem) if args.a.stem != args.b.stem else ("a", "b")
-        tables = compare(read_report(args.a), read_report(args.b), names)
+        tables = compare(read_report(args.a), read_report(args.b), names, (*options.OUTPUTS, "plots"))
+        document = table.sections(tables, options=vars(args), environment=table.environment())
+        tell()
         console = output.console(output.to_standard_output(args.json))
         for part in tables:
             console.print(part)
             console.print()
-        document = table.sections(tables, options=vars(args), environment=table.environment())
         if args.json:
             output.write_json(args.json, document)
         if args.html:

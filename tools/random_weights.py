@@ -14,8 +14,9 @@ import ml_dtypes
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.utils import _get_classes, quantize_model
+from mlx_lm.utils import quantize_model
 
+from expert_parallel.checkpoint.finding import classes_of
 from expert_parallel.checkpoint.tensors import INDEX
 from expert_parallel.layers import moe_layers
 
@@ -56,7 +57,7 @@ def plan(config: dict, bits: int, group_size: int, seed: int = 0) -> tuple[dict[
     config = {k: v for k, v in config.items() if not k.startswith("quantization")}
     mx.random.seed(seed)
     try:
-        model_class, args_class = _get_classes(config)
+        model_class, args_class = classes_of(config)
         model = model_class(args_class.from_dict(config))
         with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints bits per weight
             model, config = quantize_model(model, config, group_size, bits)

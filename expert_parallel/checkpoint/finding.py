@@ -8,10 +8,11 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from mlx_lm.utils import _download, hf_repo_to_path
+from mlx_lm.utils import _download, _get_classes, hf_repo_to_path
 
 from .tensors import checkpoint_tensors, index_problem
 
+classes_of = _get_classes  # of a config; this and `_download` are all that is taken of mlx-lm's private names
 CODER = "mlx-community/Qwen3-Coder-30B-A3B-Instruct-4bit"
 # Beside the package, or in it where that was installed; other packages may have a folder "models" beside theirs.
 _BESIDE, _INSTALLED = (Path(__file__).resolve().parents[n] / name for n, name in ((2, "models"), (1, "shipped")))

@@ -18,10 +18,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.utils import _get_classes, load_adapters, load_model, load_tokenizer
+from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 
 from ..layers import expert_tensors, moe_layers
-from .finding import in_a_line, read_config, resolve_model
+from .finding import classes_of, in_a_line, read_config, resolve_model
 from .rows import StoredRows
 from .tensors import StoredTensor, checkpoint_tensors, index_problem
 
@@ -135,7 +135,7 @@ def _noting(arrays: dict):
     """mlx-lm's way to a model's classes; the model notes the lazy arrays that its `sanitize` is given."""
 
     def classes(config):
-        model_class, args_class = _get_classes(config)
+        model_class, args_class = classes_of(config)
 
         def make(args):
             model = model_class(args)

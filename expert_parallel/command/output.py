@@ -21,6 +21,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help explains)\n")
 
 
+def without_options(description: str) -> None:
+    """Of a script that is one flat text: --help works, Control-C and `| head` end it without a word.
+
+    Nothing in a notebook, whose arguments and signals are its own.
+    """
+    if hasattr(sys.modules["__main__"], "__file__"):
+        Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+        for number in (signal.SIGINT, signal.SIGPIPE):
+            signal.signal(number, signal.SIG_DFL)
+
+
 def to_standard_output(path) -> bool:
     """Whether `--json -` was asked for; then nothing else goes there."""
     return str(path) == "-"
@@ -120,15 +131,25 @@ def progress_bar(what: str, show: bool = True):
 
 @contextlib.contextmanager
 def progress_line(show: bool = True):
-    """What is under way, on standard error while the block runs, where that is a terminal; gives (what) -> None."""
+    """Gives (what) -> None, which shows what is under way on standard error where that is a terminal; () wipes it.
+
+    It is to be wiped before anything else is printed.
+    """
+    if not (show and sys.stderr is not None and sys.stderr.isatty()):
+        yield lambda what=None: None
+        return
     from rich.console import Console
     from rich.text import Text
 
-    if not (show and sys.stderr is not None and sys.stderr.isatty()):
-        yield lambda what: None
-        return
-    with Console(stderr=True).status("") as status:
-        yield lambda what: status.update(Text(what))  # a name in brackets is no markup
+    console = Console(stderr=True)
+    with contextlib.ExitStack() as line:
+
+        def tell(what=None):
+            line.close()
+            if what:  # as Text: a name in brackets is no markup; and slowly, for it may be a time that is taken
+                line.enter_context(console.status(Text(what), refresh_per_second=4))
+
+        yield tell
 
 
 def exit_of(error: BaseException) -> tuple[int, str] | None:

@@ -17,9 +17,9 @@ from tempfile import TemporaryDirectory
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
-from mlx_lm.utils import _get_classes, quantize_model
+from mlx_lm.utils import quantize_model
 
-from ..checkpoint.finding import in_a_line
+from ..checkpoint.finding import classes_of, in_a_line
 from ..checkpoint.opened import build
 from ..layers import cast, moe_layers
 from .configurations import Configuration
@@ -56,7 +56,7 @@ def build_model(configuration: Configuration, bits=None, group_size=None, mode="
 
 
 def _without_weights(config):
-    model_class, args_class = _get_classes(config)
+    model_class, args_class = classes_of(config)
 
     def make(args):
         model = model_class(args)

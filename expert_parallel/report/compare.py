@@ -24,6 +24,7 @@ FIRST = {  # figures that stand before all others
     "generation.tokens_per_second": "tokens/s",
     "generation.stock_tokens_per_second": "stock's tokens/s",
 }
+NAMES = ("name", "devices", "remedy", "layer", "expert", "after_tokens", "tokens")  # what a row of a list goes by
 MOST_TEXT = 24  # characters of a value in print
 
 
@@ -43,11 +44,12 @@ def script_of(document: dict) -> str:
     return next(script for key, script in SCRIPTS.items() if key in document)
 
 
-def compare(a: dict, b: dict, names=("a", "b")) -> list[Table]:
+def compare(a: dict, b: dict, names=("a", "b"), outputs=()) -> list[Table]:
     """Options and surroundings that differ, then figures with the ratio of b to a.
 
-    a, b   reports of the same script (see `read_report`); ValueError where they are not
-    names  of the two, for print
+    a, b     reports of the same script (see `read_report`); ValueError where they are not
+    names    of the two, for print
+    outputs  options that say where something is written to, which are not compared
     """
     if script_of(a) != script_of(b):
         scripts = f"{names[0]} is of {script_of(a)}, {names[1]} of {script_of(b)}"
@@ -60,6 +62,7 @@ def compare(a: dict, b: dict, names=("a", "b")) -> list[Table]:
             numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (left, right))
             ratio = right / left if numbers and left else None
             known = next((word for word in ("simulated", "modelled") if word in path), source or of_right)
+            known = "not comparable" if path in unlike else known
             yield {"name": path, "a": left, "b": right, "ratio": ratio, "source": known.partition(";")[0]}
 
     def table(title, key, paths, *more):
@@ -72,7 +75,12 @@ def compare(a: dict, b: dict, names=("a", "b")) -> list[Table]:
         return of_records(title, key, list(records(paths)), *columns, section="")
 
     around = ("options", "environment", "model")
-    differ = [path for path in {**one, **other} if one.get(path) != other.get(path)]
+    apart = {f"options.{name}" for name in outputs if name != "trace" or "generation" in a}  # the others read a trace
+    paths = [path for path in {**one, **other} if path not in apart and one.get(path) != other.get(path)]
+    # Rows without a name go by their place, #0, #1, ...: of no use where there are more of them in one report.
+    unlike = [path for path in paths if path.endswith("#length") and path in one and path in other]
+    differ = [path for path in paths if path in unlike or not path.startswith(tuple(each[:-6] for each in unlike))]
+    differ.sort(key=lambda path: (path not in one) + (path not in other))  # first what both have
     asked = [path for path in differ if path.partition(".")[0] in around]
     first = [path for path in FIRST if path in one or path in other]
     rest = [path for path in differ if path not in {*asked, *first}]
@@ -84,20 +92,32 @@ def compare(a: dict, b: dict, names=("a", "b")) -> list[Table]:
 
 
 def _figures_of(value, path: str = "", source: str = ""):
-    """(path, (value, source)) of all that is no dictionary; of a list its length, of numbers most and sum too."""
+    """(path, (value, source)) of all that is no dictionary; of a list length and rows, or of numbers most and sum."""
     if isinstance(value, dict):
         source = value["source"] if isinstance(value.get("source"), str) else source
         for key, inner in value.items():
             if key != "source":
                 yield from _figures_of(inner, f"{path}.{key}" if path else key, source)
-    elif isinstance(value, list):
-        yield f"{path}.length", (len(value), source)
-        if value and all(isinstance(each, int | float) for each in value):
-            yield from ((f"{path}.most", (max(value), source)), (f"{path}.sum", (sum(value), source)))
+    elif isinstance(value, list) and any(isinstance(each, dict | list) for each in value):
+        key = _key_of(value)
+        yield f"{path}.{'' if key else '#'}length", (len(value), source)
         for n, inner in enumerate(value):
-            yield from _figures_of(inner, f"{path}.{n}", source) if isinstance(inner, dict | list) else ()
+            yield from _figures_of(inner, f"{path}.{inner[key] if key else f'#{n}'}", source)
+    elif isinstance(value, list) and not path.startswith("options.") and all(isinstance(n, int | float) for n in value):
+        yield f"{path}.length", (len(value), source)
+        if value:
+            yield from ((f"{path}.most", (max(value), source)), (f"{path}.sum", (sum(value), source)))
     else:
         yield path, (value, source)
+
+
+def _key_of(rows: list) -> str | None:
+    """The first of NAMES that every row has, each another value of it."""
+    for key in NAMES if all(isinstance(row, dict) for row in rows) else ():
+        values = [row.get(key) for row in rows]
+        if all(isinstance(value, int | str) for value in values) and len(set(values)) == len(rows):
+            return key
+    return None
 
 
 def _shown(value) -> str:

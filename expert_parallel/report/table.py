@@ -20,6 +20,7 @@ from ..files import plain
 
 MOST_ROWS = 16  # that are printed; JSON has all
 SHADES = " ░▒▓█"  # of a row's mean under 1/4, 3/4, 5/4, 7/4, and over
+COLOURS = {"░": "#0072b2", "▓": "#e69f00", "█": "#d55e00"}  # below and above it; Okabe and Ito's, for every eye
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Table:
             justify = "left" if n == 0 or self.facts else "right"
             grid.add_column(Text(label), justify=justify, header_style="dim", overflow="fold")
         for row in self.cells():
-            grid.add_row(*map(Text, row))
+            grid.add_row(*(Text.assemble(*((letter, COLOURS.get(letter, "")) for letter in cell)) for cell in row))
         lines = console.render_lines(grid, options, pad=False) if grid.row_count else []
         rows = (Text.assemble(*((segment.text, segment.style or "") for segment in line)) for line in lines)
         for text in (Text(self.heading(), style="bold"), *rows, Text(self.notes())):

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import mlx.core as mx
 import pytest
@@ -106,17 +107,34 @@ def test_what_the_minimal_example_says_is_so(capsys):
     ]
 
 
+def test_minimal_example_ends_without_a_traceback():
+    """It once ran in spite of --help, and `| head -1` or Control-C gave twenty lines of Python."""
+    refused(run_script(MINIMAL.name, "--devices", 4), "unrecognized arguments")
+    quiet = of_a_user(PYTHONUNBUFFERED="1")
+    piped = f"{sys.executable} {MINIMAL} | head -1"
+    done = subprocess.run(piped, shell=True, cwd=ROOT, env=quiet, capture_output=True, text=True, timeout=120)
+    assert (done.stdout.count("\n"), done.stderr) == (1, "")
+    stopped = subprocess.Popen([sys.executable, MINIMAL], cwd=ROOT, env=quiet, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    first = stopped.stdout.readline()
+    stopped.send_signal(signal.SIGINT)
+    _, error = stopped.communicate(timeout=60)
+    assert (stopped.returncode, error, first[:8]) == (-signal.SIGINT, "", "device 3")
+
+
 def test_minimal_example_pasted_into_a_notebook_takes_any_model(tmp_path, monkeypatch, capsys):
     """There is no __file__, the arguments are the notebook's; of Mixtral, gpt-oss, DeepSeek the first layer is dense or
     args have no num_experts."""
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    monkeypatch.setitem(sys.modules, "__main__", types.ModuleType("__main__"))
+    cell, before = {"__name__": "__main__"}, signal.getsignal(signal.SIGINT)
     monkeypatch.chdir(tmp_path)
     folder = save_model(random_model(vocab_size=4096, mlp_only_layers=[0]), tmp_path / "model", vocab_size=4096,
                         mlp_only_layers=[0])  # fmt: skip
     lines = MINIMAL.read_text()
     assert len(lines.splitlines()) <= 40 and "load(str(SHIPPED))" in lines
-    exec(compile(lines.replace("load(str(SHIPPED))", f"load({str(folder)!r})"), "<cell>", "exec"), {})
-    assert "balancedness 0." in capsys.readouterr().out
+    exec(compile(lines.replace("load(str(SHIPPED))", f"load({str(folder)!r})"), "<cell>", "exec"), cell)
+    assert "balancedness 0." in capsys.readouterr().out and signal.getsignal(signal.SIGINT) is before
 
 
 def test_default_model_comes_from_the_hub_cache_if_it_is_there(tmp_path):
@@ -213,10 +231,9 @@ def test_a_bad_placement_file(here, tmp_path, text):
 
 def test_scripts_explain_themselves():
     for script in sorted(ROOT.glob("*_*.py")):
-        if script.name != "minimal_qwen3_example.py":  # which has no options
-            result = run_script(script.name, "--help")
-            assert result.returncode == 0, result.stderr
-            assert "python " + script.name in result.stdout
+        result = run_script(script.name, "--help")
+        assert result.returncode == 0, result.stderr
+        assert "python " + script.name in result.stdout
 
 
 @pytest.mark.parametrize("script", ["qwen3_expert_parallel.py", "model_analysis.py", "expert_parallel_poc.py"])

@@ -52,11 +52,11 @@ def test_every_figure_that_differs_with_its_ratio():
         "generation.tokens.most": {"a": 3, "b": 9, "ratio": 3.0, "source": "measured"},
         "generation.tokens.sum": {"a": 6, "b": 12, "ratio": 2.0, "source": "measured"},
         "generation.text": {"a": "abc", "b": "abd", "ratio": None, "source": "measured"},
-        "balance.loads.1.most": {"a": 4, "b": 6, "ratio": 1.5, "source": "measured"},
-        "balance.loads.1.sum": {"a": 7, "b": 9, "ratio": pytest.approx(9 / 7), "source": "measured"},
+        "balance.loads.#1.most": {"a": 4, "b": 6, "ratio": 1.5, "source": "measured"},
+        "balance.loads.#1.sum": {"a": 7, "b": 9, "ratio": pytest.approx(9 / 7), "source": "measured"},
         "balance.fan_out_modelled": {"a": 2.0, "b": 3.0, "ratio": 1.5, "source": "modelled"},
         "balance.phases.decode.x": {"a": 1, "b": 4, "ratio": 4.0, "source": "simulated"},
-        "looks.1.moved": {"a": 2, "b": 3, "ratio": 1.5, "source": ""},
+        "looks.#1.moved": {"a": 2, "b": 3, "ratio": 1.5, "source": ""},
     }
     text = "\n".join(map(str, compare(report(), changed, ("one", "two"))))
     assert facts_of(text, "Compared") == {"report of": "qwen3_expert_parallel.py"}
@@ -80,6 +80,36 @@ def test_nothing_differs_a_figure_is_missing_or_nought():
     long = str(compare(report(), report(generation={"text": "y" * 25}))[-1])
     assert f"{'y' * 21}..." in long and "y" * 22 not in long
     assert "y" * 24 in str(compare(report(), report(generation={"text": "y" * 24}))[-1])
+
+
+def test_rows_are_matched_by_their_name_not_by_their_place():
+    """--devices 2 4 beside --devices 4 8 once set 2 devices beside 4, and 4 beside 8, without a word."""
+    a = report(looks=[{"devices": 2, "x": 1.0}, {"devices": 4, "x": 2.0}])
+    b = report(looks=[{"devices": 4, "x": 3.0}, {"devices": 8, "x": 9.0}])
+    found = rows(a, b, "others")
+    assert found["looks.4.x"] == {"a": 2.0, "b": 3.0, "ratio": 1.5, "source": ""}
+    assert (found["looks.2.x"]["b"], found["looks.8.x"]["a"]) == (None, None) and "looks.4.devices" not in found
+    assert next(iter(found)) == "looks.4.x"  # first what both have
+    for key, names in (("remedy", ("hot", "cold")), ("layer", (3, 1)), ("name", ("x", "y"))):
+        one, other = ([{key: name, "x": name} for name in order] for order in (names, names[::-1]))
+        assert [table.title for table in compare(report(looks=one), report(looks=other))] == ["Compared", "Figures"]
+
+
+def test_rows_without_a_name_are_compared_only_where_there_are_as_many():
+    two, three = ([{"moved": n} for n in range(1, count + 1)] for count in (2, 3))
+    expected = {"looks.#length": {"a": 2, "b": 3, "ratio": 1.5, "source": "not comparable"}}
+    assert rows(report(looks=two), report(looks=three), "others") == expected
+    twice = [{"layer": 1, "x": 1}, {"layer": 1, "x": 2}]  # names nothing
+    assert list(rows(report(looks=twice), report(looks=[*twice[:1], {"layer": 1, "x": 3}]), "others")) == ["looks.#1.x"]
+
+
+def test_options_where_to_write_are_not_compared_and_lists_of_options_whole():
+    outputs = ("trace", "json")
+    one, other = (report(options={"trace": name, "json": name, "prompt": [name]}) for name in "xy")
+    found = sections(compare(one, other, outputs=outputs))["asked"]
+    assert [(row["name"], row["a"], row["b"]) for row in found] == [("options.prompt", ["x"], ["y"])]
+    one, other = ({"options": {"trace": name, "json": name}, "results": 1} for name in "xy")
+    assert [row["name"] for row in sections(compare(one, other, outputs=outputs))["asked"]] == ["options.trace"]  # read
 
 
 def test_what_is_no_report_and_what_is_of_another_kind(tmp_path):
@@ -124,7 +154,7 @@ def test_two_real_runs(run_here, tmp_path, monkeypatch, capsys):
     text, found = capsys.readouterr().out, json.loads((tmp_path / "c.json").read_text())
     a, b = (dict(scalars(json.loads(file.read_text()))) for file in files)
     listed = {row["name"]: row for key in ("asked", "figures", "others") for row in found[key]}
-    assert {name for name in {**a, **b} if a.get(name) != b.get(name)} <= listed.keys()
+    assert {name for name in {**a, **b} if a.get(name) != b.get(name)} - listed.keys() == {"options.json"}
     assert all((row["a"], row["b"]) == (a[name], b[name]) for name, row in listed.items() if name in a and name in b)
     assert listed["options.placement"]["b"] == "round-robin" and listed["parity.tokens_equal"]["b"] is True
     assert "contiguous" in text and "dealt / contiguous" in text and max(map(len, text.splitlines())) <= 80

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from printed import columns_of, facts_of, lines_of
+from rich.console import Console
 
 from expert_parallel.command.output import console, write_json
 from expert_parallel.report.table import (
@@ -138,6 +140,25 @@ def test_shades_hold_each_row_against_its_own_mean():
     assert table.to_json() == {"device_loads": loads.tolist()}
     assert "<td>▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒</td>" in table._repr_html_()
     assert shades([1] * 20 + [20]) == "░" * 20 + "█"  # one letter each where there are many
+
+
+def test_loads_below_the_mean_are_blue_and_above_it_orange_where_the_terminal_has_colours(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    figures = [Figure(None, "layer", [0]), Figure("device_loads", "devices", [[1, 2, 3, 4, 0]], shades)]
+    table = Table("Load per device", figures)
+
+    def printed(**how):
+        to = Console(width=80, file=io.StringIO(), **{"force_terminal": True, "color_system": "truecolor", **how})
+        to.print(table)
+        return to.file.getvalue()
+
+    letters = re.findall("\x1b\\[38;2;([0-9;]+)m(.)", printed())
+    assert "▒▒▒" in printed()
+    assert letters == [("0;114;178", "░")] * 3 + [("230;159;0", "▓")] * 3 + [("213;94;0", "█")] * 3
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not re.search("\x1b\\[[349]", printed())
+    assert printed(force_terminal=False, color_system="auto") == str(table)
+    assert [line.split() for line in str(table).splitlines()[1:]] == [["layer", "devices"], ["0", "░░░▒▒▒▓▓▓███"]]
 
 
 def test_details_are_named_in_place_of_being_printed():
