@@ -75,5 +75,5 @@ def fan_out(devices) -> np.ndarray:
     """[L]; mean number of devices that answer for one token, for the device of each slot [T, L, k]."""
     if not len(devices):
         return np.zeros(np.shape(devices)[1])
-    layers = (np.sort(of_layer, axis=1) for of_layer in np.moveaxis(devices, 1, 0))
+    layers = (np.sort(of_layer) for of_layer in np.moveaxis(devices, 1, 0))
     return np.array([(1 + (of_layer[:, 1:] > of_layer[:, :-1]).sum(axis=1)).mean() for of_layer in layers])

@@ -47,5 +47,5 @@ def plain(value):
 
 def nearest(name: str, names) -> str:
     """ ", did you mean ...?" where one of the names is like it, for an error's text; else nothing."""
-    found = difflib.get_close_matches(name.lower(), names, 1)
+    found = difflib.get_close_matches(name.lower(), names)
     return f", did you mean {found[0]}?" if found else ""

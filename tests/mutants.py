@@ -59,6 +59,7 @@ TESTS = {
         *WITNESSES,
     ],
     "models": ["tests/models/test_[acfm]*.py", "tests/report/test_model*.py"],
+    "formats": ["tests/formats/test_*.py", "tests/test_placement.py"],
     "projection": [
         "tests/projection/test_*.py",
         "tests/report/test_projection_report.py",
@@ -66,7 +67,12 @@ TESTS = {
     ],
     "moving": ["tests/moving/test_*.py", *WITNESSES],
     "placing": ["tests/placing/test_*.py", "tests/test_placement.py", "tests/test_balance.py"],
-    "checkpoint": ["tests/checkpoint/test_*.py", "tests/test_public_reports.py", "tests/command/test_scripts.py"],
+    "checkpoint": [
+        "tests/checkpoint/test_*.py",
+        "tests/models/test_checkpoint_check.py",
+        "tests/test_public_reports.py",
+        "tests/command/test_scripts.py",
+    ],
     "scripts": [*WITNESSES, "tests/command/test_scripts.py", "tests/report/test_*.py", "tests/study/test_*.py"],
 }
 

@@ -97,7 +97,7 @@ class _Tensors(pickle.Unpickler):
 
 def _rebuilt(storage, offset, shape, strides, *_):
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    if min((0, offset, *shape, *strides)) < 0 or (0 not in shape and last >= len(storage)):
+    if min((offset, *shape, *strides)) < 0 or (0 not in shape and last >= len(storage)):
         raise ValueError(f"a tensor of {list(shape)} is larger than what is stored of it")
     steps = [stride * storage.itemsize for stride in strides]
     return np.lib.stride_tricks.as_strided(storage[offset:], shape, steps).copy()

@@ -43,10 +43,10 @@ def _experts(entry) -> list[int]:
     experts = []
     for part in str(entry).split(","):
         found = re.fullmatch(r"\s*(\d{1,5})(?:-(\d{1,5}))?\s*", part, re.ASCII)
-        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
-        if first > last:
+        run = range(int(found[1]), int(found[2] or found[1]) + 1) if found else ()
+        if not run:
             raise ValueError(f'expected experts such as [0, 1] or "0-15", numbered from 0, got {part!r}')
-        experts += range(first, last + 1)
+        experts += run
     return experts
 
 

@@ -43,7 +43,7 @@ def traffic_matrix(experts, held, hidden: int, value_bytes: int = 2, home=None) 
     A token goes once to a device, however many of its experts are there, and nowhere for an expert that its home has;
     replicas elsewhere take turns over the tokens. The way back is the transpose. The diagonal (what stays) is zero.
     """
-    experts, held = np.asarray(experts, dtype=np.int64), np.asarray(held, dtype=bool)
+    experts, held = np.asarray(experts), np.asarray(held, bool)
     num_layers, num_devices, _ = held.shape
     tokens = np.arange(len(experts))
     home = tokens % num_devices if home is None else np.asarray(home)

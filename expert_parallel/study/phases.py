@@ -164,7 +164,7 @@ def device_work(store: InMemory, x, ids, slots):
     """What one device computes for its slots, as a function to time."""
     if not len(slots):
         return lambda: x[:0]
-    return lambda: store(x, slots // ids.shape[-1], ids.reshape(-1)[slots])
+    return lambda: store(x, slots // ids.shape[1], ids.reshape(-1)[slots])
 
 
 def slowest_device_work(layer: SmallLayer, x, held, experts, kept=None):

@@ -111,7 +111,11 @@ def test_what_other_engines_read_in_them(tmp_path):
     assignments = {1: slots[0], 3: slots[1]}
     wanted = {"num_slots": 4, "initial_global_assignments": assignments, "layer_updates_per_iter": 0}
     assert read["tensorrt-llm"] == wanted
-    assert len((tmp_path / "tensorrt-llm").read_text().splitlines()) == 5  # one for each layer
+    lines = (tmp_path / "tensorrt-llm").read_text().splitlines()
+    assert (len(lines), lines[0]) == (5, "num_slots: 4")  # one for each layer
+    assert {len((tmp_path / name).read_text().splitlines()) for name in {*WRITERS} - {"tensorrt-llm"}} == {1}
+    placement.save(tmp_path / "own")
+    assert (tmp_path / "own").read_text().splitlines()[:2] == ["{", ' "format": "expert-placement/1",']  # for people
     ascend = read["vllm-ascend"]
     assert ascend["moe_layer_count"] == 2
     assert [layer["layer_id"] for layer in ascend["layer_list"]] == [0, 1]  # MoE layers, counted from 0

@@ -100,6 +100,27 @@ def test_costs_are_the_slowest_ranks_of_reads_that_a_move_would_make(monkeypatch
     assert live.measured_costs(model, rows, Rank(0, 2)) == replace(costs, side_by_side=True)
 
 
+def test_costs_are_of_a_token_an_expert_and_a_layer(monkeypatch):
+    """Timed are one token by eight experts, one expert that is read, all rows of the first layer in another order."""
+    model = shard_model(random_model(), place_experts(np.ones((3, 16)), 1))
+    first = moe_layers(model)[0].experts.stores[0].experts
+    own, turned, asked, original = expert_tensors(first), [], set(), type(first).__call__
+
+    def call(self, x, ids):
+        asked.add((self is first, x.shape, tuple(ids.reshape(-1).tolist())))
+        return original(self, x, ids)
+
+    def rows(layer):
+        return lambda ids: asked.add((layer, len(ids))) or {name: array[mx.array(ids)] for name, array in own.items()}
+
+    monkeypatch.setattr(type(first), "__call__", call)
+    monkeypatch.setattr(live, "picked", lambda tensors, at: turned.append((tensors["up_proj.weight"], list(at))) or own)
+    monkeypatch.setattr(live, "gather_objects", lambda group, value: [value, dict.fromkeys(value, 1e9)])
+    costs = live.measured_costs(model, rows, None)
+    assert asked == {(True, (1, 64), tuple(range(8))), (0, 1)} and costs.seconds_per_slot == 1e9 / 8
+    assert all(tensor is own["up_proj.weight"] and at == list(range(15, -1, -1)) for tensor, at in turned) and turned
+
+
 def test_nothing_that_is_where_it_should_be_moves():
     model = shard_model(random_model(), then := place_experts(np.ones((3, 16)), 3))
     figures = {"experts_read_here": 0, "bytes_here": 0, "pause_seconds": 0, "longest_layer_seconds": 0}

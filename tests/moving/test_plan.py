@@ -224,6 +224,9 @@ def test_copies_of_the_hot_by_hand():
     loads = np.array([[2.0, 10, 1, 20, 0]])  # 11, 2 and 20 on the devices
     assert copies_of_the_hot(loads, held)[0].tolist() == placed([0, 1], [2, 3], [3, 4]).held[0].tolist()
     assert (copies_of_the_hot(np.array([[20.0, 10, 1, 2, 0]]), held) == held).all()
+    # Of two that are hot the hotter one, 5, comes first, to the emptiest device, and 3 to the next.
+    held, loads = placed([0, 1, 2], [0, 3, 4], [0, 5]).held, np.array([[2.0, 0, 5, 24, 19, 27]])
+    assert copies_of_the_hot(loads, held)[0].tolist() == placed([1, 2, 5], [0, 3, 4], [3, 5]).held[0].tolist()
 
 
 def cost_under_drift(seed, every=256, seconds_per_move=50.0):

@@ -5,6 +5,7 @@ import runpy
 import sys
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import random_model
@@ -55,7 +56,14 @@ def test_the_machine_is_what_the_times_leave(monkeypatch):
     # 10 s of 16 tokens, less 30 ms of layers; 2 operations a parameter and token, 2 of 8 experts each
     operations = 2 * 16 * (60e6 + L * K * 2e6)
     assert machine.operations_per_second == pytest.approx(operations / (10 - 0.03), rel=1e-6)
-    assert "3 layers, 3 of them MoE" in machine.source and machine.name == "this machine"
+    assert machine.source == "measured here with 3 layers, 3 of them MoE" and machine.name == "this machine"
+
+
+@pytest.mark.parametrize(("metal", "kind"), [(True, "Metal"), (False, "CUDA")])
+def test_a_gpu_is_apples_or_else_of_cuda(metal, kind, monkeypatch):
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx.metal, "is_available", lambda: metal)
+    assert fitted(monkeypatch, [0.11, 0.13], [0.08, 0.10]).kind == kind
 
 
 def test_where_the_rest_moves_faster_than_the_head_it_counts(monkeypatch):
@@ -100,6 +108,8 @@ def test_a_cache_is_as_quick_as_a_longer_context_takes_longer(monkeypatch):
     assert constants.cache_speed(random_model(), DEMAND, tokens=1000, rounds=2) == 768 * 1000
     monkeypatch.setattr(constants, "time", Clock(3, 2, 2, 1))
     assert constants.cache_speed(random_model(), DEMAND, tokens=1000, rounds=2) == 0
+    monkeypatch.setattr(constants, "time", Clock(3, 2, 2, 3))
+    assert constants.cache_speed(random_model(), DEMAND, tokens=1000, rounds=2) == 0  # nothing to divide by
     mixed = [KVCache(), RotatingKVCache(8)]
     monkeypatch.setattr(constants, "make_prompt_cache", lambda model: mixed)
     assert constants.cache_speed(random_model(), DEMAND) == 0
@@ -123,6 +133,19 @@ def test_random_tokens_are_alike_everywhere_and_of_the_vocabulary():
     assert ids == constants.random_tokens(model, 500) != constants.random_tokens(model, 500, seed=1)
     vocabulary = model.args.vocab_size
     assert min(ids) >= 0 and vocabulary * 0.9 < max(ids) < vocabulary
+    model.second_table = nn.Embedding(1000, 4)  # the larger one counts
+    assert 900 < max(constants.random_tokens(model, 500)) < 1000
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_that_is_timed_is_the_models(tied, monkeypatch):
+    """A layer of its own, or the embeddings where they serve as one: one token, and so as many logits."""
+    model, seen = random_model(tie_word_embeddings=tied), []
+    head = type(model.model.embed_tokens).as_linear if tied else type(model.lm_head).__call__
+    where = (type(model.model.embed_tokens), "as_linear") if tied else (type(model.lm_head), "__call__")
+    monkeypatch.setattr(*where, lambda self, x: seen.append((x.shape, self)) or head(self, x))
+    constants.head_seconds(model, 64, rounds=2)
+    assert seen == [((1, 1, 64), model.model.embed_tokens if tied else model.lm_head)] * 2
 
 
 # --- links --------------------------------------------------------------------------------------------------------

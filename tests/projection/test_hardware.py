@@ -40,7 +40,7 @@ def test_a_device_is_its_vendors_figures_at_the_efficiency_of_the_m4_max(name):
     assert machine.memory_bytes == memory * 1e9
     operations = 0.4 * peak * 1e12 if peak else 11.04e12 * cores / 40
     assert machine.operations_per_second == pytest.approx(operations)
-    assert machine.layer_seconds == 99.05e-6
+    assert machine.layer_seconds == 99.05e-6 and machine.kind == ("CUDA" if peak else "Metal")
     for figure in (f"{bandwidth} GB/s", f"{memory} GB", "assumed as on the M4 Max"):
         assert figure in machine.source
 
@@ -49,7 +49,7 @@ def test_the_m4_max_is_what_was_fitted():
     machine = MACHINES["m4-max"]
     assert (machine.bytes_per_second, machine.expert_bytes_per_second) == (473.1e9, 473.1e9)
     assert (machine.operations_per_second, machine.layer_seconds, machine.memory_bytes) == (11.04e12, 99.05e-6, 128e9)
-    assert "BENCHMARKS.md" in machine.source
+    assert "BENCHMARKS.md" in machine.source and machine.kind == "Metal"
 
 
 def test_every_device_and_link_names_its_source():

@@ -158,7 +158,8 @@ def test_two_real_runs(run_here, tmp_path, monkeypatch, capsys):
     assert all((row["a"], row["b"]) == (a[name], b[name]) for name, row in listed.items() if name in a and name in b)
     assert listed["options.placement"]["b"] == "round-robin" and listed["parity.tokens_equal"]["b"] is True
     assert "contiguous" in text and "dealt / contiguous" in text and max(map(len, text.splitlines())) <= 80
-    assert "<td>balancedness</td>" in (tmp_path / "c.html").read_text()
+    page = (tmp_path / "c.html").read_text()
+    assert "<td>balancedness</td>" in page and "<h1>contiguous and dealt</h1>" in page
 
 
 @pytest.mark.parametrize(
@@ -197,3 +198,4 @@ def test_one_name_for_all_scripts(monkeypatch, capsys):
         [sys.executable, "-m", "expert_parallel"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert all(f"\n    {name} " in done.stdout for name in ("run", "study", "analyze", "compare"))
+    assert done.stdout.endswith("--help.\n") and not done.stdout.endswith("\n\n")

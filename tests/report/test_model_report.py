@@ -11,6 +11,7 @@ from printed import columns_of, facts_of, lines_of
 from expert_parallel.models.architecture import describe
 from expert_parallel.models.configurations import Configuration, load_configuration
 from expert_parallel.models.forward import next_layer_recall
+from expert_parallel.models.parts import Part
 from expert_parallel.projection.hardware import LINKS, MACHINES
 from expert_parallel.report import checks, model, projection
 from expert_parallel.report.table import sections, size
@@ -52,6 +53,17 @@ def test_what_is_in_a_model(described):
     assert dict(zip(shapes["tensor"], shapes["shape"], strict=True)) == {
         name: weight["shape"] for name, weight in figures["expert_weights"].items()
     }
+
+
+def test_one_expert_is_of_the_first_layer_that_has_some(described):
+    """As where later layers are quantised otherwise: weighed and counted is the first MoE layer's expert."""
+    growing = replace(described.bytes, expert_bytes=np.arange(100, 148))
+    dense = replace(described.layers[0], moe=False)
+    halves = [replace(layer, parts=layer.parts | {"experts": Part(128 * (100 + n), 1)})
+              for n, layer in enumerate(described.layers[1:])]  # fmt: skip
+    mixed = replace(described, bytes=growing, layers=[dense, *halves])
+    figures = model.architecture(mixed, load_configuration("qwen3-coder-30b"), 1)[0].to_json()
+    assert (figures["bytes_of_one_expert"], figures["parameters_of_one_expert"]) == (100, 100)
 
 
 def test_layers_alike_stand_in_one_line():
@@ -136,6 +148,8 @@ def test_a_checkpoint_with_many_problems():
     assert "16 of 30 rows" in printed(tables)
     one = checks.checkpoint({**figures, "problems": problems[:1]})
     assert facts_of(printed(one), "Checkpoint")["verdict"] == "1 problem"
+    two = checks.checkpoint({**figures, "problems": problems[:2]})
+    assert facts_of(printed(two), "Checkpoint")["verdict"] == "2 problems"
     whole = {**figures, "ok": True, "problems": [], "bytes_loaded": 2345, "bytes_predicted": 3456}
     tables = checks.checkpoint(whole)
     facts = facts_of(printed(tables), "Checkpoint")

@@ -81,6 +81,28 @@ def test_loads_of_the_same_kind_last_and_of_another_do_not():
     assert other["cosine"] < 0.9 < other["cosine_if_shuffled"]
 
 
+def test_likeness_of_loads_by_hand():
+    """Expert 0 alone then and now, 0 then and 1 now, and 3 of 5 to 0 then, 4 of 5 now: 1, 0 and (12 + 2) / sqrt(13 17).
+
+    Tokens dealt out anew: of every layer as many slots of each expert, so that the first stays as it is.
+    """
+    then, now = np.zeros((5, 3, 1), int), np.zeros((5, 3, 1), int)
+    now[:, 1], then[:2, 2], now[:1, 2] = 1, 1, 1
+    found = stability(Choices(then, 2), Choices(now, 2))
+    assert found["cosine"] == pytest.approx((1 + 0 + 14 / np.sqrt(13 * 17)) / 3)
+    possible = [mean_cosine(a, b) for a in range(6) for b in range(4)]
+    assert min(abs(found["cosine_if_shuffled"] - one) for one in possible) < 1e-9
+
+
+def mean_cosine(a, b):
+    """Of the layers above, where a of five tokens choose expert 1 in the second one, and b of three in the third."""
+    cosines = [1.0]
+    for mine, all_of_them in ((a, 5), (b, 3)):
+        one, other = np.array([5 - mine, mine]), np.array([5 - all_of_them + mine, all_of_them - mine])
+        cosines.append(one @ other / np.linalg.norm(one) / np.linalg.norm(other))
+    return sum(cosines) / 3
+
+
 def test_ways_to_deal_slots_by_hand():
     """Expert 0 is on both devices, 1 on the first alone. Slots 0 0 0 1 1 and again: the first has two beforehand."""
     held = Placement(np.array([[[1, 1], [1, 0]]], dtype=bool)).held

@@ -1,0 +1,52 @@
+"""Sharded experts of one layer: who is asked for what when they change devices, and over whom ranks sum."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from checkpoints import Rank
+from conftest import random_model
+
+from expert_parallel import Placement, place_experts, shard_model
+from expert_parallel.layers import moe_layers
+from expert_parallel.stores import InMemory
+
+
+def held(*devices):
+    """bool [D, E] of the experts of each device."""
+    count = 1 + max(max(experts) for experts in devices)
+    return np.array([[expert in experts for expert in range(count)] for experts in devices])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "changed"),
+    [
+        (([0, 1], [2, 3]), ([2, 3], [0, 1]), 2),  # all of it is new on both
+        (([0, 1], [2], [3]), ([0, 2], [1], [3]), 2),  # the third device is left alone
+        (([0, 1], [2, 3]), ([0, 1, 2], [2, 3]), 1),
+    ],
+)
+def test_devices_that_change_are_asked_and_no_others(before, after, changed, monkeypatch):
+    model = random_model(num_experts=4, num_experts_per_tok=2, num_hidden_layers=1)
+    tokens = mx.array([[1, 2, 3, 4, 5]])
+    expected = model(tokens)
+    shard_model(model, Placement(held(*before)[None]))
+    asked, hold = [], InMemory.hold
+    monkeypatch.setattr(InMemory, "hold", lambda self, ids, rows: asked.append(list(ids)) or hold(self, ids, rows))
+    experts = moe_layers(model)[0].experts
+    experts.change(held(*after))
+    assert asked == [new for old, new in zip(before, after, strict=True) if old != new] and len(asked) == changed
+    assert [store.ids.tolist() for store in experts.stores] == [*map(list, after)]
+    assert mx.array_equal(model(tokens), expected)
+
+
+def test_slots_are_summed_over_the_group_that_was_given(monkeypatch):
+    """Not over all ranks there are: a run may be one of several."""
+    model, group, sums = random_model(num_hidden_layers=1), Rank(0, 2), []
+    monkeypatch.setattr(mx.distributed, "all_sum", lambda y, group=None: sums.append((y.shape, group)) or y)
+    shard_model(model, place_experts(np.ones((1, 16)), 2), group, combine="gather")
+    mx.eval(model(mx.array([[1, 2, 3]])))
+    assert sums == [((1, 3, 4, 64), group)]
+    model = random_model(num_hidden_layers=1)
+    shard_model(model, place_experts(np.ones((1, 16)), 2), group, combine="reduce")
+    mx.eval(model(mx.array([[1, 2, 3]])))
+    assert sums[1:] == [((1, 3, 64), group)]
