@@ -17,44 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from expert_parallel.command import options, output
+from expert_parallel.command.words import WORDS
 
 SCENARIOS = ("balanced", "skewed", "hot", "drifting", "correlated")
-WORDS = """words in the report:
-  load per device        share of the slots, (token, chosen expert) pairs, that
-                         each device computes; contiguous: experts in order
-  off mlx-lm, off dense  largest difference of a value from mlx-lm's layer, and
-                         from computing every expert for every token
-  one pass               route (choose experts), dispatch (copy tokens to
-                         devices), compute, combine (weigh and add up);
-                         medians of so many passes
-  machines               the same if each device were a machine: compute is the
-                         mean of the devices, straggler what the slowest takes
-                         longer, communication from --bandwidth and --latency;
-                         the largest is the bottleneck, of the sum
-  balancedness           mean device load over the fullest one's; 1 is even
-  if uniform             what routing without any preference would give for as
-                         many tokens: the level of chance
-  seen after             tokens until an expert chosen n times counts as hot
-  loads that last        cosine of expert loads of fit and test; if shuffled:
-                         what the number of tokens alone costs
-  among copies           slots of the fullest device for other ways to deal them
-  affinity's bound       how much fuller than balanced's its fullest device is
-  fit, test              balancedness on the tokens that a remedy was fitted on,
-                         and on those that judge it
-  fan-out                devices that a token is sent to
-  modelled, fit          ms of the slowest device, from the fit's balancedness;
-  measured, test         run on 512 test tokens, in turn with the others
-  round-robin            expert e on device e mod D
-  balanced               experts placed so that the fullest device has least
-  replicated             balanced, with copies of hot experts
-  affinity               experts chosen together are placed together
-  cap and drop           an expert takes 1.25 times its even share of a batch;
-                         the slots beyond are lost (re-route: go to the next
-                         best expert). Changes the model's output
-  load-aware router      a bias on the choice levels the devices. Changes the
-                         model's output
-  rebalancing            balanced, and experts move while that repays the pause
-"""
 
 
 def setup_arg_parser():
@@ -77,6 +42,18 @@ def setup_arg_parser():
     add("--tokens", type=int, metavar="N", help="tokens routed per scenario (default: 8192)")
     add("--bandwidth", type=float, default=5.0, help="GB/s of each device's link, for modelled times (default: 5)")
     add("--latency", type=float, default=20.0, help="microseconds of a message, for modelled times (default: 20)")
+    add(
+        "--expert-memory",
+        metavar="LIST",
+        help="with --trace, what a cache of experts would hit: 10%%,25%%,4GB (at least 1)",
+    )
+    add(
+        "--expert-bytes",
+        default="2.65MB",
+        metavar="SIZE",
+        help="of an expert (default: Qwen3-Coder's in 4 bits, 2.65MB)",
+    )
+    add("--disk", type=float, default=3.0, metavar="GB/S", help="that experts are read with (default: 3, assumed)")
     add("--seed", type=int, default=0, help="of weights, tokens and scenarios (default: 0)")
     add("--json", type=Path, metavar="FILE", help="save all figures; - for standard output, and then nothing else")
     add("--html", type=Path, metavar="FILE", help="save a page with everything in it, to read in a browser")
@@ -93,22 +70,22 @@ def run(args, tell):
 
     from expert_parallel.placing.strategies import place_experts
     from expert_parallel.projection.links import Link
-    from expert_parallel.report import table, workbench
+    from expert_parallel.report import disk, table, workbench
     from expert_parallel.study.phases import MEASURED, SmallLayer, scenario_tokens
     from expert_parallel.study.remedies import recorded
     from expert_parallel.study.scenarios import SCENARIOS as MEANING
 
     console = output.console(args.quiet or output.to_standard_output(args.json))
-    experts, top_k, trace = args.experts or 128, args.top_k, None
-    if args.trace:
-        *trace, notes = recorded(filter(None, (args.trace, args.test_trace)), args.experts)
+    traces = [path for path in (args.trace, args.test_trace) if path]
+    experts, top_k = args.experts or 128, args.top_k
+    if traces:
+        *trace, notes = recorded(traces, args.experts)
         experts, top_k = trace[0].num_experts, trace[0].experts.shape[2]
         tell()
         for note in notes:
             console.print(note)
-    redundant = args.redundant_experts
-    if redundant is None:
-        redundant = args.devices if args.devices > 1 else 0
+    default = args.devices if args.devices > 1 else 0
+    redundant = default if args.redundant_experts is None else args.redundant_experts
     place_experts(np.ones((1, experts)), args.devices, "replicated", redundant)  # mistakes are said now
     layer = SmallLayer(args.hidden, args.expert_width, experts, top_k, args.seed)
     link, about = Link(args.latency * 1e-6, args.bandwidth * 1e9), table.environment()
@@ -121,13 +98,15 @@ def run(args, tell):
 
     # 2. Each scenario, and the trace with its own choices on random tokens.
     results, shown = {}, []
-    for name in [*names, *([args.trace.name] if trace else [])]:
+    for name in [*names, *([args.trace.name] if traces else [])]:
         tell(f"{name}: measuring, and fitting remedies")
         if name in MEANING:
             parts = scenario_tokens(layer, name, args.tokens, args.seed)
         else:
             parts = (*trace, mx.random.normal((MEASURED, args.hidden), key=mx.random.key(args.seed + 1)), None)
         tables = workbench.study(layer, *parts, args.devices, redundant, link)
+        if args.expert_memory and name not in MEANING:
+            tables += disk.of_trace(traces, args.experts, args.expert_memory, args.expert_bytes, args.disk)
         results[name] = table.sections(tables)
         shown += [replace(part, title=f"{name}: {part.title}") for part in tables]
         tell()

@@ -71,7 +71,7 @@ def run(args, watchdog, tell=lambda what=None: None):
     from expert_parallel.models.memory import model_bytes
     from expert_parallel.moving.live import start_rebalancing
     from expert_parallel.ranks.group import all_or_none, checkpoint_mark, gather_objects, start_group
-    from expert_parallel.report import cost, run, table
+    from expert_parallel.report import cost, disk, run, table
     from expert_parallel.report.measuring import count_collectives, time_parts
     from expert_parallel.report.verdict import verdict
     from expert_parallel.trace import record_routing
@@ -99,6 +99,7 @@ def run(args, watchdog, tell=lambda what=None: None):
         numbers = [layer.number for layer in checkpoint.layers]
         tell(f"placing experts, {args.placement}")
         placement = options.make_placement(args, checkpoint.shape, numbers, ranks)
+        on_disk = options.cache_options(args, checkpoint.shape[1])
         shipped = finding.is_shipped(checkpoint.folder)
         verify = shipped if args.verify is None else args.verify
         trials = 3 * shipped if args.trials is None else args.trials
@@ -120,10 +121,10 @@ def run(args, watchdog, tell=lambda what=None: None):
     with all_or_none(group), output.progress_bar("reading", first and not args.quiet) as progress:
         model, tokenizer, reading = loading.load_sharded(
             checkpoint, placement=placement, group=group, dtype=args.dtype, combine=args.combine,
-            attention=args.attention, streams=args.streams, progress=progress, return_report=True,
+            attention=args.attention, streams=args.streams, progress=progress, return_report=True, **on_disk,
         )  # fmt: skip
     name = str(args.model or checkpoint.folder.name)
-    where = run.what_runs_where(name, model, prompt, placement, ranks, reading, versions)
+    where = run.what_runs_where(name, model, prompt, placement, ranks, reading, versions, args.expert_memory)
     console.print()
     console.print(where)
 
@@ -142,7 +143,7 @@ def run(args, watchdog, tell=lambda what=None: None):
         after_token = live.after_token if live else lambda: None
         answering = lambda: (heard(), tell())  # noqa: E731
         tokens, text, last, cache = generate(model, tokenizer, prompt, args, group, answering, shown, after_token)
-    changes = live.changes if live else [(0, placement)]
+    changes, cached = live.changes if live else [(0, placement)], disk.counts(model)
     console.rule(style="dim")
 
     # 4. Where the time goes, on extra tokens; and the same run by stock mlx-lm, on rank 0 alone.
@@ -151,7 +152,7 @@ def run(args, watchdog, tell=lambda what=None: None):
     with time_parts(TIMED_TOKENS, group) as seconds:
         for _ in range(TIMED_TOKENS):
             mx.eval(model(mx.array([tokens[-1:] or prompt.ids[-1:]]), cache=cache))
-    per_rank = gather_objects(group, cost.rank_figures(model, seconds))
+    per_rank = gather_objects(group, cost.rank_figures(model, seconds) | {"cache": cached})
     broken = any(gather_objects(group, mx.isnan(last.logprobs).any().item()))
     broken = run.not_a_number(first_not_a_number(model, prompt.ids + tokens)) if broken else None
     sequence, parity, stock = mx.array([prompt.ids + tokens]), None, None
@@ -187,12 +188,15 @@ def run(args, watchdog, tell=lambda what=None: None):
     tables += [*run.routing(trace, numbers), *run.balance(trace, changes, numbers, model)]
     tables += [run.rebalancing(live.figures(), changes, trace, model)] if live else []
     tables += cost.memory(whole, changes[-1][1], sum(entry.nbytes for entry in cache), per_rank)
+    if any(caches := [device for rank in per_rank for device in rank.pop("cache") or ()]):
+        took = last.prompt_tokens / last.prompt_tps + last.generation_tokens / last.generation_tps
+        tables += disk.of_run(trace, changes[-1][1].held, caches, numbers, took)
     tables += [cost.communication(model, trace, seconds.value_bytes, counted, ranks)]
     tables += [cost.ranks_table(per_rank)] if ranks > 1 else []
     tables += cost.speed(text, tokens, len(prompt.ids), ours, theirs, seconds)
     try:
         about = {"name": name, "config": config, "environment": versions}
-        missing = dict.fromkeys(("parity", "not_a_number", "rebalancing", "ranks"))
+        missing = dict.fromkeys(("parity", "not_a_number", "rebalancing", "ranks", "cache"))
         document = {"model": about, "environment": versions, "options": vars(args), **missing}
         document = table.sections([where, *tables], **document)
         tables.insert(0, verdict(document))

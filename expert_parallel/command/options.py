@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 
 from ..files import nearest
+from ..offload import POLICIES, PREFETCH
+from ..offload.budget import parse_budget
 from .output import Parser, check_outputs
 
 BY_TRACE = ("balanced", "replicated", "affinity")
@@ -17,6 +19,7 @@ STRATEGIES = ("contiguous", "round-robin", *BY_TRACE)
 PLACEMENT_FORMATS = ("vllm", "vllm-ranks", "vllm-ascend", "sglang", "tensorrt-llm")  # besides this project's own
 MOST = 10**12  # of a whole number: far beyond all use, and no arithmetic here overflows
 PICTURES = ("expert_loads", "device_loads", "memory", "time", "coactivation")
+CACHE_PICTURES = ("hit_rate",)  # besides, with --expert-memory
 ANALYSIS_PICTURES = ("speed",)  # of model_analysis.py
 OUTPUTS = ("trace", "save_placement", "json", "html")  # files, each with an option of its own
 
@@ -48,7 +51,8 @@ def parser_of(description: str) -> argparse.ArgumentParser:
         help="contiguous: neighbours together; round-robin: dealt in turn; by a trace balanced: even loads,"
         " replicated: with copies, affinity: few devices a token; or a placement file (default: contiguous)")
     add("--placement-trace", type=Path, metavar="FILE",
-        help="what --trace saved: balanced, replicated and affinity place experts by its loads")
+        help="what --trace saved: balanced, replicated and affinity place experts by its loads, pinned and learned keep"
+        " and read ahead by it")
     add("--redundant-experts", type=int, default=0, metavar="R",
         help="copies of hot experts in each layer, with --placement replicated (default: 0)")
     add("--rebalance-every", type=int, metavar="TOKENS",
@@ -60,6 +64,15 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     add("--rebalance-horizon", type=int, metavar="TOKENS",
         help="with --rebalance-every: tokens over which a move must repay its pause (default: those until the"
         " next look)")
+    add("--expert-memory", metavar="SIZE",
+        help="at most so much memory for the experts of a device, such as 4GB or 25%% of them; the others stay on disk"
+        " and are read when a token asks for them (default: all are in memory)")
+    add("--cache-policy", choices=POLICIES,
+        help="with --expert-memory, who makes room: lru: used longest ago; lfu: used least; aging: lfu whose counts"
+        " halve every 64 tokens; pinned: lru, but the hottest of --placement-trace stay (default: lru)")
+    add("--prefetch", choices=PREFETCH,
+        help="with --expert-memory, read ahead what the next layer is foretold to want: next-layer: by its router and"
+        " this layer's input; learned: from --placement-trace (default: none)")
     add("--combine", choices=("auto", "reduce", "gather"), default="auto",
         help="how ranks bring outputs together: reduce sums weighted outputs, gather sums every chosen expert's, top-k"
         " times the bytes; auto takes reduce where the model allows it (default: auto)")
@@ -78,7 +91,8 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     add("--save-placement", type=Path, metavar="FILE", help="save the placement")
     add("--placement-format", choices=PLACEMENT_FORMATS, metavar="FORMAT",
         help=f"of --save-placement: {', '.join(PLACEMENT_FORMATS)} (default: JSON of this project)")
-    add("--plots", type=Path, metavar="DIR", help=f"save pictures, .png: {', '.join(PICTURES)}")
+    add("--plots", type=Path, metavar="DIR",
+        help=f"save pictures, .png: {', '.join(PICTURES)}; with --expert-memory also {CACHE_PICTURES[0]}")
     add("--html", type=Path, metavar="FILE", help="save a page with everything in it, to read in a browser")
     add("--json", type=Path, metavar="FILE", help="save all figures; - for standard output, and then nothing else")
     add("--full", action="store_true", help="print every table (default: what fits on a screen; --json has all)")
@@ -100,6 +114,17 @@ def check_numbers(args) -> None:
     for name in ("rebalance_threshold", "rebalance_horizon"):
         if getattr(args, name) is not None and args.rebalance_every is None:
             raise ValueError(f"{option(name)} is of no use without --rebalance-every TOKENS")
+    for name in ("cache_policy", "prefetch"):
+        if getattr(args, name) is not None and args.expert_memory is None:
+            raise ValueError(f"{option(name)} is of no use without --expert-memory SIZE")
+        if getattr(args, name) in ("pinned", "learned") and args.placement_trace is None:
+            raise ValueError(
+                f"{option(name)} {getattr(args, name)} needs --placement-trace; record one with --trace FILE"
+            )
+    if args.expert_memory is not None:
+        parse_budget(args.expert_memory)
+        if args.rebalance_every is not None:
+            raise ValueError("--rebalance-every moves experts in memory: it does not go with --expert-memory")
 
 
 def check_limits(args, limits: dict) -> None:
@@ -122,6 +147,12 @@ def check_study(args, scenarios: tuple) -> list[str]:
     args.tokens, args.top_k = args.tokens or 8192, args.top_k or (None if args.trace else 8)
     if args.top_k and args.top_k > (args.experts or 128):
         raise ValueError(f"--top-k {args.top_k}: there are {args.experts or 128} experts to choose from")
+    for size in (args.expert_memory.split(",") if args.expert_memory else []) + [args.expert_bytes]:
+        parse_budget(size)
+    if args.expert_memory and not args.trace:
+        raise ValueError("--expert-memory needs --trace: a cache remembers what came before, and scenarios are random")
+    if not 0 < args.disk < float("inf"):
+        raise ValueError(f"--disk {args.disk}: needs more than 0 GB/s")
     if not (args.bandwidth > 0 and 0 <= args.latency < float("inf")):
         raise ValueError(f"--bandwidth {args.bandwidth}, --latency {args.latency}: needs more than 0, and 0 or more")
     if not 0 <= args.seed < 1 << 63:
@@ -141,7 +172,9 @@ def check_study(args, scenarios: tuple) -> list[str]:
 
 def check_files(args, model_folder) -> None:
     """That every output can be written, each into a file of its own, and none over what is read."""
-    outputs = {option(name): getattr(args, name) for name in OUTPUTS} | picture_files(args.plots, PICTURES)
+    outputs = {option(name): getattr(args, name) for name in OUTPUTS} | picture_files(
+        args.plots, PICTURES + CACHE_PICTURES
+    )
     inputs = {"the model": model_folder} | ({"the adapter": args.adapter_path} if args.adapter_path else {})
     named = {"the prompt": args.prompt, "the placement": args.placement, "the trace": args.placement_trace}
     inputs |= {what: path for what, path in named.items() if path and os.path.isfile(path)}  # noqa: PTH113
@@ -168,7 +201,7 @@ def option(name: str) -> str:
 
 def check_placement(args) -> None:
     """What can be said of --placement and what goes with it before a model is there."""
-    if args.placement_trace and args.placement not in BY_TRACE:
+    if args.placement_trace and args.placement not in BY_TRACE and not _cached_by_trace(args):
         raise ValueError(f"--placement-trace is of no use with --placement {args.placement}, which looks at no loads")
     if args.placement in BY_TRACE and args.placement_trace is None:
         raise ValueError(f"--placement {args.placement} needs --placement-trace; record one with --trace FILE")
@@ -180,6 +213,19 @@ def check_placement(args) -> None:
             raise ValueError(f"--redundant-experts is of no use with {args.placement}, which names the copies itself")
     if args.placement_format and not args.save_placement:
         raise ValueError("--placement-format needs --save-placement FILE")
+
+
+def _cached_by_trace(args) -> bool:
+    return args.cache_policy == "pinned" or args.prefetch == "learned"
+
+
+def cache_options(args, num_experts: int) -> dict:
+    """What `load_sharded` is to be told of experts on disk; ValueError where the trace cannot be read."""
+    from ..formats.traces import read_trace
+
+    trace = read_trace(args.placement_trace, num_experts) if _cached_by_trace(args) else None
+    how = {"cache_policy": args.cache_policy or "lru", "prefetch": args.prefetch or "none"}
+    return {"expert_memory": args.expert_memory, **how, "cache_trace": trace}
 
 
 def make_placement(args, shape: tuple[int, int], layer_numbers=None, ranks: int = 1):

@@ -1,6 +1,6 @@
 """Which experts stay in memory: a cache of one layer by numbers alone, and what it would have hit on a trace.
 
-Dimensions: T tokens, L layers, E experts, k chosen per token, S steps.
+Dimensions: T tokens, L layers, D devices, E experts, k chosen per token, S steps.
 
 A step wants a set of experts at once: one token's k in decoding, all that a prompt chose in prefill. Those that are
 here are hits, each of the others is a miss and takes the place of the one with the least claim to it:
@@ -23,7 +23,9 @@ from dataclasses import replace
 import numpy as np
 from numba import njit
 
-POLICIES = ("lru", "lfu", "aging", "pinned")  # that a run can follow
+from . import POLICIES, PREFETCH
+from .budget import rooms
+
 HALVED = 64  # steps
 KEPT = {"lru": 1.0, "lfu": 1.0, "aging": 0.5 ** (1 / HALVED), "pinned": 1.0}  # of a count, from step to step
 GAIN = {"lru": 0.0, "lfu": 1.0, "aging": 1.0, "pinned": 0.0}  # of an expert's claim by a use
@@ -131,6 +133,36 @@ class Cache:
         return come, row, wave, take_in(wanted, self.place, self.held, self.claim, self.used, come, row, wave)
 
 
+def make_caches(held: np.ndarray, devices, expert_bytes, budget, policy="lru", trace=None, prefetch="none"):
+    """list [L] of {device: Cache} for the devices that are here; None where all experts of each fit into the budget.
+
+    held    bool [L, D, E];  expert_bytes, budget  see budget.py
+    policy, prefetch  one of POLICIES, one of PREFETCH; "pinned" and "learned" need a `trace` of the same shape
+    Raises ValueError for what cannot be followed.
+    """
+    for what, asked, known in (("cache policy", policy, POLICIES), ("prefetch", prefetch, PREFETCH)):
+        if asked not in known:
+            raise ValueError(f"{what} is {', '.join(known)}, got {asked!r}")
+        if asked in ("pinned", "learned") and trace is None:
+            raise ValueError(f"{what} {asked} needs a routing trace")
+    if trace is not None and (trace.experts.shape[1], trace.num_experts) != held.shape[::2]:
+        shape = f"{trace.experts.shape[1]} layers of {trace.num_experts} experts"
+        raise ValueError(f"the trace is of {shape}, the model has {held.shape[0]} of {held.shape[2]}")
+    counts = held.sum(axis=2)
+    places = np.stack([rooms(budget, expert_bytes, counts[:, device]) for device in devices], axis=1)
+    if (places == counts[:, devices]).all():
+        return None
+    Cache(1, 1).step(np.zeros(1, np.int64))  # compiled now, not at the first token
+    caches = [{} for _ in held]
+    for n, device in enumerate(devices):
+        pinned = [()] * len(held)
+        if policy == "pinned":
+            pinned = hottest(np.where(held[:, device], trace.loads(), -1), places[:, n], trace.experts.shape[2])
+        for l, layer in enumerate(caches):
+            layer[device] = Cache(held.shape[2], places[l, n], policy, pinned[l])
+    return caches
+
+
 @compiled
 def _replay(experts, starts, num_experts, room, kept, gain, claim, foreseen):
     """Hits and distinct experts of each step [2, S], for `experts` [T k] of one layer; `starts` [S + 1] of steps.
@@ -154,6 +186,8 @@ def _replay(experts, starts, num_experts, room, kept, gain, claim, foreseen):
                 count += 1
             if foreseen:
                 claim[expert] = -after[at]
+        if not count:  # a device that no token of the step was sent to
+            continue
         use(wanted[:count], claim, used, step, kept, gain)
         found[0, step] = take_in(wanted[:count], place, held, claim, used, come, row, wave)
         found[1, step] = count
@@ -172,23 +206,28 @@ def _next_uses(experts, starts, num_experts):
     return after
 
 
-def replay(trace, rooms, policy: str, pinned=None) -> np.ndarray:
+def replay(trace, places, policy: str, pinned=None, served=None) -> np.ndarray:
     """What a cache for each layer would have hit on a trace, int64 [2, S, L]: hits and distinct experts, by step.
 
     trace   RoutingTrace; its forward passes are the steps
-    rooms   places of each layer's cache [L], or one number for all
+    places  of each layer's cache [L], or one number for all
     policy  one of POLICIES or "belady"
     pinned  by layer the experts that stay, see `hottest`
+    served  bool [T, L, k]: the slots that this cache's device answers, where there are several
     """
     T, L, k = trace.experts.shape
-    starts = np.append(np.flatnonzero(np.diff(trace.steps, prepend=-1)), T) * k
-    found = np.zeros((2, len(starts) - 1, L), np.int64)
+    firsts = np.append(np.flatnonzero(np.diff(trace.steps, prepend=-1)), T)
+    found = np.zeros((2, len(firsts) - 1, L), np.int64)
     how = (KEPT.get(policy, 1.0), GAIN.get(policy, 0.0))
 
     def replay_layer(l):
         claim = np.zeros(trace.num_experts)
         claim[[] if pinned is None else pinned[l]] = np.inf
-        experts, room = np.ascontiguousarray(trace.experts[:, l]).reshape(-1), np.broadcast_to(rooms, L)[l]
+        experts, starts = trace.experts[:, l], firsts * k
+        if served is not None:
+            starts = np.append(0, served[:, l].sum(axis=1).cumsum())[firsts]
+            experts = experts[served[:, l]]
+        experts, room = np.ascontiguousarray(experts).reshape(-1), np.broadcast_to(places, L)[l]
         found[:, :, l] = _replay(experts, starts, trace.num_experts, room, *how, claim, policy == "belady")
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -196,10 +235,10 @@ def replay(trace, rooms, policy: str, pinned=None) -> np.ndarray:
     return found
 
 
-def hottest(loads: np.ndarray, rooms, top_k: int) -> list[np.ndarray]:
+def hottest(loads: np.ndarray, places, top_k: int) -> list[np.ndarray]:
     """By layer the experts to pin: those of most load [L, E], but k places stay for what a token wants besides."""
     order = np.argsort(-loads, axis=1, kind="stable")
-    return [order[l, : max(0, room - top_k)] for l, room in enumerate(np.broadcast_to(rooms, len(loads)))]
+    return [order[l, : max(0, room - top_k)] for l, room in enumerate(np.broadcast_to(places, len(loads)))]
 
 
 def in_one(trace):

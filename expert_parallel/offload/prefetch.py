@@ -14,7 +14,6 @@ import numpy as np
 from ..layers import MoELayer, StandIn, activation_type, expert_tensors, hidden_size
 from ..trace import RoutingTrace, replaced
 
-PREFETCH = ("none", "next-layer", "learned")
 MOST_TOKENS = 4  # of a step that is foretold: a prompt asks for nearly all experts anyway
 
 

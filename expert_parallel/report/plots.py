@@ -38,6 +38,8 @@ def of_run(document: dict, trace, placement) -> dict:
     }
     if trace.experts.shape[2] > 1:  # else there are no pairs
         figures["coactivation"] = pairs_map(trace.experts, trace.num_experts, caption)
+    if document["cache"]:
+        figures["hit_rate"] = hit_lines(document["cache"]["budgets"], caption)
     return figures
 
 
@@ -140,6 +142,21 @@ def speed_lines(projection: dict, caption: str = ""):
     axes.set_xticks(counts := [row["devices"] for row in rows], labels=map(str, counts))
     axes.set_ylim(bottom=0)
     axes.figure.legend(loc="outside lower center", ncols=4)
+    return axes.figure
+
+
+def hit_lines(budgets: list[dict], caption: str = ""):
+    """Hit rate over the share of experts in memory, a line for each policy; `budgets` of the run's JSON."""
+    axes = _axes("Hit rate of a cache of experts for each layer", f"{caption} (simulated)", "experts in memory, %", "")
+    styles = {"lru": "o-", "lfu": "s--", "aging": "^:", "belady": "D-."}
+    colours = dict(zip(styles, ("#00224e", "#7d7c78", "#a59c74", "black"), strict=True))
+    memory = [100 * row["chance"] for row in budgets]
+    for name, style in styles.items():
+        label = "Belady, the bound" if name == "belady" else name
+        axes.plot(memory, [row[name] for row in budgets], style, color=colours[name], label=label)
+    axes.plot((0, 100), (0, 1), color="#bbbbbb", label="kept at random")
+    axes.set(xlim=(0, 100), ylim=(0, 1), ylabel="hits / experts wanted")
+    axes.figure.legend(loc="outside lower center", ncols=5)
     return axes.figure
 
 

@@ -33,8 +33,14 @@ BALANCEDNESSES = (
 )
 
 
-def what_runs_where(name: str, model, prompt, placement: Placement, ranks: int, reading, versions) -> Table:
-    """Model, types, prompt, devices, placement, hardware, versions; `reading` is a ReadReport."""
+def what_runs_where(name, model, prompt, placement: Placement, ranks: int, reading, versions, budget=None) -> Table:
+    """Model, types, prompt, devices, placement, hardware, versions.
+
+    reading  a ReadReport;  budget  what --expert-memory asked for
+    """
+    stores = [store for layer in moe_layers(model) for store in layer.experts.stores]
+    on_disk = not all(store.all_here for store in stores)
+    in_memory = "others are read when a token asks for them" if on_disk else "all experts fit"
     counts = placement.held.sum(axis=2)  # [L, D]
     held = " to ".join(map(str, sorted({int(counts.min()), int(counts.max())})))
     copies = int(placement.copies.sum()) // placement.num_layers - placement.num_experts
@@ -53,6 +59,7 @@ def what_runs_where(name: str, model, prompt, placement: Placement, ranks: int, 
             placement.strategy,
             lambda strategy: f"{strategy}, {held} of {placement.num_experts} experts on each device{more}",
         ),
+        Figure(None, "expert memory", budget, lambda budget: f"{budget} a device: {in_memory}"),
         Figure(None, "running on", "{device}, {device_name}, {cores} cores, {system}".format(**versions)),
         Figure(None, "read", f"{read} of files in {reading.seconds:.1f} s"),
         Figure(None, "versions", "mlx {mlx}, mlx-lm {mlx_lm}, Python {python}".format(**versions)),

@@ -15,6 +15,7 @@ def verdict(document: dict) -> Table:
     items = {
         "answer": _answer(document["parity"], document["not_a_number"]),
         "memory": _memory(document["memory"]),
+        "disk": _disk(document["cache"]),
         "balance": _balance(document["balance"], document["placement"]),
         "speed": _speed(document),
         "real ranks": _ranks(document),
@@ -37,6 +38,14 @@ def _answer(parity: dict | None, broken: dict | None) -> str:
 def _memory(memory: dict) -> str:
     fullest = size(max(memory["per_device_bytes"]))
     return f"the fullest device holds {fullest} of {size(memory['full_model_bytes'])}, {memory['reduction']:.2f}x less"
+
+
+def _disk(cache: dict | None) -> str | None:
+    if cache is None:
+        return None
+    known = f"{cache['hit_rate']:.0%} of the experts that steps wanted were in memory"
+    waited = f"computing waited {cache['reads']['seconds_waited']:.1f} of {cache['seconds']:.1f} s"
+    return f"{known} ({cache['policy']}); {size(cache['bytes_read_per_token'])} read a token, {waited}"
 
 
 def _balance(balance: dict, placement: dict) -> str | None:

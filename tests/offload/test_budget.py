@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from expert_parallel.offload.budget import make_caches, parse_budget, rooms
+from expert_parallel.offload.budget import parse_budget, rooms
+from expert_parallel.offload.policies import make_caches
 from expert_parallel.trace import RoutingTrace
 
 
