@@ -38,9 +38,6 @@ def what_runs_where(name, model, prompt, placement: Placement, ranks: int, readi
 
     reading  a ReadReport;  budget  what --expert-memory asked for
     """
-    stores = [store for layer in moe_layers(model) for store in layer.experts.stores]
-    on_disk = not all(store.all_here for store in stores)
-    in_memory = "others are read when a token asks for them" if on_disk else "all experts fit"
     counts = placement.held.sum(axis=2)  # [L, D]
     held = " to ".join(map(str, sorted({int(counts.min()), int(counts.max())})))
     copies = int(placement.copies.sum()) // placement.num_layers - placement.num_experts
@@ -59,7 +56,7 @@ def what_runs_where(name, model, prompt, placement: Placement, ranks: int, readi
             placement.strategy,
             lambda strategy: f"{strategy}, {held} of {placement.num_experts} experts on each device{more}",
         ),
-        Figure(None, "expert memory", budget, lambda budget: f"{budget} a device: {in_memory}"),
+        Figure(None, "expert memory", budget, lambda size: f"{size} a device: {_in_memory(model)}"),
         Figure(None, "running on", "{device}, {device_name}, {cores} cores, {system}".format(**versions)),
         Figure(None, "read", f"{read} of files in {reading.seconds:.1f} s"),
         Figure(None, "versions", "mlx {mlx}, mlx-lm {mlx_lm}, Python {python}".format(**versions)),
@@ -67,6 +64,11 @@ def what_runs_where(name, model, prompt, placement: Placement, ranks: int, readi
     also = {"source": "as asked for", "devices": placement.num_devices, "ranks": ranks, "experts_per_device": counts}
     also["notes"] = placement.metadata.get("notes", [])
     return Table("What runs where", figures, "placement", also=also, facts=True)
+
+
+def _in_memory(model) -> str:
+    on_disk = any(not store.all_here for layer in moe_layers(model) for store in layer.experts.stores)
+    return "others are read when a token asks for them" if on_disk else "all experts fit"
 
 
 def parity(logits: mx.array, tokens: list[int], stock_logits: mx.array, stock_tokens: list[int]) -> Table:

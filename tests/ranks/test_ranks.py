@@ -76,6 +76,19 @@ def cases_of(ranks):
         "replicated": ("--model", "{hf}", *replicated),
         "hybrid": ("--model", "{4bit}" if ranks == 2 else "{float32}", "--attention", "sharded"),
     }
+    if ranks == 2:
+        cases["on disk"] = ("--model", "{4bit}", "--expert-memory", "40%", "--prefetch", "next-layer")
+        cases["on disk, copies"] = (
+            *shipped,
+            "--placement",
+            "{copies}",
+            "--expert-memory",
+            "12%",
+            "--cache-policy",
+            "lfu",
+        )
+    if ranks == 3:
+        cases["on disk"] = ("--model", "{hf}", "--expert-memory", "50%", "--combine", "gather")
     if ranks <= 3:
         cases["contiguous"] = ("--model", "{4bit}")
     if ranks == 2:
@@ -129,6 +142,11 @@ def test_every_way_to_spread_says_what_stock_says(backend, ranks, models, tmp_pa
         assert figures["generation"]["tokens"] == answers[0]["tokens"], name
         if name.startswith("rebalanced"):
             assert any(look["moved"] for look in figures["rebalancing"]["looks"]), name
+        if name.startswith("on disk"):
+            by_device = figures["cache"]["by_device"]
+            assert [each["device"] for each in by_device] == list(range(ranks))
+            assert all(sum(each["misses"]) == sum(read["experts"] for read in each["reads"]) > 0 for each in by_device)
+            assert figures["cache"]["misses"] == sum(sum(each["misses"]) for each in by_device)
         if name == "hybrid":
             rest = figures["memory"]["full_model_bytes"] - figures["memory"]["full_model_expert_bytes"]
             assert figures["ranks"][0]["rest_bytes"] < rest * 0.8

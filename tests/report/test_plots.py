@@ -159,7 +159,7 @@ def test_the_pictures_of_a_run_are_those_that_its_options_name():
     trace = RoutingTrace(np.arange(24).reshape(6, 2, 2) % 8, 8)
     placement, seconds = place_experts(np.ones((2, 8)), 2), {"tokens": 1, "total": 1, "experts": 1, "collectives": 0}
     document = {
-        "model": {"name": "m"}, "placement": {"devices": 2, "strategy": "contiguous"}, "ranks": None,
+        "model": {"name": "m"}, "placement": {"devices": 2, "strategy": "contiguous"}, "ranks": None, "cache": None,
         "balance": {"device_loads": [[4, 8], [6, 6]]}, "time": {**seconds, "waiting": 0},
         "memory": {"experts_per_device_bytes": [1, 2], "rest_per_device_bytes": [1, 1], "kv_cache_bytes": 0,
                    "full_model_bytes": 5, "source": "measured"},
@@ -196,3 +196,22 @@ def test_no_backend_is_chosen_and_pyplot_is_not_imported():
     code += "print('matplotlib.figure' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "False"]
+
+
+def test_hit_rates_are_lines_over_the_share_in_memory():
+    rows = [
+        {"chance": 0.25, "lru": 0.5, "lfu": 0.6, "aging": 0.62, "belady": 0.7},
+        {"chance": 0.5, "lru": 0.8, "lfu": 0.7, "aging": 0.82, "belady": 0.9},
+    ]
+    axes = plots.hit_lines(rows, "m").axes[0]
+    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+    assert lines == {
+        "lru": ([25, 50], [0.5, 0.8]),
+        "lfu": ([25, 50], [0.6, 0.7]),
+        "aging": ([25, 50], [0.62, 0.82]),
+        "Belady, the bound": ([25, 50], [0.7, 0.9]),
+        "kept at random": ([0, 100], [0, 1]),
+    }
+    assert axes.get_title() == "Hit rate of a cache of experts for each layer\nm (simulated)"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("experts in memory, %", "hits / experts wanted")
+    assert axes.get_xlim() == (0, 100) and axes.get_ylim() == (0, 1)

@@ -14,6 +14,7 @@ def document(**changes):
         "parity": {"tokens_equal": True, "tokens_compared": 64, "logits_compared": 331_776,
                    "max_abs_logit_difference": 0.0},
         "not_a_number": None,
+        "cache": None,
         "memory": {"per_device_bytes": [3_000_000, 3_930_000], "full_model_bytes": 17_690_000, "reduction": 4.5},
         "balance": {"balancedness_layers": 0.6, "balancedness_if_uniform_simulated": 0.88},
         "placement": {"devices": 8, "ranks": 1, "strategy": "contiguous"},
@@ -90,3 +91,11 @@ def test_one_device_and_one_token_and_ranks():
     real = said(placement={"ranks": 2}, ranks=ranks)
     assert real["speed"].endswith("(one run each); rank 0 spends 0.50 ms a token in collectives, 1.50 waiting")
     assert "real ranks" not in real
+
+
+def test_what_a_run_from_disk_waited_for():
+    cache = {"hit_rate": 0.874, "policy": "lfu", "bytes_read_per_token": 12_345_678, "seconds": 20.04}
+    line = facts_of(str(verdict(document(cache={**cache, "reads": {"seconds_waited": 3.26}}))), "In short")["disk"]
+    assert line == (
+        "87% of the experts that steps wanted were in memory (lfu); 12.35 MB read a token, computing waited 3.3 of 20.0 s"
+    )
