@@ -86,7 +86,7 @@ def load_sharded(
     tokenizer_config: dict | None = None,
     return_report: bool = False,
     expert_memory=None,
-    cache_policy: str = "lru",
+    cache_policy: str = "aging",
     cache_trace=None,
     prefetch: str = "none",
 ):

@@ -69,7 +69,7 @@ def parser_of(description: str) -> argparse.ArgumentParser:
         " and are read when a token asks for them (default: all are in memory)")
     add("--cache-policy", choices=POLICIES,
         help="with --expert-memory, who makes room: lru: used longest ago; lfu: used least; aging: lfu whose counts"
-        " halve every 64 tokens; pinned: lru, but the hottest of --placement-trace stay (default: lru)")
+        " halve every 64 tokens; pinned: lru, but the hottest of --placement-trace stay (default: aging)")
     add("--prefetch", choices=PREFETCH,
         help="with --expert-memory, read ahead what the next layer is foretold to want: next-layer: by its router and"
         " this layer's input; learned: from --placement-trace (default: none)")
@@ -224,7 +224,7 @@ def cache_options(args, num_experts: int) -> dict:
     from ..formats.traces import read_trace
 
     trace = read_trace(args.placement_trace, num_experts) if _cached_by_trace(args) else None
-    how = {"cache_policy": args.cache_policy or "lru", "prefetch": args.prefetch or "none"}
+    how = {"cache_policy": args.cache_policy or "aging", "prefetch": args.prefetch or "none"}
     return {"expert_memory": args.expert_memory, **how, "cache_trace": trace}
 
 

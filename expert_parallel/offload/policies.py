@@ -113,7 +113,7 @@ class Cache:
     pinned  experts that never go once they are here, fewer than there is room for
     """
 
-    def __init__(self, num_experts: int, room: int, policy: str = "lru", pinned=()):
+    def __init__(self, num_experts: int, room: int, policy: str = "aging", pinned=()):
         self.policy, self.steps = policy, 0
         self.place, self.held = np.full(num_experts, NOWHERE), np.full(room, NOBODY)
         self.claim, self.used = np.zeros(num_experts), np.full(num_experts, -1)
@@ -133,7 +133,7 @@ class Cache:
         return come, row, wave, take_in(wanted, self.place, self.held, self.claim, self.used, come, row, wave)
 
 
-def make_caches(held: np.ndarray, devices, expert_bytes, budget, policy="lru", trace=None, prefetch="none"):
+def make_caches(held: np.ndarray, devices, expert_bytes, budget, policy="aging", trace=None, prefetch="none"):
     """list [L] of {device: Cache} for the devices that are here; None where all experts of each fit into the budget.
 
     held    bool [L, D, E];  expert_bytes, budget  see budget.py

@@ -73,7 +73,7 @@ def hits_in_waves(steps, room):
 
 
 def test_every_figure_is_that_of_the_trace(capsys, tmp_path):
-    document, trace, text = run(capsys, tmp_path, "--devices", "1", "--expert-memory", "25%")
+    document, trace, text = run(capsys, tmp_path, "--devices", "1", "--expert-memory", "25%", "--cache-policy", "lru")
     cache, room = document["cache"], 32
     hits = [sum(lru_hits(steps_of(trace, layer), room)) for layer in range(L)]
     wanted = [sum(len(distinct(step)) for step in steps_of(trace, layer)) for layer in range(L)]
@@ -109,7 +109,7 @@ def test_every_figure_is_that_of_the_trace(capsys, tmp_path):
 
 
 def test_each_device_has_a_cache_of_its_own(capsys, tmp_path):
-    document, trace, _ = run(capsys, tmp_path, "--devices", "4", "--expert-memory", "50%")
+    document, trace, _ = run(capsys, tmp_path, "--devices", "4", "--expert-memory", "50%", "--cache-policy", "lru")
     for device, counted in enumerate(document["cache"]["by_device"]):
         held = (32 * device, 32 * (device + 1))
         assert counted["device"] == device and counted["places"] == [16] * L

@@ -97,5 +97,6 @@ def test_what_a_run_from_disk_waited_for():
     cache = {"hit_rate": 0.874, "policy": "lfu", "bytes_read_per_token": 12_345_678, "seconds": 20.04}
     line = facts_of(str(verdict(document(cache={**cache, "reads": {"seconds_waited": 3.26}}))), "In short")["disk"]
     assert line == (
-        "87% of the experts that steps wanted were in memory (lfu); 12.35 MB read a token, computing waited 3.3 of 20.0 s"
+        "87% of the experts that steps wanted were in memory (lfu); 12.35 MB read a token,"
+        " computing waited 3.3 of 20.0 s"
     )
