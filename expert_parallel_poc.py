@@ -101,13 +101,13 @@ def run(args):
     experts, top_k, trace = args.experts or 128, args.top_k, None
     if args.trace:
         *trace, notes = recorded(filter(None, (args.trace, args.test_trace)), args.experts)
-        experts, top_k = trace[0].num_experts, trace[0].experts.shape[2]
+        ((experts, top_k),) = {(part.num_experts, part.experts.shape[2]) for part in trace}
         for note in notes:
             console.print(note)
     redundant = args.redundant_experts
     if redundant is None:
         redundant = args.devices if args.devices > 1 else 0
-    place_experts(np.ones((1, experts)), args.devices, "replicated", redundant)  # mistakes are said now
+    place_experts(np.ones(experts)[None], args.devices, "replicated", redundant)  # mistakes are said now
     layer = SmallLayer(args.hidden, args.expert_width, experts, top_k, args.seed)
     link, about = Link(args.latency * 1e-6, args.bandwidth * 1e9), table.environment()
     console.print(

@@ -73,7 +73,15 @@ TESTS = {
         "tests/test_public_reports.py",
         "tests/command/test_scripts.py",
     ],
-    "scripts": [*WITNESSES, "tests/command/test_scripts.py", "tests/report/test_*.py", "tests/study/test_*.py"],
+    "scripts": [
+        "tests/command/test_scripts_parsers.py",
+        *WITNESSES,
+        "tests/command/test_scripts.py",
+        "tests/report/test_*.py",
+        "tests/study/test_*.py",
+        "tests/ranks/test_ranks.py",
+        "tests/ranks/test_rank_failures.py",
+    ],
 }
 
 # Faults that no test can notice, or need not: (file, function or part of its line, fault, reason).
@@ -148,6 +156,31 @@ ACCEPTED = [
         "filled up by nothing",
     ),
     ("expert_parallel/balance.py", "routing_entropy", "0 -> 1", "0 log 0 and 1 log 1 are the same"),
+    ("minimal_qwen3_example.py", "place_experts([[0]", "0 -> 1", "contiguous asks for the shape of loads alone"),
+    (
+        "minimal_qwen3_example.py",
+        "place_experts([[0]",
+        "place_experts([[0] * num_experts] * num_layers, num_devices=8, strategy='contiguous')"
+        " -> place_experts([[0] * num_experts] * num_layers, num_devices=8)",
+        "the default, said for who reads it",
+    ),
+    ("qwen3_expert_parallel.py", '"quantized_kv_start": 0', "0 -> 1", "a cache has a token when it is looked at"),
+    (
+        "qwen3_expert_parallel.py",
+        "if ranks > 1:",
+        "ranks > 1 -> ranks >= 1",
+        "alone a mark has nobody to be compared with",
+    ),
+    ("qwen3_expert_parallel.py", "run", "console.rule(style='dim') -> console.rule()", "looks"),
+    (
+        "qwen3_expert_parallel.py",
+        "run",
+        "mx.isnan(last.logprobs).any -> mx.isnan(last.logprobs).all",
+        "where one logit is no number no log-probability is one",
+    ),
+    ("qwen3_expert_parallel.py", "any(gather_objects", "any -> all", "what is no number is summed into every rank"),
+    ("expert_parallel_poc.py", "random.key(args.seed + 1)", "args.seed + 1 -> args.seed - 1", "a seed: any other"),
+    ("expert_parallel_poc.py", "random.key(args.seed + 1)", "1 -> 2", "a seed: any other"),
 ]
 
 COMPARISONS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq}
