@@ -92,6 +92,7 @@ ACCEPTED = [
     ("expert_parallel/moving/live.py", "", "16 -> 17", "how often loads are read from the device: tuning"),
     ("expert_parallel/moving/live.py", "", "5 -> 6", "times that a cost is measured: tuning"),
     ("expert_parallel/placing/affinity.py", "", "24 -> 25", "sweeps of a search: tuning"),
+    ("expert_parallel/placing/affinity.py", "pairs = pairs / ", "pairs.mean -> pairs.max", "in any unit"),
     ("expert_parallel/placing/affinity.py", "coactivation", "100000 -> 100001", "a default that bounds time: tuning"),
     ("expert_parallel/placing/search.py", "", "100000 -> 100001", "tries of a search: tuning"),
     ("expert_parallel/placing/search.py", "", "32 -> 33", "tries of a search: tuning"),
