@@ -98,8 +98,6 @@ ACCEPTED = [
     ("expert_parallel/placing/search.py", "", "32 -> 33", "tries of a search: tuning"),
     ("expert_parallel/placing/search.py", "", "16 -> 17", "targets of a search: tuning"),
     ("expert_parallel/command/output.py", "progress_bar", "True -> False", "the bar is wiped in the end: looks"),
-    ("expert_parallel/report/plots.py", "load_map", "9 -> 10", "inches of a picture: looks"),
-    ("expert_parallel/report/plots.py", "load_map", "4 -> 5", "inches of a picture: looks"),
     ("expert_parallel/report/checks.py", "forward", "20 -> 21", "characters a token that are tokenised: enough"),
     ("expert_parallel/router/capacity.py", "Capacity.__post_init__", "1 -> 2", "calls that only refuse options"),
     ("expert_parallel/router/choice.py", "by_logits", "16 -> 17", "random tokens of a trial"),
