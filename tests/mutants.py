@@ -126,6 +126,8 @@ ACCEPTED = [
         "min(header, length) -> max(header, length)",
         "it reads all of what is there: as good a mark, and slow",
     ),
+    ("expert_parallel/trials.py", "k = min(count, 8)", "min -> max", "experts of a token of a trial"),
+    ("expert_parallel/trials.py", "k = min(count, 8)", "8 -> 9", "experts of a token of a trial"),
     ("expert_parallel/trials.py", "random.key(0)", "0 -> 1", "a seed: any will do"),
     ("expert_parallel/trials.py", "default_rng(0)", "0 -> 1", "a seed: any will do"),
     (
@@ -135,6 +137,8 @@ ACCEPTED = [
         "a bound that is met exactly",
     ),
     ("expert_parallel/ranks/group.py", "checkpoint_mark", "4096 -> 4097", "bytes of a sample"),
+    ("expert_parallel/ranks/group.py", "np.linspace", "64 -> 65", "samples of a file"),
+    ("expert_parallel/ranks/group.py", "np.linspace", "0 -> 1", "the first byte says how long a header is"),
     (
         "expert_parallel/formats/warm_up.py",
         "warm_up_rows",

@@ -161,6 +161,13 @@ def test_a_prompt_becomes_what_the_model_reads(template, line, expected):
     assert (prompt.text, prompt.max_tokens, prompt.note) == ("hi", 64, "")
 
 
+@pytest.mark.parametrize("line", [("--system-prompt", "Be short."), ("--chat-template-config", "{}")])
+def test_what_a_template_alone_can_take_is_refused_without_one(line):
+    for args, template in ((arguments(*line), False), (arguments(*line, "--ignore-chat-template"), True)):
+        with pytest.raises(ValueError, match="are for a chat template, and there is none"):
+            read_prompt(args, Tokenizer(template), None)
+
+
 @pytest.mark.parametrize("template", [False, True])
 def test_a_prompt_of_ones_own_fits_the_kind_of_model(template):
     text = read_prompt(arguments(), Tokenizer(template), None).text

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 from conftest import run_script
 
 from expert_parallel.ranks import group as groups
-from expert_parallel.ranks.group import RanksDisagree, agree, all_or_none
+from expert_parallel.ranks.group import RanksDisagree, agree, all_or_none, checkpoint_mark
 from expert_parallel.ranks.launch import check_hostfile, host_of_rank_0, launched, run_ranks
 
 SCRIPT = "qwen3_expert_parallel.py"
@@ -221,3 +222,25 @@ def test_local_ranks_that_hang_are_ended(monkeypatch):
     with pytest.raises(ValueError, match="^2 ranks over ring did not end within 0.5 s$"):
         run_python("import time; time.sleep(60)", timeout=0.5)
     assert [process.wait(timeout=5) for process in started] == [-signal.SIGKILL] * 2
+
+
+@pytest.mark.parametrize("blocks", [64, 1])
+def test_a_mark_differs_with_names_sizes_headers_and_bytes(blocks, tmp_path):
+    """64 samples of 4,096 bytes: all of a file of that size, and of a shorter one."""
+    header, data = b'{"a": 1}', bytes(blocks * 4096 - 100 * (blocks == 1))
+    whole = len(header).to_bytes(8, "little") + header + data
+
+    def mark(content=whole, name="model.safetensors", other=b"", files=None):
+        folder = tmp_path / "folder"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        (folder / name).write_bytes(content)
+        (folder / "other.safetensors").write_bytes(other)  # which is none of the files
+        return checkpoint_mark(folder, files) if files else checkpoint_mark(folder)
+
+    marks = {mark(), mark(name="model-1.safetensors"), mark(whole + b"\0"), mark(whole.replace(b"1", b"2"))}
+    places = [16, 16 + 4095, 16 + len(data) // 2, len(whole) - 4096, len(whole) - 1]
+    marks |= {mark(whole[:at] + b"\1" + whole[at + 1 :]) for at in {*places} if at < len(whole)}
+    assert len(marks) == 4 + len({at for at in places if at < len(whole)})
+    assert mark() == mark(other=b"x") != mark(files="other*") != mark(other=b"x", files="other*")
+    assert mark() == mark() and len(mark()) == 32
