@@ -120,6 +120,9 @@ ACCEPTED = [
         "one token or two, one sequence or two: never computed",
     ),
     ("expert_parallel/ranks/watch.py", "for how, seconds in", "0 -> 1", "seconds of patience"),
+    ("expert_parallel/ranks/watch.py", "for how, seconds in", "2 -> 3", "seconds of patience"),
+    ("expert_parallel/ranks/watch.py", "PATIENCE = 5", "5 -> 6", "seconds of patience"),
+    ("expert_parallel/ranks/watch.py", "LOOK = 1", "1 -> 2", "seconds of patience"),
     (
         "expert_parallel/ranks/group.py",
         "checkpoint_mark",

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import types
@@ -14,6 +15,7 @@ from conftest import run_script
 from expert_parallel.ranks import group as groups
 from expert_parallel.ranks.group import RanksDisagree, agree, all_or_none, checkpoint_mark
 from expert_parallel.ranks.launch import check_hostfile, host_of_rank_0, launched, run_ranks
+from expert_parallel.ranks.watchdog import Watchdog
 
 SCRIPT = "qwen3_expert_parallel.py"
 RANK = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "PMI_RANK", "PMI_SIZE")
@@ -244,3 +246,18 @@ def test_a_mark_differs_with_names_sizes_headers_and_bytes(blocks, tmp_path):
     assert len(marks) == 4 + len({at for at in places if at < len(whole)})
     assert mark() == mark(other=b"x") != mark(files="other*") != mark(other=b"x", files="other*")
     assert mark() == mark() and len(mark()) == 32
+
+
+def test_where_others_reach_the_watch_of_a_rank(monkeypatch):
+    """Where it listens, and where that is everywhere under this machine's name; what it tells its own process."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "this-machine")
+    told, watchdog = [], object.__new__(Watchdog)
+    vars(watchdog).update(_port=5000, _token="secret", _tell=told.append)
+    for host, name in (("0.0.0.0", "this-machine"), ("10.0.0.1", "10.0.0.1"), ("", "")):
+        watchdog._host = host
+        assert watchdog.address() == {"host": name, "port": 5000, "token": "secret"}
+    watchdog.join({"host": "10.0.0.1", "port": 0, "token": "x"})  # which nobody can join
+    watchdog.join({"host": "10.0.0.1", "port": 5001, "token": "x"})
+    watchdog.limit(2.5, "no answer")
+    watchdog.limit(None)
+    assert told == ["join 10.0.0.1 5001 x", "limit 2.5 no answer", "limit 0 "]
