@@ -10,7 +10,7 @@ from conftest import CONFIG, SHIPPED
 from mlx.utils import tree_flatten
 from printed import columns_of, facts_of, lines_of
 
-from expert_parallel.models.architecture import describe
+from expert_parallel.models.architecture import describe, hybrid_rest_bytes
 from expert_parallel.models.configurations import Configuration, load_configuration
 from expert_parallel.models.forward import next_layer_recall
 from expert_parallel.models.parts import Part
@@ -102,7 +102,11 @@ def test_memory_of_the_fullest_device(described):
 
 def test_hybrid_where_some_numbers_divide_and_where_none_can():
     """Qwen3-Coder has 4 heads of keys and values: 2 and 4 ranks can share them, 3 cannot; gpt-oss has no shard()."""
-    tables = model.memory(describe(load_configuration("qwen3-coder-30b"), bits=4), [1, 2, 3, 4])
+    coder = describe(load_configuration("qwen3-coder-30b"), bits=4)
+    tables = model.memory(coder, [1, 2, 3, 4])
+    for row in tables[0].to_json()["devices"][1::2]:
+        split = hybrid_rest_bytes(coder.model, row["devices"])
+        assert row["hybrid_bytes"] == row["expert_bytes"] + split < row["replicated_rest_bytes"]
     assert [row["hybrid_bytes"] is None for row in tables[0].to_json()["devices"]] == [False, False, True, False]
     assert list(facts_of(printed(tables), "No hybrid")) == ["on 3"]
     tables = model.memory(describe(load_configuration("mixtral-8x7b")), [1, 2])
