@@ -58,7 +58,7 @@ TESTS = {
         "tests/study/test_workbench.py",
         *WITNESSES,
     ],
-    "models": ["tests/models/test_[acfm]*.py", "tests/report/test_model*.py"],
+    "models": ["tests/models/test_[acflm]*.py", "tests/report/test_model*.py"],
     "formats": ["tests/formats/test_*.py", "tests/test_placement.py"],
     "projection": [
         "tests/projection/test_*.py",
