@@ -37,8 +37,7 @@ def generate(model, tokenizer, prompt, args, group, heard, out=False, after_toke
     from expert_parallel.ranks.group import follow_rank_0
 
     mx.random.seed(args.seed)
-    top_p = args.top_p if args.top_p < 1 else 0.0
-    sampler = sample = make_sampler(temp=args.temp, top_p=top_p, min_p=args.min_p, top_k=args.top_k)
+    sampler = sample = make_sampler(temp=args.temp, top_p=args.top_p, min_p=args.min_p, top_k=args.top_k)
     if is_rank(group):
         sampler = lambda logprobs: follow_rank_0(group, sample(logprobs))  # noqa: E731
     cache, tokens, text, last = make_prompt_cache(model), [], "", None
@@ -107,8 +106,9 @@ def run(args, watchdog, tell=lambda what=None: None):
         same |= {"verify": verify, "trials": trials}
         same |= {options.option(name): value for name, value in vars(args).items() if name not in OWN_OPTIONS}
         same |= {"placement": placement.held.tobytes(), "prompt": prompt.ids}
-        same["weights"] = checkpoint_mark(checkpoint.folder) if ranks > 1 else ""
-        same["adapter"] = checkpoint_mark(args.adapter_path, "adapters*") if ranks > 1 and args.adapter_path else ""
+        if ranks > 1:
+            same["weights"] = checkpoint_mark(checkpoint.folder)
+            same["adapter"] = checkpoint_mark(args.adapter_path, "adapters*") if args.adapter_path else ""
     tell()
     for line in filter(None, (note, prompt.note, *placement.metadata.get("notes", ()))):
         console.print(line)
@@ -171,7 +171,7 @@ def run(args, watchdog, tell=lambda what=None: None):
             expected, _, answer, _ = generate(stock, tokenizer, prompt, args, None, lambda: None)
             parity = run.parity(logits, tokens, stock(sequence), expected)
             theirs.append(answer)
-        gather_objects(group, 0)  # nobody leaves while rank 0 still compares
+        gather_objects(group, None)  # nobody leaves while rank 0 still compares
     for n in range(trials):  # in turns: whatever else the machine does meets both
         heard()
         tell(f"timing run {n + 1} of {trials}")
@@ -179,7 +179,7 @@ def run(args, watchdog, tell=lambda what=None: None):
         watchdog.limit(None)
         if stock:
             theirs.append(generate(stock, tokenizer, prompt, args, None, lambda: None)[2])
-        gather_objects(group, 0)
+        gather_objects(group, None)
 
     # 5. One report: for programs, and for people.
     if not first:

@@ -129,6 +129,12 @@ def test_loads_that_are_none(loads, message):
         place_experts(ones(1, 4), 2).device_loads(loads)
 
 
+def test_placements_are_alike_by_what_they_hold():
+    one = Placement(held([[0, 1], [2]]), "by hand", {"a": 1})
+    assert one == Placement(held([[0, 1], [2]])) and one != Placement(held([[0], [1, 2]]))
+    assert one != Placement(held([[0, 1], [2]], [[0, 1], [2]])) and one != one.held.tolist() and one != "by hand"
+
+
 def test_a_placement_must_be_whole():
     with pytest.raises(ValueError, match="layer 1: expert 2 is on no device"):
         Placement(np.array([held([[0, 1], [2]])[0], held([[0, 1], [0]], [[2], [2]])[0]]))

@@ -94,7 +94,7 @@ def context_of(config: dict) -> int | None:
 def read_config(path) -> dict:
     """A config.json as a dictionary that names its model_type. ValueError naming the file if it is not that."""
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        config = json.loads(Path(path).read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {in_a_line(error)}") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):

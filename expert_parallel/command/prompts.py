@@ -57,7 +57,7 @@ def text_of(prompt: str, standard_input: str | None = None) -> str:
     if prompt == "-":
         text = standard_input or ""
     elif os.path.isfile(prompt):  # noqa: PTH113, pathlib's raises for a text too long for a file name
-        text = Path(prompt).read_text(encoding="utf-8", errors="surrogateescape")
+        text = Path(prompt).read_text("utf-8", "surrogateescape")
     elif os.path.isdir(prompt):  # noqa: PTH112
         raise ValueError(f"--prompt {prompt} is a folder: give a file in it, a text, or - for standard input")
     elif re.fullmatch(r"\S+\.(txt|md|py|json)", prompt):  # a model would answer the name of a file that is not there

@@ -23,7 +23,7 @@ def replicate(loads, redundant: int, num_devices: int, target=0) -> np.ndarray:
     rows, copies = np.arange(num_layers), np.ones(loads.shape, np.int64)
     slots = np.tile(np.arange(num_experts + redundant), (num_layers, 1))
     for slot in range(num_experts, num_experts + redundant):
-        share = np.where(copies < num_devices, loads / copies, -1)
+        share = np.where(copies < num_devices, loads / copies, -np.inf)
         coldest = np.where(copies < num_devices, loads * copies, np.inf).argmin(axis=1)
         slots[:, slot] = np.where(share.max(axis=1) > target, share.argmax(axis=1), coldest)
         copies[rows, slots[:, slot]] += 1

@@ -127,7 +127,7 @@ def checkpoint_mark(folder, files: str = "model*.safetensors") -> str:
         with file.open("rb") as data:
             header = int.from_bytes(data.read(8), "little")
             digest.update(data.read(min(header, length)))
-            for at in np.linspace(8 + header, max(length - 4096, 0), 64, dtype=np.int64):
+            for at in np.linspace(8 + header, max(length - 4096, 0), 64):
                 data.seek(int(at))
                 digest.update(data.read(4096))
     return digest.hexdigest()

@@ -31,7 +31,7 @@ MOST_TEXT = 24  # characters of a value in print
 def read_report(path) -> dict:
     """What --json of one of the scripts saved. ValueError in one line for anything else."""
     try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
+        document = json.loads(Path(path).read_text("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
     if not isinstance(document, dict) or not SCRIPTS.keys() & document.keys() or "options" not in document:

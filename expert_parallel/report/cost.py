@@ -87,7 +87,7 @@ def communication(model, trace: RoutingTrace, value_bytes: int, counted: dict, r
         source = "measured at the calls, sharded head and attention included; an upper bound, for of a prompt MLX"
         about = {"source": f"{source} carries out only what its caches need", "tokens": len(trace),
                  "calls": calls, "payload_bytes": payload, "by_kind": counted,
-                 "payload_bytes_per_token": payload / max(1, len(trace))}  # fmt: skip
+                 "payload_bytes_per_token": payload / len(trace)}  # fmt: skip
         text = f"{per_token(about['payload_bytes_per_token'])} at most, {calls} calls"
         note = "at most: of a prompt MLX carries out only what its caches need; calls: of collectives, by each rank"
         figures.append(Figure("counted", "counted at the calls", about, lambda _: text, "measured"))

@@ -106,7 +106,7 @@ def _folded(layers) -> list[dict]:
     """Identical layers as one row with their numbers, in the order in which each kind comes first."""
     alike: dict[tuple, list] = {}
     for layer in layers:
-        alike.setdefault((layer.moe, layer.attention, tuple(sorted(layer.parts.items(), key=str))), []).append(layer)
+        alike.setdefault((layer.moe, layer.attention, frozenset(layer.parts.items())), []).append(layer)
     return [
         {
             "numbers": [layer.number for layer in same],

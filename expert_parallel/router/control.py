@@ -79,9 +79,10 @@ class RouterControl:
 
     def shares(self) -> dict:
         """Of all slots: `dropped`, `rerouted` to another expert, and `changed` by the bias."""
-        slots = max(sum(router.slots for router in self._routers), 1)
+        slots = sum(router.slots for router in self._routers)
         names = ("dropped", "rerouted", "changed")
-        return {name: sum(int(getattr(router, name)) for router in self._routers) / slots for name in names}
+        counts = {name: sum(int(getattr(router, name)) for router in self._routers) for name in names}
+        return {name: count / slots if slots else 0.0 for name, count in counts.items()}
 
 
 class _Router:

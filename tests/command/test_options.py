@@ -2,8 +2,9 @@
 
 import pytest
 
-from expert_parallel.command.options import check_numbers, check_placement, parser_of
+from expert_parallel.command.options import check_numbers, check_placement, check_study, make_placement, parser_of
 from expert_parallel.command.prompts import read_prompt, titled
+from expert_parallel_poc import SCENARIOS, setup_arg_parser
 
 LIMITS = {  # the least and the most that is allowed, and what is just beyond
     "--max-tokens": (1, 10**12, 0, 10**12 + 1),
@@ -48,6 +49,87 @@ def test_a_format_is_of_no_use_without_a_file():
     check_placement(arguments("--placement-format", "vllm", "--save-placement", "p.json"))
 
 
+def test_keys_and_values_take_the_bits_that_mlx_packs_but_five():
+    for bits in range(1, 18):
+        if bits in (2, 3, 4, 6, 8):
+            assert arguments("--kv-bits", bits).kv_bits == bits
+        else:
+            with pytest.raises(SystemExit):
+                arguments("--kv-bits", bits)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [("--max-tokens", 0, "at least 1"), ("--max-tokens", 10**13, "between 1 and 1000000000000"),
+     ("--min-p", -1.0, "between 0 and 1"), ("--trials", 1001, "between 0 and 1000"), ("--trials", -1, "between 0 and")],
+)  # fmt: skip
+def test_a_limit_is_named_as_far_as_it_matters(option, value, words):
+    with pytest.raises(ValueError, match=f"^{option} must be {words}.*, got {value}$"):
+        check_numbers(arguments(f"{option}={value}"))
+    check_numbers(arguments("--trials", 1000))
+
+
+def study(*line):
+    args = setup_arg_parser().parse_args([*map(str, line)])
+    return check_study(args, SCENARIOS), args
+
+
+STUDIED = {  # the least and the most that is allowed, and what is just beyond
+    "--experts": (8, 1 << 16, 0, (1 << 16) + 1),
+    "--top-k": (1, 128, 0, 129),
+    "--hidden": (1, 1 << 16, 0, (1 << 16) + 1),
+    "--expert-width": (1, 1 << 16, 0, (1 << 16) + 1),
+    "--tokens": (1024, 1 << 30, 1023, (1 << 30) + 1),
+    "--seed": (0, 2**63 - 1, -1, 2**63),
+    "--bandwidth": (1e-6, 1e9, 0, -1),
+    "--latency": (0, 1e9, -1, "inf"),
+}
+
+
+@pytest.mark.parametrize("option", STUDIED)
+def test_the_ends_of_a_studys_ranges(option):
+    least, most, *beyond = STUDIED[option]
+    for value in (least, most):
+        study(option, value)
+    for value in beyond:
+        with pytest.raises(ValueError, match=f"{option} "):
+            study(f"{option}={value}")
+
+
+def test_what_a_study_takes_where_nothing_is_said():
+    names, args = study()
+    assert (names, args.tokens, args.top_k) == ([*SCENARIOS], 8192, 8)
+    names, args = study("--scenarios", " hot, skewed", "--experts", 200, "--top-k", 200, "--tokens", 2000)
+    assert (names, args.tokens, args.top_k) == (["hot", "skewed"], 2000, 200)
+    names, args = study("--trace", "t.npz")
+    assert (names, args.tokens, args.top_k) == ([], 8192, None)  # a trace has its own
+    for line, words in (
+        (("--top-k", 9, "--experts", 8), "--top-k 9: there are 8 experts"),
+        (("--experts", 7), "--top-k 8: there are 7 experts"),
+        (("--trace", "t", "--top-k", 4), "does not go with --trace"),
+        (("--trace", "t", "--tokens", 2000), "add --scenarios LIST"),
+        (("--test-trace", "t"), "--test-trace needs --trace"),
+        (("--scenarios", "hot,hto"), "unknown scenario 'hto', did you mean hot"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            study(*line)
+
+
+@pytest.mark.parametrize(
+    ("line", "experts", "ranks", "devices"),
+    [((), 16, 1, 8), ((), 4, 1, 4), (("--devices", 3), 16, 1, 3), ((), 16, 2, 2), (("--devices", 2), 16, 2, 2),
+     (("--devices", 3), 16, 2, None)],
+)  # fmt: skip
+def test_how_many_devices_there_are(line, experts, ranks, devices):
+    args = arguments("--placement", "round-robin", *line)
+    if devices is None:
+        with pytest.raises(ValueError, match="--devices 3, but there are 2 ranks"):
+            make_placement(args, (2, experts), ranks=ranks)
+        return
+    placement = make_placement(args, (2, experts), ranks=ranks)
+    assert (placement.held.shape, placement.strategy) == ((2, devices, experts), "round-robin")
+
+
 class Tokenizer:
     """A letter is a token; a template puts roles before them, and says what it was given."""
 
@@ -77,6 +159,13 @@ def test_a_prompt_becomes_what_the_model_reads(template, line, expected):
     prompt = read_prompt(arguments("--prompt", "hi", *line), Tokenizer(template), None)
     assert "".join(map(chr, prompt.ids)) == expected
     assert (prompt.text, prompt.max_tokens, prompt.note) == ("hi", 64, "")
+
+
+@pytest.mark.parametrize("line", [("--system-prompt", "Be short."), ("--chat-template-config", "{}")])
+def test_what_a_template_alone_can_take_is_refused_without_one(line):
+    for args, template in ((arguments(*line), False), (arguments(*line, "--ignore-chat-template"), True)):
+        with pytest.raises(ValueError, match="are for a chat template, and there is none"):
+            read_prompt(args, Tokenizer(template), None)
 
 
 @pytest.mark.parametrize("template", [False, True])

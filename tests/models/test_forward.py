@@ -7,6 +7,7 @@ from conftest import random_model
 
 from expert_parallel import place_experts, shard_model
 from expert_parallel.layers import moe_layers
+from expert_parallel.models import forward
 from expert_parallel.models.forward import (
     load_similarity,
     margins,
@@ -128,3 +129,26 @@ def test_every_layer_gets_a_time_and_the_classes_their_calls_back(model):
 def test_a_sharded_model_can_be_looked_at_too():
     model = shard_model(random_model(), place_experts(np.ones((3, 16)), 2))
     assert run_text(model, [1, 2, 3])[0].experts.shape == (3, 3, 4)
+
+
+def test_times_are_medians_of_a_prompt_and_of_its_last_token_after_it(monkeypatch):
+    """Three times both, each with a cache of its own; two layers, whose times differ from run to run."""
+    took, asked, caches = iter([[9, 1], [4, 7], [5, 5], [6, 6], [1, 9], [2, 8]]), [], ["a", "b", "c"]
+
+    def one_pass(model, tokens, cache):
+        asked.append((tokens, cache))
+        return [(seconds, None) for seconds in next(took)]
+
+    monkeypatch.setattr(forward, "_pass", one_pass)
+    monkeypatch.setattr(forward, "make_prompt_cache", lambda model: caches.pop(0))
+    assert time_layers(None, [1, 2, 3]) == {"prompt": [5, 5], "token": [4, 7]}
+    assert asked == [(tokens, cache) for cache in "abc" for tokens in ([1, 2, 3], [3])]
+
+
+@pytest.mark.parametrize("broken", [None, 0, 1, 2])
+def test_the_first_layer_that_answers_no_numbers_is_named(broken):
+    model = random_model()
+    if broken is not None:
+        norm = model.layers[broken].input_layernorm
+        norm.weight = norm.weight.at[:1].add(mx.nan)
+    assert forward.first_not_a_number(model, [1, 2, 3]) == broken

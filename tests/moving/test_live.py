@@ -1,6 +1,7 @@
 """Experts that move during a generation: the answers stay, in one process and over ranks; only what moves is read."""
 
 import json
+import types
 from dataclasses import replace
 
 import mlx.core as mx
@@ -289,3 +290,19 @@ def test_ranks_read_only_what_moves_to_them_and_say_the_same(tmp_path):
 def test_odd_rebalancing_options(run_here, options, line):
     result = run_here("qwen3_expert_parallel.py", "--model", SHIPPED, *options)
     assert result.returncode == 2 and line in result.stderr and "Traceback" not in result.stderr
+
+
+def test_what_was_asked_for_is_what_is_watched(monkeypatch):
+    """Looks, threshold, horizon and the type of rows that are read; what tokens say halves from look to look."""
+    asked = types.SimpleNamespace(rebalance_every=48, rebalance_threshold=0.7, rebalance_horizon=999)
+    rows = types.SimpleNamespace(reads_rows=True, rows=lambda layer, dtype=None: (layer, dtype), folder="here")
+    model = shard_model(random_model(), then := place_experts(np.ones((3, 16)), 2))
+    monkeypatch.setattr(live, "measured_costs", lambda model, rows, group: replace(FREE, expert_bytes=rows(5)))
+    watched = live.start_rebalancing(asked, model, then, rows, mx.float16, None)
+    assert watched.rows(2) == (2, mx.float16) and watched.rebalancer.costs.expert_bytes == (5, mx.float16)
+    how = watched.rebalancer
+    assert (how.every_tokens, how.threshold, how.half_life, how.horizon_tokens) == (48, 0.7, 48, 999)
+    assert how.placement is then and watched.model is model and watched.changes == [(0, then)]
+    rows.reads_rows = False
+    with pytest.raises(ValueError, match="here stores its experts in a layout that single ones cannot be read from"):
+        live.start_rebalancing(asked, model, then, rows, None, None)

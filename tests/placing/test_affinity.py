@@ -1,5 +1,7 @@
 """Affinity: experts that are chosen together, put together, within its bound."""
 
+import itertools
+
 import numpy as np
 import pytest
 from test_search import check_promises
@@ -15,6 +17,10 @@ def test_coactivation_by_hand():
     assert coactivation(experts, 4)[0].tolist() == [[0, 2, 0, 0], [2, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
     thinned = coactivation(np.tile(experts, (1000, 1, 1)), 4, max_tokens=1000)
     assert thinned.sum() == 2 * 1000
+    numbered = np.arange(250)[:, None, None] + [[[0, 250]]]  # token t chooses t and t + 250
+    thinned = coactivation(numbered, 500, max_tokens=100)[0]
+    assert np.flatnonzero(thinned.any(axis=1))[:84].tolist() == list(range(0, 250, 3))  # at most 100: every third
+    assert coactivation(numbered, 500, max_tokens=250)[0].sum() == 2 * 250
     with pytest.raises(ValueError, match="there are 2"):
         coactivation(experts, 2)
 
@@ -54,6 +60,31 @@ def test_families_are_found_among_other_choices(bound, least):
         return sum(pairs[np.ix_(group, group)].sum() for group in groups)
 
     assert together(np.flatnonzero(device) for device in found) >= least * together(families)
+
+
+def groupings(items, size):
+    """All ways to part items into groups of one size."""
+    if not items:
+        yield []
+    for others in itertools.combinations(items[1:], size - 1) if items else ():
+        rest = [item for item in items[1:] if item not in others]
+        yield from ([[items[0], *others], *more] for more in groupings(rest, size))
+
+
+@pytest.mark.parametrize("shape", [(8, 2), (6, 3), (9, 3)])
+def test_the_most_pairs_of_all_groupings_where_loads_are_alike(shape):
+    """Twenty layers at once; every device is at its limit, which a swap of experts alike keeps exactly."""
+    num_experts, num_devices = shape
+    pairs = np.triu(np.random.default_rng(1).integers(1, 100, (20, num_experts, num_experts)), 1)
+    loads = np.ones((20, num_experts))
+    found = place_experts(loads, num_devices, "affinity", coactivation=pairs, balance_bound=0)
+    best = reached = 0
+    for row, devices in zip(pairs, found.held, strict=True):
+        together = [sum(row[np.ix_(group, group)].sum() for group in groups) for groups in
+                    groupings(list(range(num_experts)), num_experts // num_devices)]  # fmt: skip
+        best += max(together)
+        reached += sum(row[np.ix_(group, group)].sum() for group in map(np.flatnonzero, devices))
+    assert 0.999 * best <= reached <= best  # two layers of the sixty are not quite there
 
 
 @pytest.mark.parametrize("bound", [0.0, 0.02, 0.1])

@@ -286,6 +286,7 @@ def test_copies_go_where_the_load_per_copy_is_largest():
     # 60 -> 30 30 -> 20 20 20 (30 > 25), then 25 -> 12.5 12.5.
     assert replicate([[60, 25, 10, 5]], 3, 4).tolist() == [[0, 1, 2, 3, 0, 0, 1]]
     assert replicate([[60, 25, 10, 5]], 3, 2).tolist() == [[0, 1, 2, 3, 0, 1, 2]]  # two devices: two copies at most
+    assert replicate([[0.060, 0.025, 0.010, 0.005]], 3, 4).tolist() == [[0, 1, 2, 3, 0, 0, 1]]  # shares, too
     # Once no copy exceeds 30 the others go to cold experts, to the one whose copies come to least.
     assert replicate([[60, 25, 10, 5]], 3, 4, target=[30]).tolist() == [[0, 1, 2, 3, 0, 3, 2]]
     assert count_copies(np.array([[0, 1, 2, 0], [2, 2, 1, 0]]), 4).tolist() == [[2, 1, 1, 0], [1, 1, 2, 0]]

@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import types
@@ -11,8 +13,9 @@ import pytest
 from conftest import run_script
 
 from expert_parallel.ranks import group as groups
-from expert_parallel.ranks.group import RanksDisagree, agree, all_or_none
+from expert_parallel.ranks.group import RanksDisagree, agree, all_or_none, checkpoint_mark
 from expert_parallel.ranks.launch import check_hostfile, host_of_rank_0, launched, run_ranks
+from expert_parallel.ranks.watchdog import Watchdog
 
 SCRIPT = "qwen3_expert_parallel.py"
 RANK = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "PMI_RANK", "PMI_SIZE")
@@ -221,3 +224,40 @@ def test_local_ranks_that_hang_are_ended(monkeypatch):
     with pytest.raises(ValueError, match="^2 ranks over ring did not end within 0.5 s$"):
         run_python("import time; time.sleep(60)", timeout=0.5)
     assert [process.wait(timeout=5) for process in started] == [-signal.SIGKILL] * 2
+
+
+@pytest.mark.parametrize("blocks", [64, 1])
+def test_a_mark_differs_with_names_sizes_headers_and_bytes(blocks, tmp_path):
+    """64 samples of 4,096 bytes: all of a file of that size, and of a shorter one."""
+    header, data = b'{"a": 1}', bytes(blocks * 4096 - 100 * (blocks == 1))
+    whole = len(header).to_bytes(8, "little") + header + data
+
+    def mark(content=whole, name="model.safetensors", other=b"", files=None):
+        folder = tmp_path / "folder"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        (folder / name).write_bytes(content)
+        (folder / "other.safetensors").write_bytes(other)  # which is none of the files
+        return checkpoint_mark(folder, files) if files else checkpoint_mark(folder)
+
+    marks = {mark(), mark(name="model-1.safetensors"), mark(whole + b"\0"), mark(whole.replace(b"1", b"2"))}
+    places = [16, 16 + 4095, 16 + len(data) // 2, len(whole) - 4096, len(whole) - 1]
+    marks |= {mark(whole[:at] + b"\1" + whole[at + 1 :]) for at in {*places} if at < len(whole)}
+    assert len(marks) == 4 + len({at for at in places if at < len(whole)})
+    assert mark() == mark(other=b"x") != mark(files="other*") != mark(other=b"x", files="other*")
+    assert mark() == mark() and len(mark()) == 32
+
+
+def test_where_others_reach_the_watch_of_a_rank(monkeypatch):
+    """Where it listens, and where that is everywhere under this machine's name; what it tells its own process."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "this-machine")
+    told, watchdog = [], object.__new__(Watchdog)
+    vars(watchdog).update(_port=5000, _token="secret", _tell=told.append)
+    for host, name in (("0.0.0.0", "this-machine"), ("10.0.0.1", "10.0.0.1"), ("", "")):
+        watchdog._host = host
+        assert watchdog.address() == {"host": name, "port": 5000, "token": "secret"}
+    watchdog.join({"host": "10.0.0.1", "port": 0, "token": "x"})  # which nobody can join
+    watchdog.join({"host": "10.0.0.1", "port": 5001, "token": "x"})
+    watchdog.limit(2.5, "no answer")
+    watchdog.limit(None)
+    assert told == ["join 10.0.0.1 5001 x", "limit 2.5 no answer", "limit 0 "]

@@ -148,6 +148,7 @@ def test_copies_and_odd_numbers_of_devices(here, tmp_path):
     assert copied["memory"]["devices"][1]["with_copies_bytes"] > plain["memory"]["devices"][1]["replicated_rest_bytes"]
     refused(here("--devices", 2, "--redundant-experts", 400), "128 experts and 400 copies")
     refused(here("--devices", 2, 129), "--devices [2, 129]", "1 to 128, the experts of a layer")
+    refused(here("--devices", 4, 0), "--devices [0, 4]", "1 to 128")
     refused(here("--devices", 9, "--hardware", "h100"), "[9]", "1 to 8, what nvlink-h100 connects")
 
 

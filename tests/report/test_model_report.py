@@ -3,12 +3,14 @@
 import json
 from dataclasses import replace
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import CONFIG, SHIPPED
+from mlx.utils import tree_flatten
 from printed import columns_of, facts_of, lines_of
 
-from expert_parallel.models.architecture import describe
+from expert_parallel.models.architecture import describe, hybrid_rest_bytes
 from expert_parallel.models.configurations import Configuration, load_configuration
 from expert_parallel.models.forward import next_layer_recall
 from expert_parallel.models.parts import Part
@@ -100,7 +102,11 @@ def test_memory_of_the_fullest_device(described):
 
 def test_hybrid_where_some_numbers_divide_and_where_none_can():
     """Qwen3-Coder has 4 heads of keys and values: 2 and 4 ranks can share them, 3 cannot; gpt-oss has no shard()."""
-    tables = model.memory(describe(load_configuration("qwen3-coder-30b"), bits=4), [1, 2, 3, 4])
+    coder = describe(load_configuration("qwen3-coder-30b"), bits=4)
+    tables = model.memory(coder, [1, 2, 3, 4])
+    for row in tables[0].to_json()["devices"][1::2]:
+        split = hybrid_rest_bytes(coder.model, row["devices"])
+        assert row["hybrid_bytes"] == row["expert_bytes"] + split < row["replicated_rest_bytes"]
     assert [row["hybrid_bytes"] is None for row in tables[0].to_json()["devices"]] == [False, False, True, False]
     assert list(facts_of(printed(tables), "No hybrid")) == ["on 3"]
     tables = model.memory(describe(load_configuration("mixtral-8x7b")), [1, 2])
@@ -178,6 +184,8 @@ def test_forward_tables_show_chance_beside_what_was_found():
     columns = columns_of(text, "Routing of code (measured, 40 tokens; by chance 0.25 as before)", 3)
     assert columns["foretold (by use)"] == ("-", *(f"{a:.2f} ({b:.2f})" for a, b in zip(recall, by_use, strict=True)))
     assert columns["strongest pair"] == ("#1 #2", "-", "#1 #2")
+    quantities = ["entropy", "margin", "lowest 10%", "as before", "foretold (by use)", "strongest pair"]
+    assert list(columns) == ["layer", *quantities]
     assert text.count("cut to the model's context, 7 tokens fewer than asked for") == text.count("cut to") == 1
     assert columns["as before"] == columns["lowest 10%"] == ("-",) * 3
     assert document["texts"]["code"]["layers"][2]["foretold_by_layer_before"] == pytest.approx(recall[1])
@@ -239,7 +247,7 @@ def test_this_machine_in_print_and_json(cache_speed, monkeypatch):
     assert list(links) == ["ring"] and machine.memory_bytes > 1e8
     assert facts.get("keys and values moved") == ("3.00 GB/s" if cache_speed else None)
     assert facts["weights moved"] == "473.10 GB/s, of experts 473.10 GB/s"
-    assert facts["fixed cost of a layer"] == "99 us"
+    assert facts["fixed cost of a layer"] == "99 us" and facts["arithmetic"] == "11040.00 GFLOP/s"
     assert facts["link ring, 2 processes"] == "20 us a step, 2.00 GB/s" and facts["link mpi"] == "no mpirun here"
     assert figures["links"]["ring"] == {
         "latency_seconds": 20e-6, "bytes_per_second": 2e9, "measured": [{"payload_bytes": 4096}],
@@ -258,6 +266,8 @@ def test_a_machine_is_measured_on_its_first_moe_layers(dense, budget, layers, ti
 
     def measured(model, demand, head_bytes):
         seen.append((len(model.layers), demand.num_moe_layers, head_bytes))
+        floats = {array.dtype for _, array in tree_flatten(model.parameters()) if array.dtype != mx.uint32}
+        assert floats == {mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16}  # as it would run here
         return MACHINES["m4-max"]
 
     monkeypatch.setattr(checks, "measure_machine", measured)

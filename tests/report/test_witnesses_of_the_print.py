@@ -35,7 +35,7 @@ def test_every_block_is_known(run):
     parts += ["Rebalancing"] if "rebalance_every" in run.asked else []
     parts += ["Ranks"] if run.ranks > 1 else []
     titles = list(witness.blocks_of(run.text))
-    assert len(titles) == len(parts)
+    assert len(titles) == len(parts) and titles[:3] == ["answer", "What runs where", "In short"]
     assert all(sum(title.startswith(part) for title in titles) == 1 for part in parts)
 
 

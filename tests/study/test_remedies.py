@@ -223,6 +223,16 @@ def test_of_long_traces_whole_batches_are_taken_evenly(tmp_path, monkeypatch):
     assert len(recorded([numbered(tmp_path / "just.npz", 1024)])[0].experts) == 512
 
 
+@pytest.mark.parametrize(("tokens", "taken"), [(65_536, 65_536), (65_537, 65_536), (64, 64)])
+def test_how_many_tokens_are_taken(tokens, taken, tmp_path):
+    RoutingTrace((np.arange(tokens) % 4096)[:, None, None], 4096).save(tmp_path / "t.npz")
+    fit, test, notes = recorded([tmp_path / "t.npz"])
+    assert len(fit.experts) + len(test.experts) == taken and len(notes) == (taken < tokens)
+    RoutingTrace(np.arange(63)[:, None, None], 4096).save(tmp_path / "short.npz")
+    with pytest.raises(ValueError, match="63 tokens, at least 64 are needed"):
+        recorded([tmp_path / "short.npz"])
+
+
 def test_what_was_guessed_and_left_out_is_noted(tmp_path):
     experts = np.random.default_rng(0).integers(0, 8, (300, 2, 2))
     experts[0] = 7

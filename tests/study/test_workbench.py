@@ -15,6 +15,7 @@ from expert_parallel import RoutingTrace, place_experts
 from expert_parallel.moving.plan import Costs
 from expert_parallel.projection.links import Link
 from expert_parallel.report.workbench import hot_figures, layer_parts, proposed
+from expert_parallel.study import phases
 from expert_parallel.study.phases import (
     Phases,
     SmallLayer,
@@ -204,6 +205,20 @@ def test_works_are_timed_in_turn_and_not_at_their_first_call():
 
     seconds = interleaved([work("a", 0.3), work("b", 0.001)], rounds=2)
     assert called == ["a", "b"] * 3 and seconds.shape == (2, 2) and 0.001 < seconds.min() <= seconds.max() < 0.3
+
+
+def test_one_pass_comes_before_those_that_count(monkeypatch):
+    """Six in all; the medians are of the last five, 3 s of each part, where the first takes longer than any."""
+    took, layer = iter([100, 1, 5, 3, 2, 4]), SmallLayer(32, 16, 8, 2)
+
+    def one_pass(*_):
+        return "y", np.zeros((4, 2), int), [np.arange(8)], np.full(4, next(took))
+
+    monkeypatch.setattr(phases, "_one_pass", one_pass)
+    x = mx.random.normal((4, 32))
+    _, found = run_phases(layer, x, mx.zeros((4, 8)), place_experts(np.ones((1, 8)), 1))
+    assert (found.route, found.dispatch, found.compute, found.combine) == (3, 3, 3, 3)
+    assert set(found.spread.values()) == {(1, 5)} and next(took, None) is None
 
 
 def test_the_bottleneck_is_named_by_its_number():
