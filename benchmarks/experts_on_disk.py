@@ -27,8 +27,10 @@ from expert_parallel import RoutingTrace, load_sharded, record_routing  # noqa: 
 from expert_parallel.checkpoint import rows  # noqa: E402
 from expert_parallel.checkpoint.opened import Checkpoint  # noqa: E402
 from expert_parallel.layers import moe_layers  # noqa: E402
-from expert_parallel.offload.policies import POLICIES, hottest, replay  # noqa: E402
+from expert_parallel.offload import POLICIES  # noqa: E402
+from expert_parallel.offload.policies import hottest  # noqa: E402
 from expert_parallel.offload.prefetch import Foreteller, followers, likeliest  # noqa: E402
+from expert_parallel.offload.replay import replay  # noqa: E402
 from expert_parallel.report.table import environment, size  # noqa: E402
 
 SHIPPED = ROOT / "models" / "tiny-qwen3-moe"

@@ -118,7 +118,7 @@ def load_sharded(
     tokenizer = opened.tokenizer(tokenizer_config)
     held, caches = placement.held, None
     if expert_memory is not None:
-        from ..offload.policies import make_caches  # numba takes half a second
+        from ..offload.policies import make_caches
         from ..offload.prefetch import read_ahead
         from ..offload.store import OnDisk
 

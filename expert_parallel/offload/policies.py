@@ -1,4 +1,4 @@
-"""Which experts stay in memory: a cache of one layer by numbers alone, and what it would have hit on a trace.
+"""Which experts stay in memory: the cache of a layer, by numbers alone.
 
 Dimensions: T tokens, L layers, D devices, E experts, k chosen per token, S steps.
 
@@ -11,17 +11,15 @@ here are hits, each of the others is a miss and takes the place of the one with 
             Replacement Algorithms for a Virtual-Storage Computer, IBM Systems Journal 1966). The bound.
 
 Equal claims: the one used longest ago goes, then the one of the lowest number. A step that wants more than there is
-room for is served in waves. The running cache and the simulation are the same compiled function (numba).
+room for is served in waves. A running cache and the replay (replay.py) are the same functions; only there they are
+compiled, which costs memory and seconds that a run has better use for.
 """
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+import math
 
 import numpy as np
-from numba import njit
 
 from . import POLICIES, PREFETCH
 from .budget import rooms
@@ -32,15 +30,6 @@ GAIN = {"lru": 0.0, "lfu": 1.0, "aging": 1.0, "pinned": 0.0}  # of an expert's c
 NOWHERE = NOBODY = -1
 
 
-def compiled(function):
-    """By numba, once for all runs where there is a folder to keep it in."""
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # neither beside this file nor in the user's own folder
-        return njit(nogil=True)(function)
-
-
-@compiled
 def take_in(wanted, place, held, claim, used, come, row, wave):
     """Serve `wanted` [n]: into `come` the experts in their order, into `row` the place of each, into `wave` its wave.
 
@@ -95,11 +84,11 @@ def take_in(wanted, place, held, claim, used, come, row, wave):
     return hits
 
 
-@compiled
 def use(wanted, claim, used, step, kept, gain):
     """Note that these experts are used in this step."""
     if kept < 1:
-        claim *= kept
+        for expert in range(len(claim)):
+            claim[expert] *= kept
     for expert in wanted:
         claim[expert] += gain
         used[expert] = step
@@ -115,22 +104,26 @@ class Cache:
 
     def __init__(self, num_experts: int, room: int, policy: str = "aging", pinned=()):
         self.policy, self.steps = policy, 0
-        self.place, self.held = np.full(num_experts, NOWHERE), np.full(room, NOBODY)
-        self.claim, self.used = np.zeros(num_experts), np.full(num_experts, -1)
-        self.claim[list(pinned)] = np.inf
+        self.place, self.held = [NOWHERE] * num_experts, [NOBODY] * int(room)
+        self.claim, self.used = [0.0] * num_experts, [-1] * num_experts
+        for expert in pinned:
+            self.claim[expert] = math.inf
         self.hits = self.misses = 0
 
-    def step(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    def step(self, wanted) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
         """(experts, hits first; the place of each; its wave; number of hits) for ascending `wanted` of a step."""
+        wanted = list(map(int, wanted))
         use(wanted, self.claim, self.used, self.steps, KEPT[self.policy], GAIN[self.policy])
         come, row, wave, hits = self.bring(wanted)
         self.steps, self.hits, self.misses = self.steps + 1, self.hits + hits, self.misses + len(wanted) - hits
         return come, row, wave, hits
 
-    def bring(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    def bring(self, wanted) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
         """As `step`, ahead of a use: neither a use nor hits and misses are counted."""
-        come, row, wave = np.empty((3, len(wanted)), np.int64)
-        return come, row, wave, take_in(wanted, self.place, self.held, self.claim, self.used, come, row, wave)
+        wanted = list(map(int, wanted))
+        come, row, wave = [0] * len(wanted), [0] * len(wanted), [0] * len(wanted)
+        hits = take_in(wanted, self.place, self.held, self.claim, self.used, come, row, wave)
+        return np.array(come, np.int64), np.array(row, np.int64), np.array(wave, np.int64), hits
 
 
 def make_caches(held: np.ndarray, devices, expert_bytes, budget, policy="aging", trace=None, prefetch="none"):
@@ -152,7 +145,6 @@ def make_caches(held: np.ndarray, devices, expert_bytes, budget, policy="aging",
     places = np.stack([rooms(budget, expert_bytes, counts[:, device]) for device in devices], axis=1)
     if (places == counts[:, devices]).all():
         return None
-    Cache(1, 1).step(np.zeros(1, np.int64))  # compiled now, not at the first token
     caches = [{} for _ in held]
     for n, device in enumerate(devices):
         pinned = [()] * len(held)
@@ -163,89 +155,7 @@ def make_caches(held: np.ndarray, devices, expert_bytes, budget, policy="aging",
     return caches
 
 
-@compiled
-def _replay(experts, starts, num_experts, room, kept, gain, claim, foreseen):
-    """Hits and distinct experts of each step [2, S], for `experts` [T k] of one layer; `starts` [S + 1] of steps.
-
-    foreseen  whether the claim is the next use, as Belady's
-    """
-    place, held, used = np.full(num_experts, NOWHERE), np.full(room, NOBODY), np.full(num_experts, -1)
-    wanted, come, row, wave = np.empty((4, num_experts), np.int64)
-    marked, found = np.full(num_experts, -1), np.zeros((2, len(starts) - 1), np.int64)
-    after = _next_uses(experts, starts, num_experts) if foreseen else np.zeros(0, np.int64)
-    for step in range(len(starts) - 1):
-        count = 0
-        for at in range(starts[step], starts[step + 1]):
-            expert = experts[at]
-            if marked[expert] < step:
-                marked[expert], place_in = step, count
-                while place_in and wanted[place_in - 1] > expert:  # ascending, as a running cache is asked
-                    wanted[place_in] = wanted[place_in - 1]
-                    place_in -= 1
-                wanted[place_in] = expert
-                count += 1
-            if foreseen:
-                claim[expert] = -after[at]
-        if not count:  # a device that no token of the step was sent to
-            continue
-        use(wanted[:count], claim, used, step, kept, gain)
-        found[0, step] = take_in(wanted[:count], place, held, claim, used, come, row, wave)
-        found[1, step] = count
-    return found
-
-
-@compiled
-def _next_uses(experts, starts, num_experts):
-    """The step that next wants the expert of each slot [T k]; one beyond all where none does."""
-    after, coming = np.empty(len(experts), np.int64), np.full(num_experts, len(starts))
-    for step in range(len(starts) - 2, -1, -1):
-        for at in range(starts[step], starts[step + 1]):
-            after[at] = coming[experts[at]]
-        for at in range(starts[step], starts[step + 1]):
-            coming[experts[at]] = step
-    return after
-
-
-def replay(trace, places, policy: str, pinned=None, served=None) -> np.ndarray:
-    """What a cache for each layer would have hit on a trace, int64 [2, S, L]: hits and distinct experts, by step.
-
-    trace   RoutingTrace; its forward passes are the steps
-    places  of each layer's cache [L], or one number for all
-    policy  one of POLICIES or "belady"
-    pinned  by layer the experts that stay, see `hottest`
-    served  bool [T, L, k]: the slots that this cache's device answers, where there are several
-    """
-    T, L, k = trace.experts.shape
-    firsts = np.append(np.flatnonzero(np.diff(trace.steps, prepend=-1)), T)
-    found = np.zeros((2, len(firsts) - 1, L), np.int64)
-    how = (KEPT.get(policy, 1.0), GAIN.get(policy, 0.0))
-
-    def replay_layer(l):
-        claim = np.zeros(trace.num_experts)
-        claim[[] if pinned is None else pinned[l]] = np.inf
-        experts, starts = trace.experts[:, l], firsts * k
-        if served is not None:
-            starts = np.append(0, served[:, l].sum(axis=1).cumsum())[firsts]
-            experts = experts[served[:, l]]
-        experts, room = np.ascontiguousarray(experts).reshape(-1), np.broadcast_to(places, L)[l]
-        found[:, :, l] = _replay(experts, starts, trace.num_experts, room, *how, claim, policy == "belady")
-
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        list(threads.map(replay_layer, range(L)))
-    return found
-
-
 def hottest(loads: np.ndarray, places, top_k: int) -> list[np.ndarray]:
     """By layer the experts to pin: those of most load [L, E], but k places stay for what a token wants besides."""
     order = np.argsort(-loads, axis=1, kind="stable")
     return [order[l, : max(0, room - top_k)] for l, room in enumerate(np.broadcast_to(places, len(loads)))]
-
-
-def in_one(trace):
-    """The trace as one cache over all layers would see it: each layer of each pass a step of its own, L E experts."""
-    T, L, k = trace.experts.shape
-    if trace.prefill.any():
-        raise ValueError("one cache over all layers is replayed for decode tokens alone")
-    ids = trace.experts.astype(np.int64) + np.arange(L)[:, None] * trace.num_experts
-    whole = {"experts": ids.reshape(T * L, 1, k), "num_experts": trace.num_experts * L}
-    return replace(trace, **whole, prefill=np.zeros(T * L, bool), steps=np.arange(T * L))

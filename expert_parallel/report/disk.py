@@ -154,7 +154,7 @@ def budgets(trace: RoutingTrace, shares=SHARES, detail: bool = False, expert_byt
     shares        of the experts that are in memory
     expert_bytes  of one expert;  disk  bytes per second: what the best policy's reads take a token
     """
-    from ..offload.policies import replay
+    from ..offload.replay import replay
 
     T, L, k = trace.experts.shape
     rows = []
@@ -226,7 +226,7 @@ def _foretold(fit: RoutingTrace, test: RoutingTrace) -> Table:
 
 def _replayed(trace, served, device, policy) -> np.ndarray:
     """Hits and wanted experts [2, S, L] of one device's caches."""
-    from ..offload.policies import replay
+    from ..offload.replay import replay
 
     mine = None if (served == served.flat[0]).all() else served == device["device"]
     return replay(trace, device["places"], policy, device["pinned"] if policy == "pinned" else None, mine)

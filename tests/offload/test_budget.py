@@ -56,7 +56,7 @@ def test_caches_are_made_for_the_devices_that_are_here():
 def test_what_is_pinned_is_hot_and_of_this_device():
     trace = RoutingTrace(np.array([[[7, 6], [0, 1]]] * 3 + [[[5, 4], [2, 3]]]), 8)
     caches = make_caches(held_by(2), [0, 1], np.array([10, 10]), "75%", "pinned", trace)
-    pinned = [[np.flatnonzero(cache.claim > 0).tolist() for cache in layer.values()] for layer in caches]
+    pinned = [[np.flatnonzero(cache.claim).tolist() for cache in layer.values()] for layer in caches]
     assert pinned == [[[6], [7]], [[0], [1]]]  # of 3 places 2 stay free, for what a token wants besides
     with pytest.raises(ValueError, match="needs a routing trace"):
         make_caches(held_by(2), [0], np.array([10, 10]), "75%", "pinned")

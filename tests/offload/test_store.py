@@ -13,8 +13,9 @@ from expert_parallel import load_sharded, record_routing
 from expert_parallel.checkpoint.loading import load_whole
 from expert_parallel.checkpoint.opened import Checkpoint
 from expert_parallel.layers import expert_tensors, moe_layers
+from expert_parallel.offload import POLICIES
 from expert_parallel.offload import store as store_module
-from expert_parallel.offload.policies import POLICIES, replay
+from expert_parallel.offload.replay import replay
 
 PROMPT = mx.array([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7]])
 
