@@ -105,7 +105,7 @@ def run(args, watchdog, tell=lambda what=None: None):
         same |= {"mlx": versions["mlx"], "mlx-lm": versions["mlx_lm"], "config": config}
         same |= {"verify": verify, "trials": trials}
         same |= {options.option(name): value for name, value in vars(args).items() if name not in OWN_OPTIONS}
-        same |= {"placement": placement.held.tobytes(), "prompt": prompt.ids}
+        same |= {"placement": placement.held.tobytes(), "prompt": prompt.ids, "trace": repr(on_disk["cache_trace"])}
         if ranks > 1:
             same["weights"] = checkpoint_mark(checkpoint.folder)
             same["adapter"] = checkpoint_mark(args.adapter_path, "adapters*") if args.adapter_path else ""

@@ -103,7 +103,7 @@ def num_experts(experts: nn.Module) -> int:
     """E behind mlx-lm's module or what stands in its place."""
     if getattr(experts, "holds_experts", False):
         return experts.num_experts
-    return next(m.num_experts for _, m in _projections(experts))
+    return next(m.num_experts for _, m in projections(experts))
 
 
 def hidden_size(experts: nn.Module) -> int:
@@ -117,13 +117,13 @@ def expert_tensors(experts: nn.Module) -> dict[str, mx.array]:
     """{"down_proj.weight": [E, ...]}: every tensor with a row for each expert, those of adapters among them."""
     return {
         f"{path}.{name}": array
-        for path, projection in _projections(experts)
+        for path, projection in projections(experts)
         for name, array in tree_flatten(projection.parameters())
         if array.ndim and array.shape[0] == projection.num_experts
     }
 
 
-def _projections(experts: nn.Module) -> list[tuple[str, nn.Module]]:
+def projections(experts: nn.Module) -> list[tuple[str, nn.Module]]:
     """(path, module) of the outermost modules inside that have a row for each expert."""
     found = [(p, m) for p, m in experts.named_modules() if p and isinstance(getattr(m, "num_experts", None), int)]
     paths = tuple(f"{path}." for path, _ in found)
@@ -144,7 +144,7 @@ def with_tensors(experts: nn.Module, rows: dict[str, mx.array]) -> nn.Module:
     """mlx-lm's module again with other rows; all else is shared with the original."""
     module = twin(experts)
     module.update(tree_unflatten(list(rows.items())))
-    for _, projection in _projections(module):
+    for _, projection in projections(module):
         if "num_experts" in vars(projection):  # an adapter's own note of how many rows it has
             projection.num_experts = len(next(iter(rows.values())))
     return module

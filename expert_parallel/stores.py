@@ -37,7 +37,7 @@ class InMemory(nn.Module):
     ids, rows    the experts held here, and the source of their weights
     """
 
-    all_here = True  # False where some are elsewhere until they are asked for
+    all_here = True  # in memory, under one module
 
     def __init__(self, like: nn.Module, num_experts: int, ids, rows):
         super().__init__()
@@ -54,6 +54,10 @@ class InMemory(nn.Module):
     def ids(self) -> np.ndarray:
         """Experts that are here, ascending."""
         return np.flatnonzero(self._row >= 0)
+
+    def modules_held(self) -> list[nn.Module]:
+        """mlx-lm's modules that its weights are in."""
+        return [self.experts]
 
     def row_of(self, expert: int) -> int:
         """Where its weights are; -1 where it is not here."""

@@ -17,6 +17,10 @@ import numpy as np
 
 from ..experts import ShardedExperts, check_request, install, is_rank
 from ..layers import MoELayer, activation_type, cast, expert_tensors, hidden_size, with_tensors
+from ..offload.compress import compress_cold
+from ..offload.policies import make_caches
+from ..offload.prefetch import read_ahead
+from ..offload.store import OnDisk
 from ..placement import Placement, contiguous
 from ..ranks.hybrid import shard_rest
 from ..stores import InMemory, picked
@@ -89,6 +93,8 @@ def load_sharded(
     cache_policy: str = "aging",
     cache_trace=None,
     prefetch: str = "none",
+    cold_bits: int | None = None,
+    cold_share: float = 0.5,
 ):
     """(model, tokenizer): the model with its experts spread, reading only what this process holds.
 
@@ -106,7 +112,9 @@ def load_sharded(
                   read when a token asks for them. None, or more than they take: all are in memory
     cache_policy  which of them stay, see offload/policies.py
     prefetch      none, next-layer or learned: read ahead what the next layer is foretold to want, offload/prefetch.py
-    cache_trace   a RoutingTrace of this model, which says what is "pinned", and from which is "learned"
+    cache_trace   a RoutingTrace of this model, which says what is "pinned" or cold, and from which is "learned"
+    cold_bits     so many bits for the `cold_share` of each layer's experts that are least used in the trace; changes
+                  the answer, see offload/compress.py
     Raises ValueError, FileNotFoundError or OSError in one line, before anything large is read.
     """
     report, dtype = ReadReport(progress), activation_dtype(dtype)
@@ -118,13 +126,11 @@ def load_sharded(
     tokenizer = opened.tokenizer(tokenizer_config)
     held, caches = placement.held, None
     if expert_memory is not None:
-        from ..offload.policies import make_caches
-        from ..offload.prefetch import read_ahead
-        from ..offload.store import OnDisk
-
         empty = [opened.rows(n, dtype).empty(1) for n in range(len(layers))]
         one = np.array([sum(array.nbytes for array in rows.values()) for rows in empty])
         caches = make_caches(held, devices, one, expert_memory, cache_policy, cache_trace, prefetch)
+    if cold_bits is not None and cache_trace is None:
+        raise ValueError("cold_bits needs a routing trace, which says what is cold")
     if caches and not opened.reads_rows:
         raise ValueError(
             f"{opened.folder}: its experts cannot be read from disk one by one (an adapter, or a layout that mlx-lm"
@@ -162,6 +168,8 @@ def load_sharded(
     measure_masked(layers, group)
     if caches and prefetch != "none":
         read_ahead(layers, prefetch, cache_trace)
+    if cold_bits is not None:
+        compress_cold(model, cache_trace.loads(), cold_share, cold_bits)
     return (model, tokenizer, report) if return_report else (model, tokenizer)
 
 

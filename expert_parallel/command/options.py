@@ -73,6 +73,10 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     add("--prefetch", choices=PREFETCH,
         help="with --expert-memory, read ahead what the next layer is foretold to want: next-layer: by its router and"
         " this layer's input; learned: from --placement-trace (default: none)")
+    add("--cold-bits", type=int, choices=(2, 3, 4, 5, 6, 8), metavar="BITS",
+        help="fewer bits, 2 to 8, for the experts that --placement-trace used least: another answer in less memory"
+        " (default: all as they are)")
+    add("--cold-share", type=float, metavar="SHARE", help="of each layer's experts, with --cold-bits (default: 0.5)")
     add("--combine", choices=("auto", "reduce", "gather"), default="auto",
         help="how ranks bring outputs together: reduce sums weighted outputs, gather sums every chosen expert's, top-k"
         " times the bytes; auto takes reduce where the model allows it (default: auto)")
@@ -108,12 +112,19 @@ def check_numbers(args) -> None:
     """What no file and no rank is needed for, the timeout of the first meeting included."""
     limits = {"max_tokens": (1, MOST), "redundant_experts": (0, MOST), "temp": (0, 1e6), "top_p": (1e-6, 1)}
     limits |= {"seed": (0, 2**64 - 1), "top_k": (0, MOST), "min_p": (0, 1), "timeout": (0.1, 1e9), "devices": (1, MOST)}
-    limits |= {"trials": (0, 1000)}
+    limits |= {"trials": (0, 1000), "cold_share": (0, 1)}
     limits |= {"rebalance_every": (1, MOST), "rebalance_horizon": (1, MOST), "rebalance_threshold": (1e-9, 1)}
     check_limits(args, limits)
     for name in ("rebalance_threshold", "rebalance_horizon"):
         if getattr(args, name) is not None and args.rebalance_every is None:
             raise ValueError(f"{option(name)} is of no use without --rebalance-every TOKENS")
+    if args.cold_share is not None and args.cold_bits is None:
+        raise ValueError("--cold-share is of no use without --cold-bits BITS")
+    if args.cold_bits is not None and args.placement_trace is None:
+        raise ValueError("--cold-bits needs --placement-trace, which says what is cold; record one with --trace FILE")
+    for name in ("expert_memory", "rebalance_every"):
+        if args.cold_bits is not None and getattr(args, name) is not None:
+            raise ValueError(f"--cold-bits compresses experts that stay in memory: it does not go with {option(name)}")
     for name in ("cache_policy", "prefetch"):
         if getattr(args, name) is not None and args.expert_memory is None:
             raise ValueError(f"{option(name)} is of no use without --expert-memory SIZE")
@@ -216,7 +227,7 @@ def check_placement(args) -> None:
 
 
 def _cached_by_trace(args) -> bool:
-    return args.cache_policy == "pinned" or args.prefetch == "learned"
+    return args.cache_policy == "pinned" or args.prefetch == "learned" or args.cold_bits is not None
 
 
 def cache_options(args, num_experts: int) -> dict:
@@ -225,7 +236,8 @@ def cache_options(args, num_experts: int) -> dict:
 
     trace = read_trace(args.placement_trace, num_experts) if _cached_by_trace(args) else None
     how = {"cache_policy": args.cache_policy or "aging", "prefetch": args.prefetch or "none"}
-    return {"expert_memory": args.expert_memory, **how, "cache_trace": trace}
+    how |= {"cold_bits": args.cold_bits, "cold_share": 0.5 if args.cold_share is None else args.cold_share}
+    return {"expert_memory": args.expert_memory, "cache_trace": trace, **how}
 
 
 def make_placement(args, shape: tuple[int, int], layer_numbers=None, ranks: int = 1):

@@ -55,7 +55,7 @@ class ModelBytes:
 def model_bytes(model: nn.Module) -> ModelBytes:
     """Weigh a model that is lazily built, loaded, or already sharded (then `rest` is what is here)."""
     layers = moe_layers(model)
-    held = [[expert_tensors(module) for module in _modules_of(layer.experts)] for layer in layers]
+    held = [[expert_tensors(module) for each in _modules_of(layer.experts) for module in each] for layer in layers]
     one = [sum(array.nbytes // len(array) for array in each[0].values()) for each in held]
     experts = sum(array.nbytes for each in held for tensors in each for array in tensors.values())
     return ModelBytes(np.array(one), num_experts(layers[0].experts), array_bytes(model) - experts)
@@ -73,7 +73,7 @@ def live_expert_bytes(model: nn.Module) -> np.ndarray:
         sharded = isinstance(experts, ShardedExperts)
         row = np.zeros(len(experts.held) if sharded else 1, np.int64)
         here = list(experts.devices) if sharded else [0]
-        row[here] = [sum(a.nbytes for a in expert_tensors(module).values()) for module in _modules_of(experts)]
+        row[here] = [sum(a.nbytes for m in each for a in expert_tensors(m).values()) for each in _modules_of(experts)]
         total = total + row
     return total
 
@@ -119,6 +119,6 @@ def dtype_name(array: mx.array) -> str:
     return str(array.dtype).rpartition(".")[2]
 
 
-def _modules_of(experts) -> list[nn.Module]:
-    """mlx-lm's own modules behind one MoE layer: one where nothing is sharded, else one a store."""
-    return [store.experts for store in experts.stores] if isinstance(experts, ShardedExperts) else [experts]
+def _modules_of(experts) -> list[list[nn.Module]]:
+    """mlx-lm's own modules behind one MoE layer: one where nothing is sharded, else those of each store."""
+    return [store.modules_held() for store in experts.stores] if isinstance(experts, ShardedExperts) else [[experts]]

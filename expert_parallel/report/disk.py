@@ -12,6 +12,8 @@ import numpy as np
 from ..formats.traces import read_trace
 from ..layers import moe_layers
 from ..offload.budget import parse_budget
+from ..offload.prefetch import Foreteller, followers, likeliest
+from ..offload.store import OnDisk
 from ..serving import devices_of_trace
 from ..trace import RoutingTrace
 from .table import Figure, Table, of_records, size
@@ -27,10 +29,8 @@ WORDS = (
 def counts(model) -> list[dict] | None:
     """What the caches of this process counted so far, for each of its devices; None where all experts are in memory."""
     layers = moe_layers(model)
-    if all(store.all_here for layer in layers for store in layer.experts.stores):
+    if not isinstance(layers[0].experts.stores[0], OnDisk):
         return None
-    from ..offload.prefetch import Foreteller
-
     tellers = [module for module in model.modules() if isinstance(module, Foreteller)]
     foretold = {"foretold": sum(each.wanted for each in tellers), "foretold_right": sum(each.right for each in tellers)}
     found = []
@@ -211,8 +211,6 @@ def reuse(trace: RoutingTrace) -> np.ndarray:
 
 
 def _foretold(fit: RoutingTrace, test: RoutingTrace) -> Table:
-    from ..offload.prefetch import followers, likeliest
-
     T, L, k = test.experts.shape
     right = 0
     for l, follow in enumerate(followers(fit)):
