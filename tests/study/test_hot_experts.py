@@ -26,7 +26,7 @@ def test_and_more_than_a_count_is_uncertain():
 
 @pytest.mark.parametrize(("factor", "sigmas", "tokens"), [(4, 0, 1), (4, 1, 5), (8, 0, None), (7.9, 0, 1)])
 def test_an_expert_that_every_token_chooses(factor, sigmas, tokens):
-    """Top-1 of 8 experts: after n tokens it has n slots, the mean is n / 8; n - sqrt(n) is more than n / 2 from 5 on."""
+    """Top-1 of 8: after n tokens it has n slots, the mean is n / 8; n - sqrt(n) is more than n / 2 from 5 on."""
     assert tokens_until_hot(np.zeros((12, 1), int), 0, 8, factor, sigmas) == tokens
 
 
