@@ -192,5 +192,5 @@ def attention_of(layer, token: Token, number: int) -> tuple[str, int, tuple[Cach
         kind += f" on latents, {heads} heads" if latents else f", {heads} heads, {groups} of keys and values"
     # The last projection gives a token's width again; what it takes in is all heads side by side.
     last = [m for m in module.children().values() if isinstance(m, nn.Linear | nn.QuantizedLinear)][-1:]
-    width = sum(m.scales.shape[-1] * m.group_size if "scales" in m else m.weight.shape[-1] for m in last)
+    width = sum(m.scales.shape[1] * m.group_size if "scales" in m else m.weight.shape[1] for m in last)
     return kind, width, entries
