@@ -6,7 +6,7 @@ import pytest
 from checkpoints import Rank
 from conftest import random_model
 
-from expert_parallel import Placement, place_experts, shard_model
+from expert_parallel import Placement, place_experts, shard_model, trials
 from expert_parallel.layers import moe_layers
 from expert_parallel.stores import InMemory
 
@@ -37,6 +37,19 @@ def test_devices_that_change_are_asked_and_no_others(before, after, changed, mon
     assert asked == [new for old, new in zip(before, after, strict=True) if old != new] and len(asked) == changed
     assert [store.ids.tolist() for store in experts.stores] == [*map(list, after)]
     assert mx.array_equal(model(tokens), expected)
+
+
+def test_the_quickest_of_six_counts_without_the_first(monkeypatch):
+    asked = []
+
+    def repeat(work, **how):
+        asked.append((work(), how))
+        return [0.5, 9, 3, 1, 2, 8, 7]
+
+    monkeypatch.setattr(trials.timeit, "repeat", repeat)
+    monkeypatch.setattr(mx, "eval", lambda answer: answer)
+    assert trials._quickest(lambda x, ids: (x, ids), "x", "ids") == 1
+    assert asked == [(("x", "ids"), {"number": 1, "repeat": 7})]
 
 
 def test_slots_are_summed_over_the_group_that_was_given(monkeypatch):
