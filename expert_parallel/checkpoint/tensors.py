@@ -109,7 +109,7 @@ def read_rows(stored: list[StoredTensor], rows) -> np.ndarray:
         places = [(stored[0].file, stored[0].offset + int(row) * per_row) for row in rows]
     else:
         places = [(stored[row].file, stored[row].offset) for row in rows]
-    data = np.empty((len(places), per_row), dtype=np.uint8)
+    data = np.empty((len(places), per_row), np.uint8)
     first = 0
     for n, (file, offset) in enumerate(places):
         following = places[n + 1] if n + 1 < len(places) else None

@@ -91,7 +91,7 @@ def try_a_token(model) -> Token:
     with recorders(layers, [lambda indices: asked.append(indices.shape[-1])] * len(layers)), ExitStack() as stack:
         for kind in kinds:
             stack.enter_context(replaced(kind, {"__call__": noting(kind.__call__)}))
-        model(mx.zeros((1, 1), dtype=mx.int32), cache=cache)
+        model(mx.zeros((1, 1), mx.int32), cache=cache)
     return Token(max(asked), cache, attends)
 
 
