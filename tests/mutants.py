@@ -91,6 +91,13 @@ ACCEPTED = [
     ("expert_parallel/moving/plan.py", "", "8 -> 9", "most swaps that are tried: tuning"),
     ("expert_parallel/moving/live.py", "", "16 -> 17", "how often loads are read from the device: tuning"),
     ("expert_parallel/moving/live.py", "", "5 -> 6", "times that a cost is measured: tuning"),
+    (
+        "expert_parallel/moving/live.py",
+        "self._calls += 1",
+        "self._calls += 1 -> self._calls -= 1",
+        "counted down it comes round as often",
+    ),
+    ("expert_parallel/ranks/hybrid.py", "kind(n, n, 1", "1 -> 2", "experts of a stand-in, which nobody asks"),
     ("expert_parallel/placing/affinity.py", "", "24 -> 25", "sweeps of a search: tuning"),
     ("expert_parallel/placing/affinity.py", "pairs = pairs / ", "pairs.mean -> pairs.max", "in any unit"),
     ("expert_parallel/placing/affinity.py", "coactivation", "100000 -> 100001", "a default that bounds time: tuning"),
