@@ -86,8 +86,7 @@ class ShardedExperts(StandIn):
         at = [len(places)] * ids.size
         for row, slot in enumerate(places):
             at[slot] = row
-        y = mx.concatenate(parts) if len(parts) > 1 else parts[0]
-        return y[mx.array(at)].reshape(*indices.shape, -1)
+        return mx.concatenate(parts)[mx.array(at)].reshape(*indices.shape, -1)
 
     def masked(self, x: mx.array, indices: mx.array) -> mx.array:
         """As `compact` with static shapes and without the host: replicas take turns over the slots."""

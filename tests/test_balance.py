@@ -86,7 +86,7 @@ def test_fan_out_by_hand():
     experts = [[[0, 1], [0, 2]], [[0, 5], [4, 5]]]  # token, layer
     # Layer 0: devices {0} and {0, 2}; layer 1: {0, 1} and {2}.
     assert fan_out(devices_of_trace(experts, placement.held)).tolist() == [1.5, 1.5]
-    assert fan_out(np.zeros((0, 2, 2), dtype=int)).tolist() == [0, 0]
+    assert fan_out(np.zeros((0, 2, 3), dtype=int)).tolist() == [0, 0]
     # Three tokens of one layer: on 1, 3 and 2 devices.
     assert fan_out(np.array([[[4, 4, 4]], [[2, 0, 1]], [[5, 0, 5]]])).tolist() == [2]
 

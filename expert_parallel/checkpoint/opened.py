@@ -33,7 +33,7 @@ def build(folder, where, **how) -> tuple[nn.Module, dict]:
     """
     try:
         model, config = load_model(folder, lazy=True, **how)
-        model(mx.zeros((1, 1), dtype=mx.int32), cache=make_prompt_cache(model))  # a token, never computed
+        model(mx.zeros((1, 1), mx.int32), cache=make_prompt_cache(model))  # a token, never computed
     except (Exception, SystemExit) as error:  # whatever an architecture stumbles over; a missing library exits
         raise ValueError(f"{where}: mlx-lm cannot build this model: {in_a_line(error)}") from error
     _check_rope(model, config, where)

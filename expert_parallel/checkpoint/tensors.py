@@ -113,7 +113,7 @@ def read_rows(stored: list[StoredTensor], rows) -> np.ndarray:
     rows    ascending; neighbours in a file are read in one go
     """
     places, per_row = places_of(stored, rows)
-    data = np.empty((len(places), per_row), dtype=np.uint8)
+    data = np.empty((len(places), per_row), np.uint8)
     first = 0
     for n, (file, offset) in enumerate(places):
         following = places[n + 1] if n + 1 < len(places) else None

@@ -83,7 +83,7 @@ class _Tensors(pickle.Unpickler):
 
     def persistent_load(self, about):
         _, kind, key, _, _ = about
-        return np.frombuffer(self._archive.read(f"{self._folder}data/{key}"), dtype=kind)
+        return np.frombuffer(self._archive.read(f"{self._folder}data/{key}"), kind)
 
     def find_class(self, module, name):
         if module == "torch" and name in STORAGES:

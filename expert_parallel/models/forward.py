@@ -80,7 +80,7 @@ def routing_figures(trace: RoutingTrace, scores: list[np.ndarray | None], layer_
 
 def margins(scores, top_k: int) -> np.ndarray:
     """[T]; score of the k-th expert less that of the next, for router scores [T, E]: 0 is a coin toss."""
-    ordered = -np.sort(-np.asarray(scores, dtype=np.float64), axis=1)
+    ordered = -np.sort(-np.asarray(scores, np.float64), axis=1)
     if ordered.shape[1] <= top_k:
         return np.full(len(ordered), np.inf)
     return ordered[:, top_k - 1] - ordered[:, top_k]
@@ -115,7 +115,7 @@ def next_layer_recall(experts, num_experts: int) -> tuple[np.ndarray, np.ndarray
     On the first half of the tokens it is counted how often an expert follows another; on the second
     half the k with the highest sums are guessed. The baseline guesses the k most used of layer l + 1.
     """
-    experts = np.asarray(experts, dtype=np.int64)
+    experts = np.asarray(experts, np.int64)
     top_k, half = experts.shape[2], len(experts) // 2
     if half == 0:
         return (np.full(experts.shape[1] - 1, np.nan),) * 2
@@ -136,8 +136,8 @@ def next_layer_recall(experts, num_experts: int) -> tuple[np.ndarray, np.ndarray
 
 def _chosen(experts, num_experts: int) -> np.ndarray:
     """bool [T, L, E]."""
-    chosen = np.zeros((*experts.shape[:2], num_experts), dtype=bool)
-    np.put_along_axis(chosen, np.asarray(experts, dtype=np.int64), True, axis=2)
+    chosen = np.zeros((*experts.shape[:2], num_experts), bool)
+    np.put_along_axis(chosen, np.asarray(experts, np.int64), True, axis=2)
     return chosen
 
 

@@ -129,13 +129,13 @@ def fill_randomly(model: nn.Module) -> nn.Module:
         if "scales" not in module:
             continue
         *rows, width = module.weight.shape
-        random = mx.random.randint(0, 256, (*rows, 4 * width), dtype=mx.uint8)  # of a wider type the lowest bits are 0
+        random = mx.random.randint(0, 256, (*rows, 4 * width), mx.uint8)  # of a wider type the lowest bits are 0
         module.weight = random.view(mx.uint32)
         if module.scales.dtype == mx.uint8:
-            module.scales = mx.full(module.scales.shape, 118, dtype=mx.uint8)  # 2 ** -9
+            module.scales = mx.full(module.scales.shape, 118, mx.uint8)  # 2 ** -9
         else:
             scale = 1 / math.sqrt(module.scales.shape[-1] * module.group_size) / 2**module.bits
-            module.scales = mx.full(module.scales.shape, scale, dtype=module.scales.dtype)
+            module.scales = mx.full(module.scales.shape, scale, module.scales.dtype)
             module.biases = -module.scales * 2 ** (module.bits - 1)
     mx.eval(model.parameters())
     return model

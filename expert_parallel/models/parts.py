@@ -91,7 +91,7 @@ def try_a_token(model) -> Token:
     with recorders(layers, [lambda indices: asked.append(indices.shape[-1])] * len(layers)), ExitStack() as stack:
         for kind in kinds:
             stack.enter_context(replaced(kind, {"__call__": noting(kind.__call__)}))
-        model(mx.zeros((1, 1), dtype=mx.int32), cache=cache)
+        model(mx.zeros((1, 1), mx.int32), cache=cache)
     return Token(max(asked), cache, attends)
 
 
@@ -192,5 +192,5 @@ def attention_of(layer, token: Token, number: int) -> tuple[str, int, tuple[Cach
         kind += f" on latents, {heads} heads" if latents else f", {heads} heads, {groups} of keys and values"
     # The last projection gives a token's width again; what it takes in is all heads side by side.
     last = [m for m in module.children().values() if isinstance(m, nn.Linear | nn.QuantizedLinear)][-1:]
-    width = sum(m.scales.shape[-1] * m.group_size if "scales" in m else m.weight.shape[-1] for m in last)
+    width = sum(m.scales.shape[1] * m.group_size if "scales" in m else m.weight.shape[1] for m in last)
     return kind, width, entries

@@ -136,6 +136,6 @@ def measure_machine(
     seconds = seconds_of_prompt(model, prompt, rounds)
     with record_routing(model) as trace:
         seconds_of_prompt(model, prompt, rounds=1)
-    everything = np.ones((demand.num_moe_layers, 1, demand.num_experts), dtype=bool)
+    everything = np.ones((demand.num_moe_layers, 1, demand.num_experts), bool)
     load, speed = fullest_device(trace.experts, everything, prompt_tokens), prompt_tokens / seconds
     return fit_arithmetic(machine, demand, prompt_tokens, speed, load)

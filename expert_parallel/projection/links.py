@@ -51,7 +51,7 @@ def traffic_matrix(experts, held, hidden: int, value_bytes: int = 2, home=None) 
     for layer, chosen in enumerate(experts.transpose(1, 0, 2)):
         turns = Serving(held[layer]).turns
         away = turns[tokens[:, None] % len(turns), chosen]
-        visited = np.zeros((len(experts), num_devices), dtype=bool)
+        visited = np.zeros((len(experts), num_devices), bool)
         visited[tokens[:, None], np.where(held[layer, home[:, None], chosen], home[:, None], away)] = True
         np.add.at(result[layer], home, visited * float(hidden * value_bytes))
         np.fill_diagonal(result[layer], 0)

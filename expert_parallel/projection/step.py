@@ -86,7 +86,7 @@ def fullest_device(experts, held, batch: int = 1) -> Fullest:
 
     experts  [T, L, k] expert ids, T at least `batch`;  held  bool [L, D, E]
     """
-    experts, (num_layers, devices, num_experts) = np.asarray(experts, dtype=np.int64), held.shape
+    experts, (num_layers, devices, num_experts) = np.asarray(experts), held.shape
     steps = len(experts) // batch
     rows, read, slots = np.arange(steps)[:, None] * devices, np.zeros(num_layers), np.zeros(num_layers)
 
@@ -102,8 +102,8 @@ def fullest_device(experts, held, batch: int = 1) -> Fullest:
 
 def uniform_experts(num_tokens: int, num_layers: int, num_experts: int, top_k: int, seed: int = 0) -> np.ndarray:
     """A trace [T, L, k] in which every expert is as likely as any other: what a perfect router would do."""
-    rank = np.random.default_rng(seed).random((num_tokens, num_layers, num_experts), dtype=np.float32)
-    return np.argpartition(rank, top_k - 1, axis=-1)[..., :top_k].astype(np.uint16)
+    rank = np.random.default_rng(seed).random((num_tokens, num_layers, num_experts), np.float32)
+    return np.argpartition(rank, top_k - 1)[..., :top_k].astype(np.uint16)
 
 
 def even_load(demand: Demand, num_devices: int, batch: int = 1) -> Fullest:

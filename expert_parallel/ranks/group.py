@@ -104,9 +104,9 @@ def gather_objects(group, value) -> list:
     """The value of every rank, by rank; values are anything that goes into JSON. A collective."""
     if group.size() == 1:
         return [value]
-    data = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8).astype(np.int32)
-    lengths = np.array(mx.distributed.all_gather(mx.array([len(data)], dtype=mx.int32), group=group))
-    padded = np.zeros((1, int(lengths.max())), dtype=np.int32)
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8).astype(np.int32)
+    lengths = np.array(mx.distributed.all_gather(mx.array([len(data)], mx.int32), group=group))
+    padded = np.zeros((1, int(lengths.max())), np.int32)
     padded[0, : len(data)] = data
     rows = np.array(mx.distributed.all_gather(mx.array(padded), group=group))
     return [json.loads(row[:n].astype(np.uint8).tobytes()) for row, n in zip(rows, lengths, strict=True)]

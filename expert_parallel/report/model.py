@@ -15,7 +15,7 @@ HYBRID = "hybrid: all but the experts split over devices (--attention sharded)"
 
 def billions(count: float) -> str:
     """Parameters for people: 30.53 B, 4.72 M."""
-    unit, name = next(((u, n) for u, n in ((1e9, " B"), (1e6, " M"), (1e3, " k")) if count >= u), (1, ""))
+    unit, name = next(((u, n) for u, n in ((1e9, " B"), (1e6, " M"), (1e3, " k")) if count >= u), (None, ""))
     return f"{count / unit:.2f}{name}" if name else f"{count:.0f}"
 
 

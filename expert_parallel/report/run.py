@@ -144,7 +144,7 @@ def routing(trace: RoutingTrace, layer_numbers: list[int]) -> list[Table]:
 
 
 def _by_chance(part: RoutingTrace, held=None) -> dict:
-    held = np.ones((1, part.num_experts), dtype=bool) if held is None else held
+    held = np.ones((1, part.num_experts), bool) if held is None else held
     return uniform_routing(len(part), part.experts.shape[2], held)
 
 

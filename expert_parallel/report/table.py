@@ -197,7 +197,7 @@ def sections(tables: list[Table], **others) -> dict:
 
 def shades(loads) -> str:
     """A row of loads as shades against its mean, as a cell: half of the mean is ░, twice the mean █."""
-    loads = np.asarray(loads, dtype=float)
+    loads = np.asarray(loads, float)
     levels = np.clip(np.round(loads / max(loads.mean(), 1e-12) * 2), 0, 4).astype(int)
     return "".join(SHADES[level] * (3 if len(loads) <= 20 else 1) for level in levels)
 

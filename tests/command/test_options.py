@@ -3,6 +3,7 @@
 import pytest
 
 from expert_parallel.command.options import check_numbers, check_placement, check_study, make_placement, parser_of
+from expert_parallel.command.output import write_json
 from expert_parallel.command.prompts import read_prompt, titled
 from expert_parallel_poc import SCENARIOS, setup_arg_parser
 
@@ -194,3 +195,8 @@ def test_a_title_is_a_short_name_before_a_text():
     }  # fmt: skip
     with pytest.raises(ValueError, match="two texts are named a"):
         titled(["a=1", "a=2"])
+
+
+def test_json_is_written_a_line_a_figure_and_what_is_no_number_as_null(tmp_path):
+    write_json(tmp_path / "o.json", {"a": [1, float("nan")], "b": {}})
+    assert (tmp_path / "o.json").read_text() == '{\n "a": [\n  1,\n  null\n ],\n "b": {}\n}\n'

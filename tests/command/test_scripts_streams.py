@@ -6,6 +6,7 @@ import io
 import sys
 import types
 
+import mlx_lm
 import pytest
 from conftest import ROOT, SHIPPED, random_model
 
@@ -30,7 +31,9 @@ def test_every_word_of_an_answer_is_shown_when_it_comes(monkeypatch):
     """A pipe or a file gets it in the end all the same; who watches gets it at once."""
     monkeypatch.chdir(ROOT)
     out = Flushed()
-    asked = ["--model", SHIPPED, "--max-tokens", 5, "--prompt", "class A:", "--no-verify", "--trials", 0]
+    loaded, load = [], mlx_lm.load
+    asked = ["--model", SHIPPED, "--max-tokens", 5, "--prompt", "class A:", "--verify", "--trials", 0]
+    monkeypatch.setattr(mlx_lm, "load", lambda path, **how: loaded.append((path, how)) or load(path, **how))
     monkeypatch.setattr(sys, "argv", ["qwen3_expert_parallel.py", *map(str, asked)])
     with contextlib.redirect_stdout(out):
         qwen3_expert_parallel.main()
@@ -39,6 +42,8 @@ def test_every_word_of_an_answer_is_shown_when_it_comes(monkeypatch):
     begun = [text.partition("answer ─")[2].partition("\n")[2] for text in out.seen]
     parts = [text for text in dict.fromkeys(begun) if text and answer.startswith(text)]
     assert len(parts) >= 3 and parts == sorted(parts, key=len)
+    # Stock's weights are read when they are needed: never all of them in two types.
+    assert loaded == [(str(SHIPPED), {"adapter_path": None, "lazy": True})]
 
 
 class Response(types.SimpleNamespace):

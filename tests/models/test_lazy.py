@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from conftest import CONFIG
 from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import SwitchLinear
 
 from expert_parallel.layers import moe_layers
 from expert_parallel.models.configurations import Configuration
@@ -15,7 +16,7 @@ from expert_parallel.models.lazy import _cast, _group_of, _quantise, build_model
 def packed(model):
     """{path: (bits, group size, mode)}, but for routers, which mlx-lm gives bits of their own."""
     return {
-        path: (module.bits, module.group_size, getattr(module, "mode", "affine"))
+        path: (module.bits, module.group_size or 16, getattr(module, "mode", "affine"))
         for path, module in model.named_modules()
         if "scales" in module and not path.endswith(".gate")
     }
@@ -26,22 +27,23 @@ class Small(nn.Module):
         super().__init__()
         self.wide, self.other, self.head = nn.Linear(64, 8), nn.Linear(64, 8), nn.Linear(64, 8)
         self.narrow, self.norm = nn.Linear(48, 8), nn.RMSNorm(64)
+        self.experts = SwitchLinear(64, 48, 4)  # [4, 48, 64]
 
 
 @pytest.mark.parametrize(
     ("said", "config", "expected"),
     [
-        ({"group_size": 64, "bits": 4}, {}, {"wide", "other", "head"}),  # 48 are no groups of 64
-        ({"group_size": 32, "bits": 4}, {}, {"wide", "other", "head"}),
-        ({"group_size": None, "bits": 4, "mode": "nvfp4"}, {}, {"wide", "other", "head", "narrow"}),  # groups of 16
-        ({"group_size": 64, "bits": 4, "head": False}, {}, {"wide", "other"}),
-        ({"group_size": 64, "bits": 4}, {"quantization_config": {"ignore": ["he*"]}}, {"wide", "other"}),
+        ({"group_size": 64, "bits": 4}, {}, {"wide", "other", "head", "experts"}),  # 48 are no groups of 64, and of 16
+        ({"group_size": 32, "bits": 4}, {}, {"wide", "other", "head", "experts"}),
+        ({"group_size": None, "bits": 4, "mode": "nvfp4"}, {}, {"wide", "other", "head", "narrow", "experts"}),
+        ({"group_size": 64, "bits": 4, "head": False}, {}, {"wide", "other", "experts"}),
+        ({"group_size": 64, "bits": 4}, {"quantization_config": {"ignore": ["he*"]}}, {"wide", "other", "experts"}),
         ({"group_size": 64, "bits": 4}, {"quantization_config": {"modules_to_not_convert": ["wide"]}},
-         {"other", "head"}),
+         {"other", "head", "experts"}),
         ({"group_size": 64, "bits": 4}, {"text_config": {"quantization_config": {"exclude_modules": ["o*r", "x"]}}},
-         {"wide", "head"}),
+         {"wide", "head", "experts"}),
         ({"group_size": 64, "bits": 4}, {"quantization_config": {"quantization": {"ignore": None}}},
-         {"wide", "other", "head"}),
+         {"wide", "other", "head", "experts"}),
     ],
 )  # fmt: skip
 def test_what_a_configuration_packs(said, config, expected):

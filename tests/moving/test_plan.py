@@ -227,6 +227,9 @@ def test_copies_of_the_hot_by_hand():
     # Of two that are hot the hotter one, 5, comes first, to the emptiest device, and 3 to the next.
     held, loads = placed([0, 1, 2], [0, 3, 4], [0, 5]).held, np.array([[2.0, 0, 5, 24, 19, 27]])
     assert copies_of_the_hot(loads, held)[0].tolist() == placed([1, 2, 5], [0, 3, 4], [3, 5]).held[0].tolist()
+    # Without their thirds of expert 0 devices have 35, 28 and 28: 5 to the second; then, without halves, 35 and 14.
+    loads = np.array([[12.0, 14, 21, 26, 2, 28]])
+    assert copies_of_the_hot(loads, held)[0].tolist() == placed([0, 1, 2], [3, 4, 5], [3, 5]).held[0].tolist()
 
 
 def cost_under_drift(seed, every=256, seconds_per_move=50.0):

@@ -23,6 +23,8 @@ def test_coactivation_by_hand():
     assert coactivation(numbered, 500, max_tokens=250)[0].sum() == 2 * 250
     with pytest.raises(ValueError, match="there are 2"):
         coactivation(experts, 2)
+    with pytest.raises(ValueError, match="experts run from -1 to 1, there are 4"):
+        coactivation(np.array([[[1, -1]]]), 4)
 
 
 def test_affinity_finds_the_families():

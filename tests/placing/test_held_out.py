@@ -45,3 +45,10 @@ def test_one_token_has_no_half_to_judge_on():
     placement = Placement(np.array([[[1, 1, 0, 0], [0, 0, 1, 1]]], dtype=bool), "by hand", {"note": 1})
     about = fitted_on(trace, lambda part: placement).metadata
     assert about == {"note": 1, "fitted_tokens": 1, "fitted_top_k": 4, "balancedness_fitted": pytest.approx(1)}
+
+
+def test_copies_stay_in_their_nodes_as_long_as_there_is_room():
+    """Two nodes of two devices, two experts each: two copies a node have room, three have not."""
+    for copies, scope in ((4, "hierarchical over 2 nodes"), (6, "global")):
+        placement = place_experts(np.array([[4, 3, 2, 1]]), 4, "replicated", copies, num_nodes=2, num_groups=2)
+        assert placement.metadata["scope"] == scope and placement.held.sum() == 4 + copies

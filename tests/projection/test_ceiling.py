@@ -1,5 +1,6 @@
 """The most that a single sequence gains: against counting every choice, random choices, and a published study."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -45,6 +46,8 @@ def test_a_published_ceiling(devices, published):
     assert ceiling(demand, MACHINE, devices, load) == pytest.approx(published, abs=0.02)
     assert ceiling(demand, MACHINE, devices) == pytest.approx(1 / (0.51 + 0.49 / devices), rel=1e-3)
     assert ceiling(demand, MACHINE, 10**6) == ceiling(demand, MACHINE, 10) == pytest.approx(1 / 0.559, rel=1e-3)
+    slow = replace(MACHINE, bytes_per_second=1e15, expert_bytes_per_second=1e15, operations_per_second=1e6)
+    assert ceiling(demand, slow, 10**6) == pytest.approx(1 / 0.559, rel=1e-3)  # of what is computed, too
 
 
 def test_where_a_link_breaks_even():

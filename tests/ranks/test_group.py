@@ -9,7 +9,9 @@ import subprocess
 import sys
 import types
 
+import mlx.core as mx
 import pytest
+from checkpoints import Rank
 from conftest import run_script
 
 from expert_parallel.ranks import group as groups
@@ -261,3 +263,17 @@ def test_where_others_reach_the_watch_of_a_rank(monkeypatch):
     watchdog.limit(2.5, "no answer")
     watchdog.limit(None)
     assert told == ["join 10.0.0.1 5001 x", "limit 2.5 no answer", "limit 0 "]
+
+
+def test_what_ranks_tell_each_other_stays_in_their_group(monkeypatch):
+    """And of sampled tokens only rank 0's count."""
+    asked, one, other = [], Rank(0, 2), Rank(1, 2)
+    gathered = lambda x, group=None: asked.append(group) or mx.concatenate([x, x])  # noqa: E731
+    monkeypatch.setattr(mx.distributed, "all_gather", gathered)
+    monkeypatch.setattr(mx.distributed, "all_sum", lambda x, group=None: asked.append(group) or x)
+    assert groups.gather_objects(Rank(0, 1), value := object()) == [value] and not asked
+    assert groups.gather_objects(other, {"a": [1, None]}) == [{"a": [1, None]}] * 2
+    for rank, told in ((one, [7, 9]), (other, [0, 0])):
+        found = groups.follow_rank_0(rank, mx.array([7, 9], mx.uint32))
+        assert (found.tolist(), found.dtype) == (told, mx.uint32)
+    assert asked == [other, other, one, other]
