@@ -22,7 +22,7 @@ from expert_parallel.models.memory import live_expert_bytes
 from expert_parallel.offload.compress import compress_cold
 from expert_parallel.report.table import environment, size
 
-WINDOW, HALF = 512, 4096  # tokens
+WINDOW, HALF = 512, 2048  # tokens
 
 
 def windows(ids):

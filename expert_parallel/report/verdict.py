@@ -52,7 +52,8 @@ def _balance(balance: dict, placement: dict) -> str | None:
     even, chance = balance["balancedness_layers"], balance["balancedness_if_uniform_simulated"]
     if placement["devices"] == 1 or even is None:
         return None
-    text = f"mean over fullest device's slots of the run {even:.2f}, 1 is even; uniform routing would give {chance:.2f}"
+    text = f"balancedness {even:.2f}, the devices' mean load over the fullest one's: 1 is even"
+    text += f", and a router that chose at random would give {chance:.2f}"
     if even > chance - CLEAR:
         return f"{text}: no more than so few tokens scatter"
     more = {"contiguous": "balanced", "round-robin": "balanced", "balanced": "replicated --redundant-experts 16"}

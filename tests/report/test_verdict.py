@@ -36,8 +36,8 @@ def test_the_whole_verdict():
     assert said() == {
         "answer": "the same as stock mlx-lm's: 64 tokens, 331,776 logits to the bit",
         "memory": "the fullest device holds 3.93 MB of 17.69 MB, 4.50x less",
-        "balance": "mean over fullest device's slots of the run 0.60, 1 is even; uniform routing would give 0.88. To"
-        " try: --trace FILE, then --placement balanced --placement-trace FILE",
+        "balance": "balancedness 0.60, the devices' mean load over the fullest one's: 1 is even, and a router that"
+        " chose at random would give 0.88. To try: --trace FILE, then --placement balanced --placement-trace FILE",
         "speed": "147.2 tokens/s, stock mlx-lm 233.0 (one run each): one process plays 8 devices",
         "real ranks": "each would send 7.17 kB a token (modelled); model_analysis.py says what your hardware makes of"
         " it",
@@ -67,8 +67,8 @@ def test_the_answer(changes, answer):
     [
         ("round-robin", 0.6, "--placement balanced --placement-trace FILE"),
         ("balanced", 0.6, "--placement replicated --redundant-experts 16 --placement-trace FILE"),
-        ("replicated", 0.6, "uniform routing would give 0.88"),
-        ("by hand", 0.6, "uniform routing would give 0.88"),
+        ("replicated", 0.6, "a router that chose at random would give 0.88"),
+        ("by hand", 0.6, "a router that chose at random would give 0.88"),
         ("contiguous", 0.84, "no more than so few tokens scatter"),
         ("contiguous", 0.82, "--placement-trace FILE"),
         ("contiguous", 0.88 - 0.05, "--placement-trace FILE"),
@@ -76,7 +76,7 @@ def test_the_answer(changes, answer):
 )
 def test_what_imbalance_costs_and_what_would_help(strategy, even, end):
     line = said(placement={"strategy": strategy}, balance={"balancedness_layers": even})["balance"]
-    assert line.startswith(f"mean over fullest device's slots of the run {even:.2f}, 1 is even") and line.endswith(end)
+    assert line.startswith(f"balancedness {even:.2f}, the devices' mean load") and line.endswith(end)
 
 
 def test_one_device_and_one_token_and_ranks():

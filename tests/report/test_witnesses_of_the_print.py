@@ -50,8 +50,8 @@ def test_in_short(run):
     times = memory["full_model_bytes"] / max(memory["per_device_bytes"])
     assert short["memory"] == f"the fullest device holds {fullest} of {whole}, {times:.2f}x less"
     even = mean([(mean(row) + 1e-5) / (max(row) + 1e-5) for row in balance["device_loads"]])
-    assert f"fullest device's slots of the run {even:.2f}, 1 is even" in short["balance"]
-    assert f"routing would give {balance['balancedness_if_uniform_simulated']:.2f}" in short["balance"]
+    assert f"balancedness {even:.2f}, the devices' mean load over the fullest one's: 1 is even" in short["balance"]
+    assert f"chose at random would give {balance['balancedness_if_uniform_simulated']:.2f}" in short["balance"]
     ours, theirs = (document["generation"][f"{whose}tokens_per_second"] for whose in ("", "stock_"))
     assert short["speed"].startswith(f"{ours:.1f} tokens/s, stock mlx-lm {theirs:.1f} (medians of 3 runs)")
     assert ("real ranks" in short) == (run.ranks == 1)
