@@ -6,7 +6,7 @@ Dimensions: n experts, E of them in a layer.
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import chain
 
 import ml_dtypes
@@ -36,6 +36,10 @@ class OpenFiles:
         if hasattr(os, "posix_fadvise"):  # else the system reads ahead into rows that nobody asked for
             os.posix_fadvise(number, 0, 0, os.POSIX_FADV_RANDOM)
         self._open[path] = number, self._mark(number)
+
+    def __del__(self):
+        for number, _ in self._open.values():
+            os.close(number)
 
     @staticmethod
     def _mark(number):
@@ -93,23 +97,29 @@ class StoredRows:
         OSError where a read fails: those rows then hold anything.
         """
         jobs = []
-        for name, stored in self._stored.items():
-            places, size = places_of(stored, ids)
-            kind, target = IN_NUMPY.get(self._like[name][1]), pool[name]
-            kind = None if kind == target.dtype else kind  # as stored
-            jobs += [(*place, size, target[row], kind) for place, row in zip(places, rows, strict=True)]
+        for name, tensors in self._stored.items():
+            places, size = places_of(tensors, ids)
+            stored, target = IN_NUMPY.get(self._like[name][1]), pool[name]
+            loaded = IN_NUMPY.get(self._dtype, stored)  # what it was loaded as, whatever it was made since
+            kinds = None if stored is None or stored == loaded == target.dtype else (stored, loaded)
+            jobs += [(*place, size, target[row], kinds) for place, row in zip(places, rows, strict=True)]
         total = sum(size for _, _, size, *_ in jobs)
         if total < WORTH_THREADS:
             self._read_all(jobs)
         else:
-            list(self._files.threads.map(self._read_all, (jobs[n::THREADS] for n in range(THREADS))))
+            parts = [self._files.threads.submit(self._read_all, jobs[n::THREADS]) for n in range(THREADS)]
+            try:
+                for part in parts:
+                    part.result()
+            finally:  # after a failure or Control-C nobody may write on into rows that are given to others by then
+                wait(parts)
         return total
 
     def _read_all(self, jobs):
-        for path, offset, size, target, kind in jobs:
-            if kind is None:
+        for path, offset, size, target, kinds in jobs:
+            if kinds is None:
                 self._files.read(path, offset, target.reshape(-1).view(np.uint8))  # a view: rows lie in one piece
             else:
                 data = np.empty(size, np.uint8)
                 self._files.read(path, offset, data)
-                target[:] = data.view(kind).reshape(target.shape)
+                target[:] = data.view(kinds[0]).astype(kinds[1]).reshape(target.shape)

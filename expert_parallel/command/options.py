@@ -158,8 +158,10 @@ def check_study(args, scenarios: tuple) -> list[str]:
     args.tokens, args.top_k = args.tokens or 8192, args.top_k or (None if args.trace else 8)
     if args.top_k and args.top_k > (args.experts or 128):
         raise ValueError(f"--top-k {args.top_k}: there are {args.experts or 128} experts to choose from")
-    for size in (args.expert_memory.split(",") if args.expert_memory else []) + [args.expert_bytes]:
+    for size in args.expert_memory.split(",") if args.expert_memory else ():
         parse_budget(size)
+    if parse_budget(args.expert_bytes)[1]:
+        raise ValueError(f"--expert-bytes {args.expert_bytes} is a share: needs a size such as 2.65MB")
     if args.expert_memory and not args.trace:
         raise ValueError("--expert-memory needs --trace: a cache remembers what came before, and scenarios are random")
     if not 0 < args.disk < float("inf"):

@@ -5,9 +5,21 @@ Dimensions: L MoE layers, E experts.
 
 from __future__ import annotations
 
+import math
 import re
 
-UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 1e3,
+    "MB": 1e6,
+    "GB": 1e9,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TB": 1e12,
+    "TIB": 2**40,
+}
 
 
 def parse_budget(text) -> tuple[float, bool]:
@@ -33,11 +45,11 @@ def rooms(budget, expert_bytes, held):
 
     amount, is_share = parse_budget(budget)
     whole, least = int(expert_bytes @ held), int(expert_bytes @ (held > 0))
-    amount = amount * whole if is_share else amount
+    amount = round(amount * whole) if is_share else amount  # 35% of 100 experts are 35
     if amount < least:
         raise ValueError(
-            f"expert memory {budget} is {amount / 1e6:.1f} MB and too small: one expert in each of {len(held)} layers"
-            f" takes {least / 1e6:.1f} MB, {100 * least / max(1, whole):.1f}% of the device's experts"
+            f"expert memory {budget} is {amount:,.0f} bytes and too small: one expert in each of {len(held)} layers"
+            f" takes {least:,} bytes, {math.ceil(1e4 * least / max(1, whole)) / 100:g}% of the device's experts"
         )
     places = np.minimum(held, 1)
     while len(fits := np.flatnonzero((places < held) & (expert_bytes <= amount - places @ expert_bytes))):

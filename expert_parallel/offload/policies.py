@@ -127,7 +127,7 @@ class Cache:
 
 
 def make_caches(held: np.ndarray, devices, expert_bytes, budget, policy="aging", trace=None, prefetch="none"):
-    """list [L] of {device: Cache} for the devices that are here; None where all experts of each fit into the budget.
+    """list [L] of {device: Cache} for the devices that are here; None where all experts of all fit.
 
     held    bool [L, D, E];  expert_bytes, budget  see budget.py
     policy, prefetch  one of POLICIES, one of PREFETCH; "pinned" and "learned" need a `trace` of the same shape
@@ -141,17 +141,19 @@ def make_caches(held: np.ndarray, devices, expert_bytes, budget, policy="aging",
     if trace is not None and (trace.experts.shape[1], trace.num_experts) != held.shape[::2]:
         shape = f"{trace.experts.shape[1]} layers of {trace.num_experts} experts"
         raise ValueError(f"the trace is of {shape}, the model has {held.shape[0]} of {held.shape[2]}")
+    if trace is not None and not len(trace):
+        raise ValueError("the trace has no tokens: it says nothing of what is hot, or of what follows what")
     counts = held.sum(axis=2)
-    places = np.stack([rooms(budget, expert_bytes, counts[:, device]) for device in devices], axis=1)
-    if (places == counts[:, devices]).all():
+    places = np.stack([rooms(budget, expert_bytes, count) for count in counts.T], axis=1)  # [L, D]
+    if (places == counts).all():  # of all devices, also those of other ranks, which must decide alike
         return None
     caches = [{} for _ in held]
-    for n, device in enumerate(devices):
+    for device in devices:
         pinned = [()] * len(held)
         if policy == "pinned":
-            pinned = hottest(np.where(held[:, device], trace.loads(), -1), places[:, n], trace.experts.shape[2])
+            pinned = hottest(np.where(held[:, device], trace.loads(), -1), places[:, device], trace.experts.shape[2])
         for l, layer in enumerate(caches):
-            layer[device] = Cache(held.shape[2], places[l, n], policy, pinned[l])
+            layer[device] = Cache(held.shape[2], places[l, device], policy, pinned[l])
     return caches
 
 

@@ -110,7 +110,7 @@ def read_ahead(layers: list[MoELayer], how: str, trace: RoutingTrace | None = No
         ways = [lambda x, ids, follow=follow: likeliest(follow, _rows(ids)) for follow in followers(trace)]
     else:
         routers = [router_of(layer) for layer in layers[1:]]
-        ways = [lambda x, ids, choose=choose: np.array(choose(x)) for choose in routers]
+        ways = [lambda x, ids, choose=choose: np.array(choose(x.reshape(1, -1, x.shape[-1]))) for choose in routers]
     after = Foreteller(layers[-1].experts)
     tellers = [after]
     for layer, foretell in zip(layers[-2::-1], ways[::-1], strict=True):

@@ -6,8 +6,9 @@ Dimensions: T tokens, n slots, E experts, H hidden.
 from __future__ import annotations
 
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from threading import RLock
 
 import ml_dtypes
 import mlx.core as mx
@@ -54,6 +55,7 @@ class OnDisk(InMemory):
         self._row = np.full(len(cache.place), NOWHERE, np.int32)  # of what is read whole, whatever the cache plans
         self._mine = np.zeros(len(cache.place), bool)
         self._mine[np.asarray(ids)] = True
+        self._one_at_a_time = RLock()  # of the threads that ask
         self._has_spare, self._ahead, self._foretold = False, None, np.zeros(0, np.int64)
         self.experts = with_tensors(like, source.empty(len(cache.held)))
         self._pool = Pool(self.experts)
@@ -64,6 +66,10 @@ class OnDisk(InMemory):
         return np.flatnonzero(self._mine)
 
     def __call__(self, x: mx.array, tokens: np.ndarray, experts: np.ndarray) -> mx.array:
+        with self._one_at_a_time:
+            return self._answer(x, tokens, experts)
+
+    def _answer(self, x, tokens, experts):
         wanted = np.unique(experts)
         if not self._mine[wanted].all():
             raise IndexError(f"expert {wanted[~self._mine[wanted]][0]} is not here: {self.ids.tolist()} are")
@@ -90,18 +96,20 @@ class OnDisk(InMemory):
 
         On a GPU it does nothing: mlx has to put the rows in, which no thread but the main one may ask it for.
         """
-        self._settle(())
-        if not self._pool.in_place:
-            return
-        foretold = np.unique(experts[self._mine[experts]])[: len(self.cache.held)]
-        come, row, _, hits = self.cache.bring(foretold)
-        self._foretold = come[hits:]
-        if len(self._foretold):
-            self._ahead = _ONE_THREAD.submit(self._read, come[hits:], row[hits:])
+        with self._one_at_a_time:
+            self._settle(())
+            if not self._pool.in_place:
+                return
+            foretold = np.unique(experts[self._mine[experts]])[: len(self.cache.held)]
+            come, row, _, hits = self.cache.bring(foretold)
+            self._foretold = come[hits:]
+            if len(self._foretold):
+                self._ahead = _ONE_THREAD.submit(self._read, come[hits:], row[hits:])
 
     def _settle(self, wanted):
         """Wait for what is being read ahead."""
         if self._ahead is not None:
+            wait([self._ahead])  # Control-C leaves it, to be waited for again
             ahead, self._ahead = self._ahead, None
             count, size = ahead.result()
             self.reads.experts_ahead += count

@@ -91,14 +91,14 @@ def of_run(trace: RoutingTrace, held: np.ndarray, devices: list[dict], layer_num
     guess = Figure(
         "prefetch_recall_by_chance_modelled", "guessed", trace.experts.shape[2] / trace.num_experts, "{:.3f}"
     )
-    speed = reads["bytes"] / max(reads["seconds_waited"], 1e-12)
+    speed = f", {size(reads['bytes'] / reads['seconds_waited'])}/s" if reads["bytes"] and not asked else ""
     overall = [
         Figure("policy", "policy", devices[0]["policy"]),
         Figure("places", "in memory", int(places.sum()), lambda n: f"{n:,} of {experts.sum():,} experts of all layers"),
         Figure("hit_rate", "hit rate", rate, "{:.3f}", beside=chance),
         Figure("bytes_read_per_token", "read per token", total / tokens, size),
         Figure("seconds_waited", "computing waited for reads", reads["seconds_waited"],
-               lambda waited: f"{waited:.2f} s of {seconds:.2f} s, {size(speed)}/s"),
+               lambda waited: f"{waited:.2f} s of {seconds:.2f} s{speed}"),
         Figure("prefetch_recall", "foretold of what was wanted", recall, "{:.3f}", beside=guess),
         Figure("experts_read_ahead", "read ahead", reads["experts_ahead"] or None,
                lambda n: f"{n:,} experts, of which the next step wanted {reads['useful']:,}"),
@@ -226,8 +226,8 @@ def _replayed(trace, served, device, policy) -> np.ndarray:
     """Hits and wanted experts [2, S, L] of one device's caches."""
     from ..offload.replay import replay
 
-    mine = None if (served == served.flat[0]).all() else served == device["device"]
-    return replay(trace, device["places"], policy, device["pinned"] if policy == "pinned" else None, mine)
+    pinned = device["pinned"] if policy == "pinned" else None
+    return replay(trace, device["places"], policy, pinned, served == device["device"])
 
 
 def _rate(found, axis=None):

@@ -118,6 +118,19 @@ def test_each_device_has_a_cache_of_its_own(capsys, tmp_path):
     assert document["cache"]["phases"][1]["hit_rate"] > 0.3
 
 
+def test_a_device_that_answers_all_is_counted_once():
+    trace = RoutingTrace(np.array([[[0, 1]], [[1, 0]]]), 4)
+    reads = {"experts": 2, "bytes": 20, "seconds_waited": 0.5, "experts_ahead": 0, "bytes_ahead": 0, "useful": 0}
+    devices = [
+        {"device": d, "policy": "lru", "prefetch": False, "places": [2], "experts": [2], "hits": [2 - 2 * d],
+         "misses": [2 - 2 * d], "pinned": [[]], "reads": [reads], "foretold": 0, "foretold_right": 0}
+        for d in (0, 1)
+    ]  # fmt: skip
+    held = np.array([[[True, True, False, False], [False, False, True, True]]])
+    _, phases, *_ = disk.of_run(trace, held, devices, [0], 1.0)
+    assert phases.also["phases"] == [{"phase": "decode", "tokens": 2, "wanted": 2.0, "hit_rate": 0.5, "belady": 0.5}]
+
+
 def test_what_was_foretold_is_said_beside_chance(capsys, tmp_path):
     _, _, text = run(capsys, tmp_path, "--devices", "1")
     trace = tmp_path / "before.npz"
@@ -241,6 +254,7 @@ def test_another_trace_foretells(tmp_path):
         (["--trace", "x", "--expert-memory", "25%,oops"], "expert memory is a size"),
         (["--trace", "x", "--expert-memory", "25%", "--disk", "0"], "--disk 0.0: needs more than 0 GB/s"),
         (["--trace", "x", "--expert-memory", "25%", "--expert-bytes", "-1"], "expert memory is a size"),
+        (["--trace", "x", "--expert-bytes", "50%"], "--expert-bytes 50% is a share"),
     ],
 )
 def test_what_the_study_cannot_do_is_refused(options, error):

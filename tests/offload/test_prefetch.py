@@ -89,3 +89,13 @@ def test_learned_recall_on_other_tokens_is_that_of_the_link():
     found = likeliest(followers(trace[:200])[0], trace.experts[200:, 0].astype(int))
     right = [len(set(a) & set(b)) for a, b in zip(found.tolist(), trace.experts[200:, 1].tolist(), strict=True)]
     assert sum(right) / 800 > 0.95
+
+
+def test_blocks_that_take_their_tokens_flat(tmp_path):
+    """OLMoE's hands its experts [T, H]: its router is asked as the model asks it."""
+    config = {**CONFIG, "model_type": "olmoe", "num_key_value_heads": 2, "clip_qkv": None}
+    folder = save(tmp_path / "model", config, False)
+    expected = tokens_of(load_whole(folder)[0])
+    model = load_sharded(folder, num_devices=1, expert_memory="50%", prefetch="next-layer")[0]
+    assert tokens_of(model) == expected
+    assert sum(m.right for m in model.modules() if isinstance(m, Foreteller)) > 0

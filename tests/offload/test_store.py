@@ -1,6 +1,11 @@
 """Experts on disk answer as the whole model does, to the bit, whatever finds room; and fail aloud."""
 
+import gc
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -10,6 +15,7 @@ from conftest import SHIPPED
 from mlx_lm.generate import generate_step
 
 from expert_parallel import load_sharded, record_routing
+from expert_parallel.checkpoint import rows
 from expert_parallel.checkpoint.loading import load_whole
 from expert_parallel.checkpoint.opened import Checkpoint
 from expert_parallel.layers import expert_tensors, moe_layers
@@ -17,6 +23,7 @@ from expert_parallel.offload import POLICIES
 from expert_parallel.offload import store as store_module
 from expert_parallel.offload.replay import replay
 
+OPEN_FILES = Path("/proc/self/fd")
 PROMPT = mx.array([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7]])
 
 
@@ -225,3 +232,58 @@ def test_after_a_read_that_failed_nothing_is_computed_from_half_of_it(tmp_path, 
             mx.eval(model(PROMPT))
     assert len(calls) == 40
     assert same(answers(model), expected)
+
+
+def test_after_a_read_that_failed_no_other_thread_writes_on(tmp_path, monkeypatch):
+    """One part of a read fails at once while the others are slow: their rows are given away by the next call."""
+    folder = save(tmp_path / "model", QWEN3, True)
+    whole, model = load_whole(folder)[0], load(folder, expert_memory="38%")
+    monkeypatch.setattr(rows, "WORTH_THREADS", 0)
+    real, calls = os.preadv, count()
+
+    def failing(number, buffers, offset):
+        if next(calls) % 60 == 7:
+            raise OSError(5, "Input/output error")
+        time.sleep(0.001)
+        return real(number, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    failed = right = 0
+    for n in range(24):
+        text = mx.array([[n, 3 * n + 1]])
+        try:
+            right += mx.array_equal(model(text), whole(text)).item()
+        except OSError:
+            failed += 1
+    assert failed > 3 and right == 24 - failed
+
+
+def test_threads_that_ask_at_once_are_answered_one_by_one(tmp_path):
+    folder = save(tmp_path / "model", QWEN3, True)
+    whole, model = load_whole(folder)[0], load(folder, 2, expert_memory="38%")
+    texts = [mx.array([[n, n + 1, 2 * n]]) for n in range(40)]
+    expected = [np.array(whole(text)) for text in texts]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda text: np.array(model(text)), texts))
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_rows_that_are_read_after_a_cast_are_as_those_from_before(tmp_path, dtype):
+    """Narrowed when loaded and widened later: what is read then goes the same way."""
+    folder = save(tmp_path / "model", QWEN3, True, mx.float32)
+    whole, model = load_whole(folder, dtype)[0], load(folder, expert_memory="38%", dtype=dtype)
+    mx.eval(model(PROMPT))
+    whole.set_dtype(mx.float32), model.set_dtype(mx.float32)
+    assert same(answers(model), answers(whole))
+
+
+@pytest.mark.skipif(not OPEN_FILES.exists(), reason="only Linux lists a process's open files")
+def test_files_are_closed_with_the_model(tmp_path):
+    folder = save(tmp_path / "model", QWEN3, True)
+    load(folder, expert_memory="38%")
+    before = len(list(OPEN_FILES.iterdir()))
+    for _ in range(8):
+        load(folder, expert_memory="38%")
+    gc.collect()
+    assert len(list(OPEN_FILES.iterdir())) < before + 4
