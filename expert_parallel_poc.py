@@ -47,13 +47,8 @@ def setup_arg_parser():
         metavar="LIST",
         help="with --trace, what a cache of experts would hit: 10%%,25%%,4GB (at least 1)",
     )
-    add(
-        "--expert-bytes",
-        default="2.65MB",
-        metavar="SIZE",
-        help="of an expert (default: Qwen3-Coder's in 4 bits, 2.65MB)",
-    )
-    add("--disk", type=float, default=3.0, metavar="GB/S", help="that experts are read with (default: 3, assumed)")
+    add("--expert-bytes", metavar="SIZE", help="of an expert (default: Qwen3-Coder's in 4 bits, 2.65MB)")
+    add("--disk", type=float, metavar="GB/S", help="that experts are read with (default: 3, assumed)")
     add("--seed", type=int, default=0, help="of weights, tokens and scenarios (default: 0)")
     add("--json", type=Path, metavar="FILE", help="save all figures; - for standard output, and then nothing else")
     add("--html", type=Path, metavar="FILE", help="save a page with everything in it, to read in a browser")

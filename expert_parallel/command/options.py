@@ -74,8 +74,8 @@ def parser_of(description: str) -> argparse.ArgumentParser:
         help="with --expert-memory, read ahead what the next layer is foretold to want: next-layer: by its router and"
         " this layer's input; learned: from --placement-trace (default: none)")
     add("--cold-bits", type=int, choices=(2, 3, 4, 5, 6, 8), metavar="BITS",
-        help="fewer bits, 2 to 8, for the experts that --placement-trace used least: another answer in less memory"
-        " (default: all as they are)")
+        help="fewer bits (2, 3, 4, 5, 6, 8) for the experts that --placement-trace used least: another answer in less"
+        " memory (default: all as they are)")
     add("--cold-share", type=float, metavar="SHARE", help="of each layer's experts, with --cold-bits (default: 0.5)")
     add("--combine", choices=("auto", "reduce", "gather"), default="auto",
         help="how ranks bring outputs together: reduce sums weighted outputs, gather sums every chosen expert's, top-k"
@@ -158,6 +158,10 @@ def check_study(args, scenarios: tuple) -> list[str]:
     args.tokens, args.top_k = args.tokens or 8192, args.top_k or (None if args.trace else 8)
     if args.top_k and args.top_k > (args.experts or 128):
         raise ValueError(f"--top-k {args.top_k}: there are {args.experts or 128} experts to choose from")
+    for name in ("expert_bytes", "disk"):
+        if getattr(args, name) is not None and not args.expert_memory:
+            raise ValueError(f"{option(name)} is of no use without --expert-memory")
+    args.expert_bytes, args.disk = args.expert_bytes or "2.65MB", 3.0 if args.disk is None else args.disk
     for size in args.expert_memory.split(",") if args.expert_memory else ():
         parse_budget(size)
     if parse_budget(args.expert_bytes)[1]:
@@ -215,7 +219,8 @@ def option(name: str) -> str:
 def check_placement(args) -> None:
     """What can be said of --placement and what goes with it before a model is there."""
     if args.placement_trace and args.placement not in BY_TRACE and not _cached_by_trace(args):
-        raise ValueError(f"--placement-trace is of no use with --placement {args.placement}, which looks at no loads")
+        what = f"--placement {args.placement}, which looks at no loads"
+        raise ValueError(f"--placement-trace is of no use with {what}, nor for what else is asked")
     if args.placement in BY_TRACE and args.placement_trace is None:
         raise ValueError(f"--placement {args.placement} needs --placement-trace; record one with --trace FILE")
     if args.placement not in STRATEGIES:

@@ -8,18 +8,9 @@ from __future__ import annotations
 import math
 import re
 
-UNITS = {
-    "": 1,
-    "B": 1,
-    "KB": 1e3,
-    "MB": 1e6,
-    "GB": 1e9,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TB": 1e12,
-    "TIB": 2**40,
-}
+UNITS = {"": 1, "B": 1}
+for power, letter in enumerate("KMGT", 1):
+    UNITS |= {letter: 1000**power, f"{letter}B": 1000**power, f"{letter}IB": 1024**power}
 
 
 def parse_budget(text) -> tuple[float, bool]:
@@ -30,6 +21,8 @@ def parse_budget(text) -> tuple[float, bool]:
         raise ValueError(
             f"expert memory is a size such as 4GB or 500MB, or a share of the experts such as 25%: {text!r}"
         )
+    if unit == "%" and float(found[1]) > 100:
+        raise ValueError(f"expert memory {text} is more than all experts: 100% holds them all")
     return (float(found[1]) / 100, True) if unit == "%" else (float(found[1]) * UNITS[unit], False)
 
 
@@ -48,8 +41,8 @@ def rooms(budget, expert_bytes, held):
     amount = round(amount * whole) if is_share else amount  # 35% of 100 experts are 35
     if amount < least:
         raise ValueError(
-            f"expert memory {budget} is {amount:,.0f} bytes and too small: one expert in each of {len(held)} layers"
-            f" takes {least:,} bytes, {math.ceil(1e4 * least / max(1, whole)) / 100:g}% of the device's experts"
+            f"expert memory {budget} means {amount:,.0f} bytes, which is too small: one expert in each of {len(held)}"
+            f" layers takes {least:,} bytes, {math.ceil(1e4 * least / max(1, whole)) / 100:g}% of the device's experts"
         )
     places = np.minimum(held, 1)
     while len(fits := np.flatnonzero((places < held) & (expert_bytes <= amount - places @ expert_bytes))):

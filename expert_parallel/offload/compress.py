@@ -86,7 +86,7 @@ def at_bits(experts: nn.Module, bits: int) -> nn.Module:
         was = getattr(projection, "bits", None)
         if was is not None and (getattr(projection, "mode", "affine") != "affine" or was <= bits):
             kind = f"{was}-bit {getattr(projection, 'mode', 'affine')}"
-            raise ValueError(f"{path} is {kind}: it cannot be made {bits}-bit affine with a gain")
+            raise ValueError(f"{path} is {kind}: {bits} bits would save nothing, or cannot be had; take fewer")
         if was is None:
             few = projection.to_quantized(group_size=GROUP, bits=bits)
         else:

@@ -21,8 +21,9 @@ from .table import Figure, Table, of_records, size
 SHARES = (0.1, 0.25, 0.4, 0.6, 0.8)  # of the experts, in memory
 ALL_POLICIES = ("lru", "lfu", "aging", "belady")
 WORDS = (
-    "a hit: an expert that a step wants and that is in memory; a step: a token in decoding, a whole prompt in prefill;"
-    " Belady: the bound, who knows the future"
+    "A hit: an expert that a step wants and that is in memory; a step: a token in decoding, a pass over a prompt in"
+    " prefill. belady: the bound, who knows the future. Caches start empty, so that first uses miss; at random leaves"
+    " that out."
 )
 
 
@@ -91,14 +92,14 @@ def of_run(trace: RoutingTrace, held: np.ndarray, devices: list[dict], layer_num
     guess = Figure(
         "prefetch_recall_by_chance_modelled", "guessed", trace.experts.shape[2] / trace.num_experts, "{:.3f}"
     )
-    speed = f", {size(reads['bytes'] / reads['seconds_waited'])}/s" if reads["bytes"] and not asked else ""
+    speed = f", for {size(reads['bytes'])}" if reads["bytes"] and not asked else ""
     overall = [
         Figure("policy", "policy", devices[0]["policy"]),
         Figure("places", "in memory", int(places.sum()), lambda n: f"{n:,} of {experts.sum():,} experts of all layers"),
         Figure("hit_rate", "hit rate", rate, "{:.3f}", beside=chance),
         Figure("bytes_read_per_token", "read per token", total / tokens, size),
         Figure("seconds_waited", "computing waited for reads", reads["seconds_waited"],
-               lambda waited: f"{waited:.2f} s of {seconds:.2f} s{speed}"),
+               lambda waited: f"{waited:.2f} of {seconds:.2f} s{speed}"),
         Figure("prefetch_recall", "foretold of what was wanted", recall, "{:.3f}", beside=guess),
         Figure("experts_read_ahead", "read ahead", reads["experts_ahead"] or None,
                lambda n: f"{n:,} experts, of which the next step wanted {reads['useful']:,}"),
@@ -110,22 +111,23 @@ def of_run(trace: RoutingTrace, held: np.ndarray, devices: list[dict], layer_num
         Figure(None, "layer", layer_numbers),
         Figure("places_per_layer", "in memory", places),
         Figure("hit_rate_per_layer", "hit rate", hits / np.maximum(1, hits + misses), "{:.3f}"),
-        Figure("belady_per_layer_simulated", "Belady (simulated)", _rate(best, axis=1), "{:.3f}"),
+        Figure("belady_per_layer_simulated", "belady (simulated)", _rate(best, axis=1), "{:.3f}"),
         Figure("misses_per_layer", "misses", misses),
     ]
     how = "replayed" if not devices[0]["prefetch"] else "replayed without reading ahead"
     return [
-        Table("Experts on disk (measured)", overall, "cache", "measured", WORDS, also=also, facts=True),
+        Table("Experts on disk (measured)", overall, "cache", "measured", also=also, facts=True),
         of_records(
             f"Hit rate by phase ({how}, simulated)",
             "phases",
             rows,
             ("phase", "phase"),
             ("tokens", "tokens"),
-            ("wanted", "experts per token and layer", "{:.1f}"),
+            ("wanted", "distinct experts a token and layer", "{:.1f}"),
             ("hit_rate", "hit rate", "{:.3f}"),
-            ("belady", "Belady", "{:.3f}"),
+            ("belady", "belady", "{:.3f}"),
             section="cache",
+            note=WORDS,
         ),
         Table("Hit rate by layer (measured)", per_layer, "cache.layers", "measured", first=hits - misses, detail=True,
               order="fewest hits"),
@@ -181,7 +183,7 @@ def budgets(trace: RoutingTrace, shares=SHARES, detail: bool = False, expert_byt
         *((policy, policy, "{:.3f}") for policy in ALL_POLICIES),
         *(cost if expert_bytes else ()),
         section="cache",
-        note=f"{WORDS}.{more}",
+        note=f"{WORDS}{more}",
         detail=detail,
     )
 

@@ -6,6 +6,8 @@ from .table import Table, facts, size
 
 CLEAR = 0.05  # of balancedness below chance level, from which on routing and not the number of tokens is the reason
 
+ROUNDING = 1e-2  # of a logit, which sums in another order may give
+
 
 def verdict(document: dict) -> Table:
     """Same answer or not, what a device holds, what imbalance costs and what would help, speed and its reason.
@@ -30,6 +32,8 @@ def _answer(parity: dict | None, broken: dict | None) -> str:
         return "not compared with stock mlx-lm (--verify compares every token and logit)"
     off = parity["max_abs_logit_difference"]
     logits = f"{parity['logits_compared']:,} logits {'to the bit' if off == 0 else f'within {off:.1g}'}"
+    if parity["tokens_equal"] and off > ROUNDING:
+        return f"the same {parity['tokens_compared']} tokens as stock mlx-lm's, but logits differ by up to {off:.2g}"
     if parity["tokens_equal"]:
         return f"the same as stock mlx-lm's: {parity['tokens_compared']} tokens, {logits}"
     return f"{'no tokens' if parity['tokens_equal'] is None else 'NOT the same tokens'} as stock mlx-lm's; {logits}"

@@ -13,15 +13,16 @@ from expert_parallel.trace import RoutingTrace
 @pytest.mark.parametrize(
     ("text", "meaning"),
     [("25%", (0.25, True)), ("4GB", (4e9, False)), ("1.5 MB", (1.5e6, False)), ("2GiB", (2**31, False)),
-     ("300", (300, False)), (300, (300, False)), (".5gb", (5e8, False)), ("100%", (1, True)), ("1TB", (1e12, False))],
+     ("300", (300, False)), (300, (300, False)), (".5gb", (5e8, False)), ("100%", (1, True)), ("1TB", (1e12, False)),
+     ("2G", (2e9, False)), ("3kib", (3072, False))],
 )  # fmt: skip
 def test_budgets_are_sizes_or_shares(text, meaning):
     assert parse_budget(text) == meaning
 
 
-@pytest.mark.parametrize("text", ["", "GB", "4 apples", "-1GB", "0", "0%", "1e9", "nan", "4GB%"])
+@pytest.mark.parametrize("text", ["", "GB", "4 apples", "-1GB", "0", "0%", "1e9", "nan", "4GB%", "101%"])
 def test_other_texts_are_refused(text):
-    with pytest.raises(ValueError, match="expert memory is a size"):
+    with pytest.raises(ValueError, match="expert memory is a size|is more than all experts"):
         parse_budget(text)
 
 
@@ -48,7 +49,7 @@ def test_less_than_an_expert_a_layer_is_refused_with_the_least_that_works():
     size, held = np.array([2_000_000] * 3), np.array([8] * 3)
     assert rooms("6MB", size, held).tolist() == [1, 1, 1]
     with pytest.raises(
-        ValueError, match=r"5MB is 5,000,000 bytes .* in each of 3 layers takes 6,000,000 bytes, 12.5% of"
+        ValueError, match=r"5MB means 5,000,000 bytes, .* in each of 3 layers takes 6,000,000 bytes, 12.5% of"
     ):
         rooms("5MB", size, held)
 

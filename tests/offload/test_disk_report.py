@@ -254,7 +254,9 @@ def test_another_trace_foretells(tmp_path):
         (["--trace", "x", "--expert-memory", "25%,oops"], "expert memory is a size"),
         (["--trace", "x", "--expert-memory", "25%", "--disk", "0"], "--disk 0.0: needs more than 0 GB/s"),
         (["--trace", "x", "--expert-memory", "25%", "--expert-bytes", "-1"], "expert memory is a size"),
-        (["--trace", "x", "--expert-bytes", "50%"], "--expert-bytes 50% is a share"),
+        (["--trace", "x", "--expert-bytes", "2MB"], "--expert-bytes is of no use without --expert-memory"),
+        (["--trace", "x", "--disk", "2"], "--disk is of no use without --expert-memory"),
+        (["--trace", "x", "--expert-memory", "5%", "--expert-bytes", "50%"], "--expert-bytes 50% is a share"),
     ],
 )
 def test_what_the_study_cannot_do_is_refused(options, error):

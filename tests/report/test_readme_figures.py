@@ -23,7 +23,7 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def rows_under(heading):
     """Cells of the README's table that begins with this column."""
-    text = TEXT.partition(f"\n| {heading} |")[2]
+    text = TEXT.partition(f"\n| {heading} |" if heading else "\n| |")[2]
     lines = text.partition("\n\n")[0].splitlines()[2:]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
@@ -67,11 +67,21 @@ def ratios(kind, variant):
 
 
 def test_speeds_are_those_of_the_benchmarks():
-    words = " ".join(TEXT.split())
-    assert f"with `--attention sharded` {ratios('decode', 'rest split')[0]} times stock's tokens a second" in words
-    assert f"mlx-lm's tensor parallelism has {ratios('decode', 'tensor parallel')[0]} as it is" in words
-    assert f"Prompts are read at {ratios('prompt', 'rest split')[1]} of its speed" in words
-    assert f"the default, it is {ratios('decode', 'rest whole')[0]} times stock" in words
+    rows = {row[0].partition(",")[2] or row[0]: row[1:] for row in rows_under("")}
+    for name, variant in {
+        "this": "rest whole",
+        " with attention and the last layer split, too (`--attention sharded`)": "rest split",
+        "mlx-lm's tensor parallelism": "tensor parallel",
+    }.items():
+        assert rows[name] == [ratios(kind, variant)[0] for kind in ("decode", "prompt")]
+
+
+def test_memory_of_the_first_screen():
+    described = describe(load_configuration("qwen3-coder-30b"), bits=4)
+    (row,) = rows_under("machines")
+    there = [described.bytes.total, *(fullest_device_bytes(described.bytes, devices) for devices in (2, 4, 8))]
+    assert [float(cell) for cell in row[1:]] == [17.2, *(round(each / 1e9, 2) for each in there[1:])]
+    assert f"{there[0] / 1e9:.1f}" == "17.2"
 
 
 def commands():
