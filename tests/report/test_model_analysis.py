@@ -53,7 +53,7 @@ finally:
 
 @pytest.mark.parametrize("name", ["qwen3-coder-30b", "deepseek-v3"])
 def test_the_whole_report_takes_seconds_and_400_mb(name, tmp_path):
-    """Seconds of this process, not of the clock: other programs run too."""
+    """Seconds of this process, not of the clock: other programs run too, on machines slow and fast."""
     out = tmp_path / "out.json"
     arguments = ["--model", name, "--device-memory", "24", "--json", str(out)]
     command = [sys.executable, "-c", RUN_AND_WEIGH, str(tmp_path / "peak"), SCRIPT, *arguments]
@@ -63,7 +63,8 @@ def test_the_whole_report_takes_seconds_and_400_mb(name, tmp_path):
     process.returncode = status
     assert status == 0
     assert int((tmp_path / "peak").read_text()) < 400e6  # 100 of them torch, which transformers imports where it is
-    assert usage.ru_utime + usage.ru_stime < 6  # measured: 3.3, of which 2.6 are the import of mlx-lm (with torch)
+    # Measured: 3.3 on one machine, of which 2.6 are the import of mlx-lm (with torch); 6.6 on another.
+    assert usage.ru_utime + usage.ru_stime < 12
     printed = (tmp_path / "text").read_text()
     assert max(map(len, printed.splitlines())) <= 80
     for heading in ("Layers", "Parts", "Expert weights", "Memory of the fullest", "Projection"):

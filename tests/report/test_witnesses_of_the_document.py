@@ -278,9 +278,20 @@ def test_placement_model_options_and_environment(run):
     others = {name: value for name, value in document["options"].items() if name not in run.asked}
     defaults = {"temp": 0.0, "top_p": 1.0, "combine": "auto", "placement": "contiguous", "attention": "replicated"}
     assert {name: others[name] for name in defaults.keys() - run.asked.keys()}.items() <= defaults.items()
-    sections = {"model", "environment", "options", "placement", "parity", "routing", "balance", "rebalancing", "memory"}
-    assert set(document) == sections | {"communication", "ranks", "generation", "time", "not_a_number"}
-    assert document["not_a_number"] is None
+    sections = {
+        "model",
+        "environment",
+        "options",
+        "placement",
+        "parity",
+        "routing",
+        "balance",
+        "rebalancing",
+        "memory",
+        "cache",
+    }
+    assert set(document) == sections | {"communication", "ranks", "generation", "time", "not_a_number", "cache"}
+    assert document["not_a_number"] is None and document["cache"] is None
     assert (document["ranks"] is None) == (run.ranks == 1)
     assert (document["rebalancing"] is None) == ("rebalance_every" not in run.asked)
 
