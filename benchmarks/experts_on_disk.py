@@ -37,7 +37,7 @@ SHIPPED = ROOT / "models" / "tiny-qwen3-moe"
 RESIDENT = (0.1, 0.25, 0.4, 0.6)
 TOKENS = 2000  # of each held-out text; the first half is fitted on, the second judges
 SLOW = 0.002  # seconds that a slowed read of one expert waits
-ROUNDS = 5
+ROUNDS = 3
 
 
 def rate(found):
@@ -128,7 +128,7 @@ def forget(folder):
         os.close(number)
 
 
-def waiting(folder, memory="25%", tokens=24):
+def waiting(folder, memory="25%", tokens=10):
     """Seconds a token with and without reading ahead, from the disk as it is and from one that waits."""
     print(
         f"\nMilliseconds a token, {memory} of the experts in memory, {tokens} random tokens, medians of {ROUNDS} rounds"

@@ -118,7 +118,7 @@ def test_tokens_until_an_expert_is_seen_to_be_hot():
 
 
 @given(arrays(np.int64, (2, 12), elements=st.integers(0, 1000)), st.integers(1, 12))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_metrics_keep_their_bounds(loads, num_devices):
     assume(loads.any())
     placement = place_experts(loads, num_devices)

@@ -24,7 +24,7 @@ def geometries(draw):
 
 
 @given(geometries(), st.sampled_from(["contiguous", "round-robin"]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_expert_placed_once_and_counts_even(geometry, strategy):
     num_layers, num_experts, num_devices = geometry
     placement = place_experts(ones(num_layers, num_experts), num_devices, strategy)
@@ -39,7 +39,7 @@ def test_every_expert_placed_once_and_counts_even(geometry, strategy):
 
 
 @given(geometries())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_contiguous_runs_and_round_robin_turns(geometry):
     num_layers, num_experts, num_devices = geometry
     contiguous = place_experts(ones(num_layers, num_experts), num_devices)
@@ -158,7 +158,7 @@ def test_a_placement_is_its_own():
 
 
 @given(geometries(), st.sampled_from(["contiguous", "round-robin"]), st.randoms(use_true_random=False))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_files_give_back_what_was_saved(tmp_path_factory, geometry, strategy, random):
     num_layers, num_experts, num_devices = geometry
     array = place_experts(ones(num_layers, num_experts), num_devices, strategy).held.copy()

@@ -101,7 +101,7 @@ def test_level_by_hand(load, amount, share):
     assert given.sum() == amount and (given >= 0).all()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(problems())
 def test_every_slot_has_a_holder_and_the_optimum_is_one(problem):
     held, experts = problem
@@ -115,7 +115,7 @@ def test_every_slot_has_a_holder_and_the_optimum_is_one(problem):
         assert best == least_by_trying(held, experts) <= greedy
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(problems(most_slots=30))
 def test_a_replicated_experts_slots_lie_level(problem):
     """Of one expert no holder gets a slot while another holder is two below it before that expert came."""

@@ -44,7 +44,7 @@ def test_average_forgets_by_half_lives():
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(5, 500))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_average_does_not_depend_on_how_tokens_are_batched(sizes, half_life):
     """Even traffic: one batch or many give the same."""
     whole, parts = learner(half_life), learner(half_life)
@@ -126,7 +126,7 @@ def test_copies_follow_the_heat():
 
 
 @given(st.integers(0, 500))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_plan_is_a_placement_and_never_slower(seed):
     random = np.random.default_rng(seed)
     num_experts, num_devices = int(random.integers(4, 24)), int(random.integers(2, 5))

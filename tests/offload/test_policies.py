@@ -29,7 +29,7 @@ def steps_of(trace, layer):
     return [trace.experts[trace.steps == step, layer].ravel() for step in np.unique(trace.steps)]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 1000), st.integers(3, 12))
 def test_hits_are_those_of_plain_references(seed, room):
     trace = random_trace(seed)
@@ -44,7 +44,7 @@ def test_hits_are_those_of_plain_references(seed, room):
             assert wanted[:, layer].tolist() == [3] * 200
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.sets(st.integers(0, 5), min_size=2, max_size=2), min_size=1, max_size=12), st.integers(2, 5))
 def test_no_choice_of_who_goes_misses_less_than_belady(steps, room):
     trace = RoutingTrace(np.array([sorted(step) for step in steps])[:, None], 6)
@@ -52,7 +52,7 @@ def test_no_choice_of_who_goes_misses_less_than_belady(steps, room):
     assert (wanted - hits).sum() == fewest_misses(steps, room)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10**6), st.integers(1, 12), st.integers(0, 60))
 def test_no_policy_beats_belady_in_waves_either(seed, room, prefill):
     trace = random_trace(seed, tokens=80, prefill=prefill)
@@ -62,7 +62,7 @@ def test_no_policy_beats_belady_in_waves_either(seed, room, prefill):
         assert replay(trace, room, policy, pinned if policy == "pinned" else None)[0].sum() <= best, policy
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 1000), st.integers(1, 12), st.sampled_from(POLICIES), st.integers(0, 30))
 def test_the_running_cache_hits_what_the_replay_says(seed, room, policy, prefill):
     trace = random_trace(seed, layers=1, prefill=prefill)

@@ -69,7 +69,7 @@ def test_the_example_of_flashlb():
     assert fullest >= lower_bound(FLASHLB, 8, 8)[0]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([(8, 12, 4, 1, 1), (16, 24, 8, 4, 2), (12, 16, 8, 4, 2)]))
 def test_the_drop_in_for_eplb(seed, numbers):
     num_experts, num_replicas, num_gpus, num_groups, num_nodes = numbers
@@ -266,7 +266,7 @@ def problems(draw):
 
 
 @given(problems())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_replicated_keeps_its_promises(problem):
     loads, num_devices, redundant = problem
     placement = place_experts(loads, num_devices, "replicated", redundant=redundant)
@@ -316,7 +316,7 @@ def test_swaps_by_hand():
 
 
 @given(problems(), st.integers(0, 99))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_swaps_keep_counts_and_copies(problem, seed):
     loads, num_devices, redundant = problem
     held = place_experts(np.random.default_rng(seed).random(loads.shape), num_devices, "replicated", redundant).held

@@ -40,7 +40,7 @@ def batches(draw):
 
 
 @given(batches(), st.sampled_from(["score", "position"]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_limits_hold_and_no_place_is_wasted(batch, drop):
     experts, gates, capacity = batch
     num_experts = gates.shape[1]
