@@ -21,6 +21,6 @@ def test_what_it_shows_is_kept():
     results = [
         output["data"] for cell in CODE for output in cell["outputs"] if output["output_type"] == "execute_result"
     ]
-    assert sum("image/png" in data for data in results) == 3
+    assert sum("image/png" in data for data in results) == 4
     assert sum("<table>" in "".join(data.get("text/html", "")) for data in results) == 4
     assert not [output for cell in CODE for output in cell["outputs"] if output.get("name") == "stderr"]
