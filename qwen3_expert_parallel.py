@@ -190,7 +190,7 @@ def run(args, watchdog, tell=lambda what=None: None):
     tables += cost.memory(whole, changes[-1][1], sum(entry.nbytes for entry in cache), per_rank)
     if any(caches := [device for rank in per_rank for device in rank.pop("cache") or ()]):
         took = last.prompt_tokens / last.prompt_tps + last.generation_tokens / last.generation_tps
-        tables += disk.of_run(trace, changes[-1][1].held, caches, numbers, took)
+        tables += disk.of_run(trace, changes[-1][1].held, caches, numbers, took, ranks > 1)
     tables += [cost.communication(model, trace, seconds.value_bytes, counted, ranks)]
     tables += [cost.ranks_table(per_rank)] if ranks > 1 else []
     tables += cost.speed(text, tokens, len(prompt.ids), ours, theirs, seconds)

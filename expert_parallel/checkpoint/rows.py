@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import chain
+from pathlib import Path
 
 import ml_dtypes
 import mlx.core as mx
@@ -22,12 +23,27 @@ WORTH_THREADS = 1 << 20  # bytes
 IN_NUMPY = {mx.bfloat16: ml_dtypes.bfloat16, mx.float16: np.float16, mx.float32: np.float32}
 
 
+def device_bytes() -> int | None:
+    """What the system had to fetch from disks for this process so far; None but on Linux."""
+    try:
+        counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+        return int(counts["read_bytes"])
+    except (OSError, KeyError, ValueError):
+        return None
+
+
 class OpenFiles:
     """Weight files that stay open while a model runs, so that one that is replaced or removed is read as it was."""
 
     def __init__(self):
         self._open = {}
         self.threads = ThreadPoolExecutor(THREADS)
+        self._before = device_bytes()
+
+    @property
+    def from_device(self) -> int | None:
+        """Bytes that this process had from a disk, not from the system's memory, since; None where nobody says."""
+        return None if self._before is None else device_bytes() - self._before
 
     def open(self, path) -> None:
         if path in self._open:
@@ -90,6 +106,11 @@ class StoredRows:
         for tensor in chain(*self._stored.values()):
             files.open(tensor.file)
         return self
+
+    @property
+    def from_device(self) -> int | None:
+        """See OpenFiles; of all layers together."""
+        return self._files.from_device
 
     def into(self, ids: np.ndarray, rows: np.ndarray, pool: dict[str, np.ndarray]) -> int:
         """Read experts `ids` [n] into `rows` [n] of writable arrays, several side by side; returns the bytes read.

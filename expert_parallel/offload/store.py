@@ -61,6 +61,11 @@ class OnDisk(InMemory):
         self._pool = Pool(self.experts)
 
     @property
+    def from_device(self) -> int | None:
+        """Bytes that the process had from disks since it was loaded, None where the system does not say."""
+        return self._source.from_device
+
+    @property
     def ids(self) -> np.ndarray:
         """Experts that it answers for, ascending."""
         return np.flatnonzero(self._mine)

@@ -42,6 +42,7 @@ def counts(model) -> list[dict] | None:
                 "device": device,
                 "policy": stores[0].cache.policy,
                 "prefetch": bool(tellers),
+                "process_bytes_from_device": stores[0].from_device,
                 "places": [len(store.cache.held) for store in stores],
                 "experts": [len(store.ids) for store in stores],
                 "hits": [store.cache.hits for store in stores],
@@ -54,12 +55,15 @@ def counts(model) -> list[dict] | None:
     return found
 
 
-def of_run(trace: RoutingTrace, held: np.ndarray, devices: list[dict], layer_numbers, seconds: float) -> list[Table]:
+def of_run(
+    trace: RoutingTrace, held: np.ndarray, devices: list[dict], layer_numbers, seconds, ranks=False
+) -> list[Table]:
     """Hits, reads and waiting of a run whose experts lay on disk.
 
     held     bool [L, D, E]
     devices  `counts` of all devices, taken when the answer was there
     seconds  that the answer took
+    ranks    whether each device is a process of its own
     """
     # 1. The same run again without tensors, by the cache's own policy and by the optimum; by phase.
     served = devices_of_trace(trace.experts, held, trace.steps)
@@ -88,6 +92,8 @@ def of_run(trace: RoutingTrace, held: np.ndarray, devices: list[dict], layer_num
     rate = hits.sum() / max(1, hits.sum() + misses.sum())
     chance = Figure("hit_rate_if_kept_at_random_modelled", "kept at random", places.sum() / experts.sum(), "{:.3f}")
     asked = devices[0]["foretold"]
+    processes = {each["device"] if ranks else 0: each["process_bytes_from_device"] for each in devices}
+    from_device = None if None in processes.values() else sum(processes.values())
     recall = devices[0]["foretold_right"] / asked if asked else None
     guess = Figure(
         "prefetch_recall_by_chance_modelled", "guessed", trace.experts.shape[2] / trace.num_experts, "{:.3f}"
@@ -98,6 +104,7 @@ def of_run(trace: RoutingTrace, held: np.ndarray, devices: list[dict], layer_num
         Figure("places", "in memory", int(places.sum()), lambda n: f"{n:,} of {experts.sum():,} experts of all layers"),
         Figure("hit_rate", "hit rate", rate, "{:.3f}", beside=chance),
         Figure("bytes_read_per_token", "read per token", total / tokens, size),
+        Figure("bytes_from_device", "had from disks, by Linux", from_device, size),
         Figure("seconds_waited", "computing waited for reads", reads["seconds_waited"],
                lambda waited: f"{waited:.2f} of {seconds:.2f} s{speed}"),
         Figure("prefetch_recall", "foretold of what was wanted", recall, "{:.3f}", beside=guess),
