@@ -345,6 +345,7 @@ def test_closed_standard_input_is_an_empty_prompt():
     )
 
 
+@pytest.mark.slow
 def test_more_tokens_than_the_context_holds_are_cut_and_that_is_said(here, tmp_path):
     prompt = "x = 1\n" * 126
     result = here(*QUICK[:2], "--no-verify", "--prompt", prompt, "--max-tokens", 600, "--json", tmp_path / "o.json")

@@ -51,6 +51,7 @@ def in_a_terminal(*command):
         (("model_analysis.py",), ("describing qwen3-coder-30b",), "Projection"),
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_nothing_is_silent_for_long(command, told, printed):
     out, err, silence = in_a_terminal(*command)
     assert silence < MOST_SILENCE

@@ -263,6 +263,7 @@ def cost_under_drift(seed, every=256, seconds_per_move=50.0):
     return seconds[:2] / seconds[2] - 1
 
 
+@pytest.mark.slow
 def test_moves_pay_where_loads_drift_and_other_copies_are_worth_their_lines(monkeypatch):
     """Lost to imbalance and pauses, over seeds 0 to 7: 42% unmoved, 31% with swaps only, 28% with other copies too."""
     still, moving = np.mean([cost_under_drift(seed) for seed in range(4)], axis=0)

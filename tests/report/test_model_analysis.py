@@ -104,6 +104,7 @@ def test_the_shipped_model_with_text_and_files(here, tmp_path):
     assert "How alike texts" in result.stdout
 
 
+@pytest.mark.slow
 def test_a_text_longer_than_the_context_is_cut_and_that_is_said(here, tmp_path):
     """600 tokens were run through a model of 512."""
     arguments = ("--devices", 1, "--prompt", "a=README.md", "b=x = 1\n", "--prompt-tokens", 515)
@@ -204,6 +205,7 @@ def test_shortened_and_filled_models_run():
     assert mx.abs(logits).max() > 0
 
 
+@pytest.mark.slow
 def test_constants_of_this_machine_explain_what_they_were_fitted_on():
     from expert_parallel.models.architecture import describe
 

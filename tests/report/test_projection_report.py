@@ -176,6 +176,7 @@ def test_uniform_routing_is_what_counting_expects(described):
     assert figures["routing"] == "uniform"
 
 
+@pytest.mark.slow
 def test_copies_take_memory_and_relieve_the_fullest(described, trace):
     plain, _ = report(described, setting_of(trace=trace))
     copied, _ = report(described, setting_of(trace=trace, redundant=32))
