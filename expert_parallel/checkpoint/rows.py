@@ -16,7 +16,7 @@ import numpy as np
 
 from ..layers import cast
 from ..stores import rows_of
-from .tensors import places_of, read_rows
+from .tensors import fill, open_for_rows, places_of, read_rows
 
 THREADS = 4  # that read into memory side by side, and from how many bytes on
 WORTH_THREADS = 1 << 20  # bytes
@@ -48,9 +48,7 @@ class OpenFiles:
     def open(self, path) -> None:
         if path in self._open:
             return
-        number = os.open(path, os.O_RDONLY)
-        if hasattr(os, "posix_fadvise"):  # else the system reads ahead into rows that nobody asked for
-            os.posix_fadvise(number, 0, 0, os.POSIX_FADV_RANDOM)
+        number = open_for_rows(path)
         self._open[path] = number, self._mark(number)
 
     def __del__(self):
@@ -63,14 +61,9 @@ class OpenFiles:
         return state.st_size, state.st_mtime_ns
 
     def read(self, path, offset: int, into: np.ndarray) -> None:
-        """Fill uint8 `into` from the file's bytes at `offset`. OSError for too few, or where the file was changed."""
+        """Fill `into` from the file's bytes at `offset`. OSError for too few, or where the file was changed."""
         number, mark = self._open[path]
-        view = memoryview(into)
-        while view:
-            count = os.preadv(number, [view], offset)  # a single read stops at 2 GiB
-            if not count:
-                raise OSError(f"{path} ended {len(view)} bytes too early; was it changed while it was read?")
-            view, offset = view[count:], offset + count
+        fill(into, number, offset, path)
         if self._mark(number) != mark:  # after the read: what it got is of before the change, or refused
             raise OSError(f"{path} was changed while the model ran from it; start again")
 
@@ -139,7 +132,7 @@ class StoredRows:
     def _read_all(self, jobs):
         for path, offset, size, target, kinds in jobs:
             if kinds is None:
-                self._files.read(path, offset, target.reshape(-1).view(np.uint8))  # a view: rows lie in one piece
+                self._files.read(path, offset, target)  # rows lie in one piece
             else:
                 data = np.empty(size, np.uint8)
                 self._files.read(path, offset, data)

@@ -124,13 +124,26 @@ def read_rows(stored: list[StoredTensor], rows) -> np.ndarray:
 
 
 def _read(path, offset, data: np.ndarray):
-    with path.open("rb", buffering=0) as file:
-        if hasattr(os, "posix_fadvise"):  # else the system reads ahead into rows that nobody asked for
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-        file.seek(offset)
-        view = memoryview(data.reshape(-1))
-        while view:
-            count = file.readinto(view)  # a single read stops at 2 GiB
-            if not count:
-                raise OSError(f"{path} ended {len(view)} bytes too early; was it changed while it was read?")
-            view = view[count:]
+    number = open_for_rows(path)
+    try:
+        fill(data, number, offset, path)
+    finally:
+        os.close(number)
+
+
+def open_for_rows(path) -> int:
+    """The number of a file that is opened to read rows here and there."""
+    number = os.open(path, os.O_RDONLY)
+    if hasattr(os, "posix_fadvise"):  # else the system reads ahead into rows that nobody asked for
+        os.posix_fadvise(number, 0, 0, os.POSIX_FADV_RANDOM)
+    return number
+
+
+def fill(data: np.ndarray, number: int, offset: int, path) -> None:
+    """Fill an array with the bytes of an open file from `offset` on. OSError naming `path` where there are too few."""
+    view = memoryview(data.reshape(-1).view(np.uint8))
+    while view:
+        count = os.preadv(number, [view], offset)  # a single read stops at 2 GiB
+        if not count:
+            raise OSError(f"{path} ended {len(view)} bytes too early; was it changed while it was read?")
+        view, offset = view[count:], offset + count

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..layers import expert_tensors, moe_layers, projections, twin
 from ..stores import InMemory, rows_of
+from .store import in_order
 
 GROUP = 64  # values that share a scale, where experts were not quantised before
 
@@ -42,7 +43,7 @@ class TwoKinds(nn.Module):
             if len(at):
                 parts.append(store(x, tokens[at], experts[at]))
                 places.append(at)
-        return parts[0] if len(parts) == 1 else mx.concatenate(parts)[mx.array(np.argsort(np.concatenate(places)))]
+        return in_order(parts, places)
 
 
 def compress_cold(model: nn.Module, loads: np.ndarray, share: float, bits: int) -> None:

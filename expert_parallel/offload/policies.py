@@ -112,7 +112,6 @@ class Cache:
 
     def step(self, wanted) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
         """(experts, hits first; the place of each; its wave; number of hits) for ascending `wanted` of a step."""
-        wanted = list(map(int, wanted))
         use(wanted, self.claim, self.used, self.steps, KEPT[self.policy], GAIN[self.policy])
         come, row, wave, hits = self.bring(wanted)
         self.steps, self.hits, self.misses = self.steps + 1, self.hits + hits, self.misses + len(wanted) - hits

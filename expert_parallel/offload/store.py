@@ -56,7 +56,7 @@ class OnDisk(InMemory):
         self._mine = np.zeros(len(cache.place), bool)
         self._mine[np.asarray(ids)] = True
         self._one_at_a_time = RLock()  # of the threads that ask
-        self._has_spare, self._ahead, self._foretold = False, None, np.zeros(0, np.int64)
+        self._ahead, self._foretold = None, np.zeros(0, np.int64)
         self.experts = with_tensors(like, source.empty(len(cache.held)))
         self._pool = Pool(self.experts)
 
@@ -94,7 +94,7 @@ class OnDisk(InMemory):
             parts.append(super().__call__(x, tokens[at], experts[at]))
             mx.eval(parts[-1])  # before another expert's weights take the place of these
             places.append(at)
-        return parts[0] if len(parts) == 1 else mx.concatenate(parts)[mx.array(np.argsort(np.concatenate(places)))]
+        return in_order(parts, places)
 
     def read_ahead(self, experts: np.ndarray) -> None:
         """Begin to read experts that the next step may want, in the background; no more than there is room for.
@@ -136,6 +136,11 @@ class OnDisk(InMemory):
         """Other experts from now on; nothing is read for it."""
         self._mine[:] = False
         self._mine[np.asarray(ids)] = True
+
+
+def in_order(parts: list[mx.array], places: list[np.ndarray]) -> mx.array:
+    """[n, H]: rows that were answered in parts, each in its place."""
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts)[mx.array(np.argsort(np.concatenate(places)))]
 
 
 _ONE_THREAD = ThreadPoolExecutor(1, thread_name_prefix="reading ahead")
