@@ -16,7 +16,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from expert_parallel.command import options, output
+from expert_parallel.command import limits, output
 from expert_parallel.command.words import WORDS
 
 SCENARIOS = ("balanced", "skewed", "hot", "drifting", "correlated")
@@ -58,7 +58,7 @@ def setup_arg_parser():
 
 def run(args, tell):
     # 1. What to study, and the layer to study it on.
-    names = options.check_study(args, SCENARIOS)
+    names = limits.check_study(args, SCENARIOS)
     tell("making the layer")
     import mlx.core as mx
     import numpy as np

@@ -16,7 +16,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from expert_parallel.command import options, output, prompts
+from expert_parallel.command import limits, options, output, prompts
 from expert_parallel.projection.hardware import LINKS, MACHINES, USUAL_LINK, find
 
 BUNDLED = Path(options.__file__).resolve().parents[1] / "models" / "configs"
@@ -56,7 +56,7 @@ def setup_arg_parser():
 
 def check_arguments(args):
     lowest = {"context": 1, "redundant_experts": 0, "prompt_tokens": 1, "group_size": 1}
-    options.check_limits(args, {name: (low, options.MOST) for name, low in lowest.items()})
+    limits.check_limits(args, {name: (low, options.MOST) for name, low in lowest.items()})
     if args.bits in (None, 16) and (args.group_size or args.mode != "affine"):
         raise ValueError("--group-size and --mode say how --bits are packed: give --bits from 2 to 8 too")
     if args.device_memory is not None and not 0 < args.device_memory < float("inf"):
@@ -93,7 +93,7 @@ def run(args, tell):
     asked = prompts.titled(args.prompt or ())
     read |= {f"the prompt {path}": path for path in asked.values() if os.path.isfile(path)}  # noqa: PTH113
     outputs = {"--json": args.json, "--html": args.html}
-    outputs |= options.picture_files(args.plots, options.ANALYSIS_PICTURES)
+    outputs |= limits.picture_files(args.plots, options.ANALYSIS_PICTURES)
     output.check_outputs(outputs, {what: path for what, path in read.items() if path})
     quantisation = {"bits": args.bits, "group_size": args.group_size, "mode": args.mode}
     described = describe(configuration, **quantisation)

@@ -17,7 +17,7 @@ Every figure says whether it is measured, simulated or modelled.
 
 from contextlib import nullcontext
 
-from expert_parallel.command import options, output, prompts
+from expert_parallel.command import limits, options, output, prompts
 from expert_parallel.ranks.launch import launched
 
 # What ranks may have in places of their own; what is in the files is compared.
@@ -58,7 +58,7 @@ def generate(model, tokenizer, prompt, args, group, heard, out=False, after_toke
 
 
 def run(args, watchdog, tell=lambda what=None: None):
-    options.check_numbers(args)
+    limits.check_numbers(args)
     tell("starting" if args.prompt != "-" else None)  # someone may be typing
     import mlx.core as mx
     from mlx_lm import load
@@ -91,7 +91,7 @@ def run(args, watchdog, tell=lambda what=None: None):
         folder, note = (args.model, "") if args.model is not None else finding.default_model()
         folder = finding.resolve_model(hub_id(folder))
         if first:  # which alone writes
-            options.check_files(args, folder)
+            limits.check_files(args, folder)
         checkpoint = Checkpoint(folder, args.adapter_path, args.trust_remote_code)
         tokenizer, config = checkpoint.tokenizer(), checkpoint.config
         prompt = prompts.read_prompt(args, tokenizer, finding.context_of(config), typed)
@@ -104,7 +104,7 @@ def run(args, watchdog, tell=lambda what=None: None):
         trials = 3 * shipped if args.trials is None else args.trials
         same |= {"mlx": versions["mlx"], "mlx-lm": versions["mlx_lm"], "config": config}
         same |= {"verify": verify, "trials": trials}
-        same |= {options.option(name): value for name, value in vars(args).items() if name not in OWN_OPTIONS}
+        same |= {limits.option(name): value for name, value in vars(args).items() if name not in OWN_OPTIONS}
         same |= {"placement": placement.held.tobytes(), "prompt": prompt.ids, "trace": repr(on_disk["cache_trace"])}
         if ranks > 1:
             same["weights"] = checkpoint_mark(checkpoint.folder)

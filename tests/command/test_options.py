@@ -2,7 +2,8 @@
 
 import pytest
 
-from expert_parallel.command.options import check_numbers, check_placement, check_study, make_placement, parser_of
+from expert_parallel.command.limits import check_numbers, check_study
+from expert_parallel.command.options import check_placement, make_placement, parser_of
 from expert_parallel.command.output import write_json
 from expert_parallel.command.prompts import read_prompt, titled
 from expert_parallel_poc import SCENARIOS, setup_arg_parser
