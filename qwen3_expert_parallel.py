@@ -26,8 +26,12 @@ OWN_OPTIONS += (*options.OUTPUTS, "plots")
 TIMED_TOKENS = 4  # extra ones, for where the time goes
 
 
-def generate(model, tokenizer, prompt, args, group, heard, out=False, after_token=lambda: None):
-    """Stream the answer: (token ids, text, last response, prompt cache). `heard` is called after each token."""
+def generate(model, tokenizer, prompt, args, group, heard, out=False, chosen=lambda token: token, after_token=None):
+    """Stream the answer: (token ids, text, last response, prompt cache). `heard` is called after each token.
+
+    chosen       asked for the token of each forward pass, sampled [1], before the next one begins
+    after_token  called with each token, in order, when it is known; the next pass may have begun
+    """
     import mlx.core as mx
     from mlx_lm.generate import stream_generate
     from mlx_lm.models.cache import make_prompt_cache
@@ -37,11 +41,11 @@ def generate(model, tokenizer, prompt, args, group, heard, out=False, after_toke
     from expert_parallel.ranks.group import follow_rank_0
 
     mx.random.seed(args.seed)
-    sampler = sample = make_sampler(temp=args.temp, top_p=args.top_p, min_p=args.min_p, top_k=args.top_k)
-    if is_rank(group):
-        sampler = lambda logprobs: follow_rank_0(group, sample(logprobs))  # noqa: E731
+    sample = make_sampler(temp=args.temp, top_p=args.top_p, min_p=args.min_p, top_k=args.top_k)
+    agreed = (lambda token: follow_rank_0(group, token)) if is_rank(group) else lambda token: token
     cache, tokens, text, last = make_prompt_cache(model), [], "", None
     # mlx-lm's own stream would run on while the next collective starts elsewhere: one stream keeps them in order.
+    sampler = lambda logprobs: chosen(agreed(sample(logprobs)))  # noqa: E731
     how = {"sampler": sampler, "prompt_cache": cache, "stream": mx.default_stream(mx.default_device())}
     how |= {"kv_bits": args.kv_bits, "quantized_kv_start": 0} if args.kv_bits else {}
     for last in stream_generate(model, tokenizer, prompt.ids, prompt.max_tokens, **how):
@@ -51,7 +55,8 @@ def generate(model, tokenizer, prompt, args, group, heard, out=False, after_toke
         text += last.text
         if last.finish_reason != "stop":
             tokens.append(last.token)
-        after_token()
+        if after_token:
+            after_token(last.token)
     if out:
         print()
     return tokens, text, last, cache
@@ -140,9 +145,10 @@ def run(args, watchdog, tell=lambda what=None: None):
         count_collectives() as counted,
         live or nullcontext(),
     ):
-        after_token = live.after_token if live else lambda: None
+        after_token = (lambda token: live.after_token()) if live else None
         answering = lambda: (heard(), tell())  # noqa: E731
-        tokens, text, last, cache = generate(model, tokenizer, prompt, args, group, answering, shown, after_token)
+        answer = generate(model, tokenizer, prompt, args, group, answering, shown, after_token=after_token)
+    tokens, text, last, cache = answer
     changes, cached = live.changes if live else [(0, placement)], disk.counts(model)
     console.rule(style="dim")
 
