@@ -65,7 +65,7 @@ class Response(types.SimpleNamespace):
 def test_what_mlx_lm_is_asked_and_what_is_made_of_its_answers(line, cache, sampler, ended, monkeypatch, capsys):
     """The end token is no token of the answer, and what comes with it may still be text."""
     module, samplers = map(importlib.import_module, ("mlx_lm.generate", "mlx_lm.sample_utils"))
-    asked, heard, after = {}, [], []
+    asked, heard, after, passes = {}, [], [], []
 
     def stream(model, tokenizer, prompt, max_tokens, **how):
         asked.update(how, prompt=prompt, max_tokens=max_tokens, tokenizer=tokenizer)
@@ -74,16 +74,17 @@ def test_what_mlx_lm_is_asked_and_what_is_made_of_its_answers(line, cache, sampl
         yield Response(token=9, text=".", finish_reason="stop" if ended else "length")
 
     monkeypatch.setattr(module, "stream_generate", stream)
-    monkeypatch.setattr(samplers, "make_sampler", lambda **how: how)
+    monkeypatch.setattr(samplers, "make_sampler", lambda **how: lambda logprobs: (how, logprobs))
     args = parser_of("").parse_args([*map(str, line)])
     tokens, text, last, _ = qwen3_expert_parallel.generate(
         random_model(), "tokenizer", Prompt([1, 2], "x", 11), args, None, lambda: heard.append(1), True,
-        lambda: after.append(1),
+        chosen=lambda token: passes.append(token) or token, after_token=after.append,
     )  # fmt: skip
     assert tokens == [7, 8] + [9] * (not ended) and text == "ab c." and last.token == 9
-    assert len(heard) == len(after) == 3 and capsys.readouterr().out == "ab c.\n"
+    assert len(heard) == 3 and after == [7, 8, 9] and capsys.readouterr().out == "ab c.\n"
     assert (asked.pop("prompt"), asked.pop("max_tokens"), asked.pop("tokenizer")) == ([1, 2], 11, "tokenizer")
-    assert asked.pop("sampler") == sampler and len(asked.pop("prompt_cache")) == 3 and asked.pop("stream")
+    assert asked.pop("sampler")("logprobs") == (sampler, "logprobs") == passes[0]
+    assert len(asked.pop("prompt_cache")) == 3 and asked.pop("stream")
     assert asked == cache
 
 
