@@ -7,6 +7,8 @@ report what that does.
     python qwen3_expert_parallel.py --placement balanced --placement-trace r.npz
     python qwen3_expert_parallel.py --max-tokens 400 --rebalance-every 64
         move experts between devices while it answers
+    python qwen3_expert_parallel.py --fail-device 3@16 --on-failure reroute
+        lose device 3 after 16 tokens
     mpirun -np 2 python qwen3_expert_parallel.py
         2 real ranks, half of the experts on each; the same over sockets:
     mlx.launch -n 2 --backend ring --python $(which python) \\
@@ -70,12 +72,14 @@ def run(args, watchdog, tell=lambda what=None: None):
 
     from expert_parallel.checkpoint import finding, loading
     from expert_parallel.checkpoint.opened import Checkpoint
+    from expert_parallel.failure.losses import start_losses
+    from expert_parallel.failure.planned import check_losses
     from expert_parallel.models.configurations import hub_id
     from expert_parallel.models.forward import first_not_a_number
     from expert_parallel.models.memory import model_bytes
     from expert_parallel.moving.live import start_rebalancing
     from expert_parallel.ranks.group import all_or_none, checkpoint_mark, gather_objects, start_group
-    from expert_parallel.report import cost, disk, run, table
+    from expert_parallel.report import cost, disk, failure, run, table
     from expert_parallel.report.measuring import count_collectives, time_parts
     from expert_parallel.report.verdict import verdict
     from expert_parallel.trace import record_routing
@@ -103,6 +107,8 @@ def run(args, watchdog, tell=lambda what=None: None):
         numbers = [layer.number for layer in checkpoint.layers]
         tell(f"placing experts, {args.placement}")
         placement = options.make_placement(args, checkpoint.shape, numbers, ranks)
+        if args.fail_device:
+            check_losses(args, placement.held, prompt.max_tokens, ranks)
         on_disk = options.cache_options(args, checkpoint.shape[1])
         shipped = finding.is_shipped(checkpoint.folder)
         verify = shipped if args.verify is None else args.verify
@@ -137,6 +143,7 @@ def run(args, watchdog, tell=lambda what=None: None):
     shown = first and not output.to_standard_output(args.json)
     console.rule("answer", style="dim", align="left")
     live = start_rebalancing(args, model, placement, checkpoint, dtype, group) if args.rebalance_every else None
+    losses = start_losses(args, model, checkpoint, dtype, len(prompt.ids)) if args.fail_device else None
     heard = lambda: waiting_for("no answer from the other ranks")  # noqa: E731
     heard()
     tell(f"reading the prompt, {len(prompt.ids)} tokens")
@@ -147,9 +154,13 @@ def run(args, watchdog, tell=lambda what=None: None):
     ):
         after_token = (lambda token: live.after_token()) if live else None
         answering = lambda: (heard(), tell())  # noqa: E731
-        answer = generate(model, tokenizer, prompt, args, group, answering, shown, after_token=after_token)
+        more = {"after_token": after_token} | ({"chosen": losses.between_passes} if losses else {})
+        answer = generate(model, tokenizer, prompt, args, group, answering, shown, **more)
     tokens, text, last, cache = answer
-    changes, cached = live.changes if live else [(0, placement)], disk.counts(model)
+    changes = live.changes if live else [(0, placement)]
+    placement, cached = changes[-1][1], disk.counts(model)
+    held = losses.changes if losses else [(before, each.held) for before, each in changes]
+    lost = failure.lost(losses, trace, numbers, whole, reading) if losses else []
     console.rule(style="dim")
 
     # 4. Where the time goes, on extra tokens; and the same run by stock mlx-lm, on rank 0 alone.
@@ -191,22 +202,22 @@ def run(args, watchdog, tell=lambda what=None: None):
     if not first:
         return
     tables = [table for table in (broken, parity) if table]
-    tables += [*run.routing(trace, numbers), *run.balance(trace, changes, numbers, model)]
+    tables += [*run.routing(trace, numbers), *run.balance(trace, held, numbers, changes[0][1], model)]
     tables += [run.rebalancing(live.figures(), changes, trace, model)] if live else []
-    tables += cost.memory(whole, changes[-1][1], sum(entry.nbytes for entry in cache), per_rank)
+    tables += [*lost, *cost.memory(whole, placement, sum(entry.nbytes for entry in cache), per_rank)]
     if any(caches := [device for rank in per_rank for device in rank.pop("cache") or ()]):
         took = last.prompt_tokens / last.prompt_tps + last.generation_tokens / last.generation_tps
-        tables += disk.of_run(trace, changes[-1][1].held, caches, numbers, took, ranks > 1)
+        tables += disk.of_run(trace, placement.held, caches, numbers, took, ranks > 1)
     tables += [cost.communication(model, trace, seconds.value_bytes, counted, ranks)]
     tables += [cost.ranks_table(per_rank)] if ranks > 1 else []
     tables += cost.speed(text, tokens, len(prompt.ids), ours, theirs, seconds)
     try:
         about = {"name": name, "config": config, "environment": versions}
-        missing = dict.fromkeys(("parity", "not_a_number", "rebalancing", "ranks", "cache"))
+        missing = dict.fromkeys(("parity", "not_a_number", "rebalancing", "ranks", "cache", "failures"))
         document = {"model": about, "environment": versions, "options": vars(args), **missing}
         document = table.sections([where, *tables], **document)
         tables.insert(0, verdict(document))
-        write_files(args, [*tables, where], document, trace, changes[-1][1], numbers, tell)
+        write_files(args, [*tables, where], document, trace, placement, numbers, tell)
     finally:  # a disk that is full takes no file; the report is still there to read
         tell()
         for part in table.on_a_screen(tables, args.full):

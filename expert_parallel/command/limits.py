@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ..failure.planned import parse_losses
 from ..files import nearest
 from ..offload.budget import parse_budget
 from .options import CACHE_PICTURES, MOST, OUTPUTS, PICTURES
@@ -42,6 +43,12 @@ def check_numbers(args) -> None:
         parse_budget(args.expert_memory)
         if args.rebalance_every is not None:
             raise ValueError("--rebalance-every moves experts in memory: it does not go with --expert-memory")
+    if args.on_failure is not None and args.fail_device is None:
+        raise ValueError("--on-failure is of no use without --fail-device D[@TOKENS]")
+    for name in ("expert_memory", "rebalance_every", "cold_bits"):
+        if args.fail_device and getattr(args, name) is not None:
+            raise ValueError(f"--fail-device is for experts in memory, as they are: it does not go with {option(name)}")
+    parse_losses(args.fail_device or ())
 
 
 def check_limits(args, limits: dict) -> None:

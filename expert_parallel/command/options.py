@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..failure.planned import ON_FAILURE
 from ..files import nearest
 from ..offload import POLICIES, PREFETCH
 from .output import Parser
@@ -72,6 +73,13 @@ def parser_of(description: str) -> argparse.ArgumentParser:
         help="fewer bits (2, 3, 4, 5, 6, 8) for the experts that --placement-trace used least: another answer in less"
         " memory (default: all as they are)")
     add("--cold-share", type=float, metavar="SHARE", help="of each layer's experts, with --cold-bits (default: 0.5)")
+    add("--fail-device", action="append", metavar="D[@TOKENS]",
+        help="a simulated device that is lost with all it holds, after so many tokens of the answer (without TOKENS:"
+        " before the prompt); may be given several times")
+    add("--on-failure", choices=ON_FAILURE,
+        help="with --fail-device: failover: copies take over; recover: the same, and what nobody holds is read again;"
+        " reroute: the router takes the next best living experts; drop: lost experts give nothing; renormalise: the"
+        " same, and the others' weights make up for it; the last three change the answer (default: recover)")
     add("--combine", choices=("auto", "reduce", "gather"), default="auto",
         help="how ranks bring outputs together: reduce sums weighted outputs, gather sums every chosen expert's, top-k"
         " times the bytes; auto takes reduce where the model allows it (default: auto)")
