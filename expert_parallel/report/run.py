@@ -77,7 +77,9 @@ def parity(logits: mx.array, tokens: list[int], stock_logits: mx.array, stock_to
     difference = mx.abs(stock_logits.astype(mx.float32) - logits.astype(mx.float32)).max().item()
 
     agree = next((n for n, (a, b) in enumerate(zip(tokens, stock_tokens, strict=False)) if a != b), count)
-    equal = f"the same ({count} compared)" if tokens == stock_tokens else f"NOT the same ({agree} of {count} before that)"
+    equal = (
+        f"the same ({count} compared)" if tokens == stock_tokens else f"NOT the same (the first {agree} of {count} are)"
+    )
     figures = [
         Figure(None, "tokens", equal if count else "none to compare"),
         Figure(

@@ -46,16 +46,16 @@ def _answer(parity: dict | None, broken: dict | None) -> str:
 def _lost(failures: dict | None) -> str | None:
     if not failures or not failures["losses"]:
         return None
-    when = (
-        f"device {' '.join(map(str, row['devices']))} after {row['after_tokens']} tokens" for row in failures["losses"]
-    )
-    last = failures["losses"][-1]
-    what = f"{last['experts_gone']} experts had no other copy"
-    pauses = [row["pause_seconds_measured"] for row in failures["losses"]]
-    if failures["on_failure"] == "recover":
-        return f"{', '.join(when)}: {what} and were read again in {sum(pauses):.2f} s, the answer stays"
-    stays = "copies took over, the answer stays" if failures["answer_stays"] else f"{what}: {failures['on_failure']}"
-    return f"{', '.join(when)}: {stays}" + ("" if failures["answer_stays"] else ", which changes the answer")
+    losses, how = failures["losses"], failures["on_failure"]
+    names = [f"device{'s' * (len(row['devices']) > 1)} {' '.join(map(str, row['devices']))}" for row in losses]
+    when = ", ".join(f"{name} after {row['after_tokens']} tokens" for name, row in zip(names, losses, strict=True))
+    if how == "failover":
+        return f"{when}: copies took over, the answer stays"
+    gone = f"{when}: {losses[-1]['experts_gone']} experts had no other copy"
+    if how == "recover":
+        pause = sum(row["pause_seconds_measured"] for row in losses)
+        return f"{gone} and were read again in {pause:.2f} s, the answer stays"
+    return f"{gone} ({how}), which changes the answer"
 
 
 def _memory(memory: dict) -> str:
