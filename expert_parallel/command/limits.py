@@ -17,7 +17,8 @@ from .output import check_outputs
 
 def check_numbers(args) -> None:
     """What no file and no rank is needed for, the timeout of the first meeting included."""
-    limits = {"max_tokens": (1, MOST), "redundant_experts": (0, MOST), "temp": (0, 1e6), "top_p": (1e-6, 1)}
+    limits = {"max_tokens": (1, MOST), "temp": (0, 1e6), "top_p": (1e-6, 1)}
+    limits |= {} if args.redundant_experts == "each" else {"redundant_experts": (0, MOST)}
     limits |= {"seed": (0, 2**64 - 1), "top_k": (0, MOST), "min_p": (0, 1), "timeout": (0.1, 1e9), "devices": (1, MOST)}
     limits |= {"trials": (0, 1000), "cold_share": (0, 1)}
     limits |= {"rebalance_every": (1, MOST), "rebalance_horizon": (1, MOST), "rebalance_threshold": (1e-9, 1)}

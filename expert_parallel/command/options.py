@@ -49,8 +49,9 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     add("--placement-trace", type=Path, metavar="FILE",
         help="what --trace saved: balanced, replicated and affinity place experts by its loads, pinned and learned keep"
         " and read ahead by it")
-    add("--redundant-experts", type=int, default=0, metavar="R",
-        help="copies of hot experts in each layer, with --placement replicated (default: 0)")
+    add("--redundant-experts", type=copies, default=0, metavar="R",
+        help="copies of hot experts in each layer, with --placement replicated; each: with any, one copy of each expert"
+        " on another device, so that any one can be lost (default: 0)")
     add("--rebalance-every", type=int, metavar="TOKENS",
         help="every so many tokens look at the loads since, and move experts between devices where the time that is"
         " predicted to save is more than the pause it takes; the answer stays the same (default: never)")
@@ -108,6 +109,14 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def copies(text: str) -> int | str:
+    """What --redundant-experts takes: a whole number, or "each"; ArgumentTypeError for anything else."""
+    try:
+        return text if text == "each" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of copies nor each") from None
+
+
 # --- placement ------------------------------------------------------------------------------------------------
 
 
@@ -122,8 +131,9 @@ def check_placement(args) -> None:
         if not Path(args.placement).is_file():
             like = nearest(args.placement, STRATEGIES)
             raise ValueError(f"--placement {args.placement}: neither {', '.join(STRATEGIES)} nor a file{like}")
-        if args.redundant_experts:
-            raise ValueError(f"--redundant-experts is of no use with {args.placement}, which names the copies itself")
+        if args.redundant_experts not in (0, "each"):
+            what = f"{args.placement}, which names the copies itself; each adds those that are missing"
+            raise ValueError(f"--redundant-experts {args.redundant_experts} is of no use with {what}")
     if args.placement_format and not args.save_placement:
         raise ValueError("--placement-format needs --save-placement FILE")
 
@@ -160,6 +170,7 @@ def make_placement(args, shape: tuple[int, int], layer_numbers=None, ranks: int 
 def _placement(args, shape, layer_numbers, ranks):
     import numpy as np
 
+    from ..failure.survival import protected
     from ..formats.placements import read_placement
     from ..formats.traces import notes_of, read_loads, read_trace
     from ..placing.held_out import fitted_on
@@ -167,16 +178,21 @@ def _placement(args, shape, layer_numbers, ranks):
 
     if ranks > 1 and args.devices not in (None, ranks):
         raise ValueError(f"--devices {args.devices}, but there are {ranks} ranks: each rank is a device")
-    num_devices = ranks if ranks > 1 else args.devices
+    num_devices, each = ranks if ranks > 1 else args.devices, args.redundant_experts == "each"
     check_placement(args)
     if args.placement not in STRATEGIES:
         placement = read_placement(args.placement, *shape, num_devices, layer_numbers)
         if num_devices not in (None, placement.num_devices):
             raise ValueError(f"{args.placement} places {placement.num_devices} devices, this run has {num_devices}")
-        return placement
-    num_devices = num_devices or min(8, shape[1])
+        return protected(placement) if each else placement
+    how = (num_devices or min(8, shape[1]), args.placement, 0 if each else args.redundant_experts)
+
+    def place(loads, chosen=None):
+        placement = place_experts(loads, *how, coactivation=chosen)
+        return protected(placement, loads) if each else placement
+
     if args.placement not in BY_TRACE:
-        return place_experts(np.ones(shape), num_devices, args.placement)
+        return place(np.ones(shape))
     try:
         trace = read_trace(args.placement_trace, shape[1])
     except ValueError:  # counts, or tokens that no layer has whole: enough for all but affinity
@@ -186,10 +202,9 @@ def _placement(args, shape, layer_numbers, ranks):
     loads = read_loads(args.placement_trace, shape[1]) if trace is None else trace.loads()
     if loads.shape != shape:
         raise ValueError(f"{args.placement_trace} is of {list(loads.shape)} [layers, experts], the model {list(shape)}")
-    how = (num_devices, args.placement, args.redundant_experts)
     if trace is None:
-        return place_experts(loads, *how)
-    placement = fitted_on(trace, lambda part: place_experts(part.loads(), *how, coactivation=part.experts))
+        return place(loads)
+    placement = fitted_on(trace, lambda part: place(part.loads(), part.experts))
     if notes := notes_of(trace, args.placement_trace.name):
         placement.metadata["notes"] = notes
     return placement
