@@ -122,7 +122,8 @@ class _Living:
         self.num_experts, self.mask, self.changed = count, mx.ones(count, mx.bool_), mx.array(0)
 
     def ranked(self, scores):
-        return mx.where(self.mask, scores, -mx.inf)
+        span = scores.max(axis=-1, keepdims=True) - scores.min(axis=-1, keepdims=True)
+        return mx.where(self.mask, scores, scores - span - 1)  # lost ones in their order, where too few live
 
     def settled(self, scores, indices):
         least = mx.topk(scores, indices.shape[-1]).min(axis=-1, keepdims=True)
