@@ -20,10 +20,15 @@ ANALYSIS_PICTURES = ("speed",)  # of model_analysis.py
 OUTPUTS = ("trace", "save_placement", "json", "html")  # files, each with an option of its own
 
 
-def parser_of(description: str) -> argparse.ArgumentParser:
-    """All options; `description` stands above them."""
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+def parser_of(description: str, only=()) -> argparse.ArgumentParser:
+    """All options; `description` stands above them. only: these alone, without --help and shorter forms of them."""
+    how = {"add_help": False, "allow_abbrev": False, "usage": argparse.SUPPRESS} if only else {}
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **how)
+
+    def add(name, **about):
+        if not only or name in only:
+            parser.add_argument(name, **about)
+
     # fmt: off
     add("--model", help="folder or hub id (default: Qwen3-Coder-30B if it is in the hub cache, else the shipped model)")
     add("--prompt", help="a text, a file, or - for standard input (default: one that fits the model)")
