@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..failure.planned import in_words
 from ..files import written_whole
 from ..placing.affinity import coactivation
 
@@ -28,7 +29,8 @@ def of_run(document: dict, trace, placement) -> dict:
     """
     ran, memory = document["placement"], document["memory"]
     caption = f"{document['model']['name']}, {len(trace)} tokens, top-{trace.experts.shape[2]} of {trace.num_experts}"
-    on_devices = f"{caption}, {ran['devices']} devices, {ran['strategy']}"
+    lost = in_words((document["failures"] or {}).get("losses"))
+    on_devices = f"{caption}, {ran['devices']} devices, {ran['strategy']}{lost and f', lost: {lost}'}"
     ranks = document["ranks"] or [{"seconds": document["time"]}]
     figures = {
         "expert_loads": load_map(trace.loads(), "expert", on_devices, held=placement.held),
@@ -102,7 +104,8 @@ def pairs_map(experts, num_experts: int, caption: str = ""):
 def memory_bars(memory: dict, caption: str = ""):
     """Bytes of each device, experts, the rest and key-value cache, against the whole model; `memory` of the JSON."""
     parts = {"experts": memory["experts_per_device_bytes"], "the rest": memory["rest_per_device_bytes"]}
-    parts["key-value cache"] = [memory["kv_cache_bytes"]] * len(parts["experts"])
+    on_each = [memory["kv_cache_bytes"] * (rest > 0) for rest in parts["the rest"]]  # not on lost ones
+    parts["key-value cache"] = on_each
     largest = memory["full_model_bytes"]
     power, unit = next((p, u) for p, u in ((9, "GB"), (6, "MB"), (3, "kB"), (0, "B")) if largest >= 10**p or not p)
     axes = _axes("Memory of each device", f"{caption} ({memory['source']})", "device", unit)

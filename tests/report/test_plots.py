@@ -114,6 +114,8 @@ def test_memory_in_bars_against_the_whole_model():
     }
     assert axes.get_ylabel() == "MB" and axes.lines[0].get_ydata() == [6, 6]
     assert axes.lines[0].get_label() == "the whole model"
+    lost = plots.memory_bars({**memory, "experts_per_device_bytes": [2e6, 0], "rest_per_device_bytes": [1e6, 0]})
+    assert [parts[1][2] for parts in bars(lost.axes[0]).values()] == [0, 0, 0]  # nor has it a cache
     small = plots.memory_bars({**memory, "full_model_bytes": 6e3})
     large = plots.memory_bars({**memory, "full_model_bytes": 17e9})
     assert [figure.axes[0].get_ylabel() for figure in (small, large)] == ["kB", "GB"]
@@ -159,7 +161,7 @@ def test_the_pictures_of_a_run_are_those_that_its_options_name():
     trace = RoutingTrace(np.arange(24).reshape(6, 2, 2) % 8, 8)
     placement, seconds = place_experts(np.ones((2, 8)), 2), {"tokens": 1, "total": 1, "experts": 1, "collectives": 0}
     document = {
-        "model": {"name": "m"}, "placement": {"devices": 2, "strategy": "contiguous"}, "ranks": None, "cache": None,
+        "model": {"name": "m"}, "placement": {"devices": 2, "strategy": "contiguous"}, "ranks": None, "cache": None, "failures": None,
         "balance": {"device_loads": [[4, 8], [6, 6]]}, "time": {**seconds, "waiting": 0},
         "memory": {"experts_per_device_bytes": [1, 2], "rest_per_device_bytes": [1, 1], "kv_cache_bytes": 0,
                    "full_model_bytes": 5, "source": "measured"},
@@ -175,6 +177,9 @@ def test_the_pictures_of_a_run_are_those_that_its_options_name():
     top_1 = RoutingTrace(trace.experts[..., :1], 8)
     assert tuple(plots.of_run(document, top_1, placement)) == PICTURES[:-1]  # it has no pairs
     ranks = [{"seconds": {**document["time"], "experts": share}} for share in (0.25, 0.5)]
+    loss = {"devices": [1], "after_tokens": 16}
+    lossy = plots.of_run({**document, "failures": {"losses": [loss]}}, trace, placement)
+    assert "2 devices, contiguous, lost: device 1 after 16 tokens" in lossy["device_loads"].axes[0].get_title()
     several = plots.of_run({**document, "ranks": ranks}, trace, placement)["time"]
     assert [bar[2] for bar in bars(several.axes[0])["experts"]] == [250, 500]
 
