@@ -38,7 +38,7 @@ WORDS = """words in the report:
                          device, by who makes room: lru, used longest ago; lfu,
                          used least; aging, lfu whose counts halve; belady, the
                          bound; the wait of the best with --expert-bytes, --disk
-  gone, lost, mended     with --fail-device: experts that no living device holds;
+  gone, lost, mended     with --fail-device: experts that nobody holds any more;
                          slots that nobody answers, by chance the share of
                          experts gone; after survivors have read these
   each                   with one copy of each expert on another device
