@@ -57,10 +57,9 @@ def of_placements(
 
 def _loss(held, test: Choices, loads, lost, expert_bytes: int, rate: float) -> dict:
     """One placement, bool [L, D, E], without some devices, and mended by repair for loads [L, E]."""
-    left, mended = without(held, lost), repair(held, lost, loads)
-    steps = np.arange(len(test.experts)) // BATCH
-    device = {name: devices_of_trace(test.experts, each, steps)
-              for name, each in (("before", held), ("since", left), ("mended", mended))}  # fmt: skip
+    left, mended, steps = without(held, lost), repair(held, lost, loads), np.arange(len(test.experts)) // BATCH
+    placed = {"before": held, "since": left} | ({"mended": mended} if (mended != left).any() else {})
+    device = {name: devices_of_trace(test.experts, each, steps) for name, each in placed.items()}
     slots = {name: device_slots(each, held.shape[1]) for name, each in device.items()}
     alive, read = living(left), arrivals(left, mended, expert_bytes, rate)
     return {
@@ -69,7 +68,7 @@ def _loss(held, test: Choices, loads, lost, expert_bytes: int, rate: float) -> d
         "slots_lost_by_chance": float(gone(left).mean()),
         "balancedness_before_simulated": balancedness(slots["before"], "aggregate"),
         "balancedness_since_simulated": balancedness(slots["since"][:, alive], "aggregate"),
-        "balancedness_mended_simulated": balancedness(slots["mended"][:, alive], "aggregate"),
+        "balancedness_mended_simulated": balancedness(slots.get("mended", slots["since"])[:, alive], "aggregate"),
         "repair_experts": read.experts.tolist(),
         "repair_bytes": read.bytes,
         "repair_seconds_modelled": read.side_by_side,
