@@ -73,8 +73,16 @@ def check_study(args, scenarios: tuple) -> list[str]:
     if args.top_k and args.top_k > (args.experts or 128):
         raise ValueError(f"--top-k {args.top_k}: there are {args.experts or 128} experts to choose from")
     for name in ("expert_bytes", "disk"):
-        if getattr(args, name) is not None and not args.expert_memory:
-            raise ValueError(f"{option(name)} is of no use without --expert-memory")
+        if getattr(args, name) is not None and not args.expert_memory and not args.fail_device:
+            raise ValueError(f"{option(name)} is of no use without --expert-memory or --fail-device")
+    lost = args.fail_device or []
+    for n, device in enumerate(lost):
+        if not 0 <= device < args.devices:
+            raise ValueError(f"--fail-device {device}: there are devices 0 to {args.devices - 1} (--devices)")
+        if device in lost[:n]:
+            raise ValueError(f"--fail-device {device}: it is named twice")
+    if lost and len(lost) == args.devices:
+        raise ValueError(f"--fail-device: with all {len(lost)} devices lost none is left")
     args.expert_bytes, args.disk = args.expert_bytes or "2.65MB", 3.0 if args.disk is None else args.disk
     for size in args.expert_memory.split(",") if args.expert_memory else ():
         parse_budget(size)
