@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ..failure.journal import check_new
 from ..failure.planned import parse_losses
 from ..files import nearest
 from ..offload.budget import parse_budget
@@ -23,6 +24,8 @@ def check_numbers(args) -> None:
     limits |= {"trials": (0, 1000), "cold_share": (0, 1)}
     limits |= {"rebalance_every": (1, MOST), "rebalance_horizon": (1, MOST), "rebalance_threshold": (1e-9, 1)}
     check_limits(args, limits)
+    if args.journal and args.resume:
+        raise ValueError("--resume FILE writes on in FILE: leave --journal out")
     for name in ("rebalance_threshold", "rebalance_horizon"):
         if getattr(args, name) is not None and args.rebalance_every is None:
             raise ValueError(f"{option(name)} is of no use without --rebalance-every TOKENS")
@@ -111,13 +114,14 @@ def check_study(args, scenarios: tuple) -> list[str]:
 
 def check_files(args, model_folder) -> None:
     """That every output can be written, each into a file of its own, and none over what is read."""
-    outputs = {option(name): getattr(args, name) for name in OUTPUTS} | picture_files(
-        args.plots, PICTURES + CACHE_PICTURES
-    )
+    outputs = {option(name): getattr(args, name) for name in (*OUTPUTS, "journal", "resume")}
+    outputs |= picture_files(args.plots, PICTURES + CACHE_PICTURES)
     inputs = {"the model": model_folder} | ({"the adapter": args.adapter_path} if args.adapter_path else {})
     named = {"the prompt": args.prompt, "the placement": args.placement, "the trace": args.placement_trace}
     inputs |= {what: path for what, path in named.items() if path and os.path.isfile(path)}  # noqa: PTH113
     check_outputs(outputs, inputs)
+    if args.journal:
+        check_new(args.journal)
     if args.trace and args.trace.is_char_device():
         raise ValueError(f"cannot write {args.trace}: a trace needs a file, a device such as this cannot hold one")
 
