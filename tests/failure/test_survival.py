@@ -256,10 +256,10 @@ def dealt_by_hand(held, wanted, loads, alive):
 
 
 @settings(max_examples=40)
-@given(st.integers(0, 2**32), st.integers(2, 5), st.integers(5, 14), st.integers(1, 3))
+@given(st.integers(0, 2**32), st.integers(2, 5), st.integers(5, 14), st.integers(1, 5))
 def test_copies_are_dealt_as_by_hand(seed, num_devices, num_experts, most_copies):
-    held = random_held(seed, 3, num_devices, num_experts, most_copies)
-    loads = np.random.default_rng(seed).lognormal(sigma=1.5, size=(3, num_experts))
+    held = random_held(seed, 6, num_devices, num_experts, most_copies)
+    loads = np.random.default_rng(seed).lognormal(sigma=1.5, size=(6, num_experts))
     alive, singles = [True] * num_devices, held.sum(axis=1) == 1
     assert np.array_equal(protected(Placement(held), loads).held, dealt_by_hand(held, singles, loads, alive))
     left = without(held, [seed % num_devices])
