@@ -11,16 +11,10 @@ import numpy as np
 def deal(held, wanted, loads, alive) -> np.ndarray:
     """`held` with one holder more for each expert that is wanted, bool [L, E], and has one or none, among `alive` [D].
 
-        The hottest first, each to the device that it leaves least full after the loss of whichever device is worst for it:
-    <<<<<<< HEAD
-        with the lost one's share of experts that both hold. All layers side by side. With loads of Zipf 0.6 and 1.2 the
-        best of 33 such deals in other orders left survivors 0 to 3% more even on 4 and 8 devices, up to 8% on 16
-        (simulated).
-    =======
-        with the lost one's share of experts that both hold. All layers side by side. The best of 33 such deals in other
-        orders, with loads of Zipf 0.6 and 1.2, left survivors 0 to 3% more even on 4 and 8 devices, up to 8% on 16
-        (simulated): not worth it.
-    >>>>>>> 10974c2021c301734d864e0982faf02e9ec9f144
+    The hottest first, each to the device that it leaves least full after the loss of whichever device is worst for it:
+    with the lost one's share of experts that both hold. All layers side by side. The best of 33 such deals in other
+    orders, with loads of Zipf 0.6 and 1.2, left survivors 0 to 3% more even on 4 and 8 devices, up to 8% on 16
+    (simulated): not worth it.
     """
     held = held.copy()
     copies = held.sum(axis=1)

@@ -183,7 +183,7 @@ def test_two_real_runs(run_here, tmp_path, monkeypatch, capsys):
         ),
         (
             ("nothing",),
-            "unknown command 'nothing': choose run, study, analyze, compare, server, chat, generate, benchmark",
+            "unknown command 'nothing': choose run, study, analyze, compare, server",
         ),
     ],
 )
