@@ -9,6 +9,8 @@ report what that does.
         move experts between devices while it answers
     python qwen3_expert_parallel.py --fail-device 3@16 --on-failure reroute
         lose device 3 after 16 tokens
+    python qwen3_expert_parallel.py --journal run.jsonl
+        keep it, so that it can go on after it was killed: --resume run.jsonl
     mpirun -np 2 python qwen3_expert_parallel.py
         2 real ranks, half of the experts on each; the same over sockets:
     mlx.launch -n 2 --backend ring --python $(which python) \\
@@ -24,7 +26,7 @@ from expert_parallel.ranks.launch import launched
 
 # What ranks may have in places of their own; what is in the files is compared.
 OWN_OPTIONS = ("model", "adapter_path", "prompt", "placement", "placement_trace", "verify", "trials", "quiet", "full")
-OWN_OPTIONS += (*options.OUTPUTS, "plots")
+OWN_OPTIONS += (*options.OUTPUTS, "plots", "journal", "resume")
 TIMED_TOKENS = 4  # extra ones, for where the time goes
 
 
@@ -72,6 +74,7 @@ def run(args, watchdog, tell=lambda what=None: None):
 
     from expert_parallel.checkpoint import finding, loading
     from expert_parallel.checkpoint.opened import Checkpoint
+    from expert_parallel.failure import resume
     from expert_parallel.failure.losses import start_losses
     from expert_parallel.failure.planned import check_losses
     from expert_parallel.models.configurations import hub_id
@@ -93,17 +96,19 @@ def run(args, watchdog, tell=lambda what=None: None):
     console = output.console(args.quiet or not first or output.to_standard_output(args.json))
     versions = table.environment()
     waiting_for("no end of standard input" if args.prompt == "-" else "not all ranks had loaded")
-    typed = prompts.read_standard_input() if first and args.prompt == "-" else None
+    kept = resume.keep(args, group)
+    typed = prompts.read_standard_input() if first and args.prompt == "-" and not kept.begun else None
     typed = gather_objects(group, typed)[0]  # a launcher passes its standard input to rank 0 alone
     waiting_for("not all ranks had loaded")
     with all_or_none(group) as same:
+        args = options.resumed(args, kept.past.header)
         folder, note = (args.model, "") if args.model is not None else finding.default_model()
         folder = finding.resolve_model(hub_id(folder))
         if first:  # which alone writes
             limits.check_files(args, folder)
         checkpoint = Checkpoint(folder, args.adapter_path, args.trust_remote_code)
         tokenizer, config = checkpoint.tokenizer(), checkpoint.config
-        prompt = prompts.read_prompt(args, tokenizer, finding.context_of(config), typed)
+        prompt = prompts.read_prompt(args, tokenizer, finding.context_of(config), typed, kept.prompt)
         numbers = [layer.number for layer in checkpoint.layers]
         tell(f"placing experts, {args.placement}")
         placement = options.make_placement(args, checkpoint.shape, numbers, ranks)
@@ -121,7 +126,7 @@ def run(args, watchdog, tell=lambda what=None: None):
             same["weights"] = checkpoint_mark(checkpoint.folder)
             same["adapter"] = checkpoint_mark(args.adapter_path, "adapters*") if args.adapter_path else ""
     tell()
-    for line in filter(None, (note, prompt.note, *placement.metadata.get("notes", ()))):
+    for line in filter(None, (note, prompt.note, *placement.metadata.get("notes", ()), *kept.notes())):
         console.print(line)
 
     # 2. Every device reads its experts; nothing else of mlx-lm's model changes.
@@ -130,6 +135,8 @@ def run(args, watchdog, tell=lambda what=None: None):
         checkpoint.model.set_dtype(dtype)  # lazily, as everything here still is
     whole = model_bytes(checkpoint.model)
     with all_or_none(group), output.progress_bar("reading", first and not args.quiet) as progress:
+        if first and kept.path:
+            kept.begin(resume.header_of(args, checkpoint, prompt, dtype, versions, on_disk["cache_trace"]))
         model, tokenizer, reading = loading.load_sharded(
             checkpoint, placement=placement, group=group, dtype=args.dtype, combine=args.combine,
             attention=args.attention, streams=args.streams, progress=progress, return_report=True, **on_disk,
@@ -152,11 +159,14 @@ def run(args, watchdog, tell=lambda what=None: None):
         count_collectives() as counted,
         live or nullcontext(),
     ):
-        after_token = (lambda token: live.after_token()) if live else None
+        after_token = lambda token: (kept.after_token(token), live and live.after_token())  # noqa: E731
         answering = lambda: (heard(), tell())  # noqa: E731
-        more = {"after_token": after_token} | ({"chosen": losses.between_passes} if losses else {})
-        answer = generate(model, tokenizer, prompt, args, group, answering, shown, **more)
+        chosen = (lambda token: losses.between_passes(kept.chosen(token))) if losses else kept.chosen
+        answer = generate(model, tokenizer, prompt, args, group, answering, shown, chosen, after_token)
     tokens, text, last, cache = answer
+    kept.end(last.finish_reason)
+    if first and kept.differing:
+        output.warn(kept.unlike())
     changes = live.changes if live else [(0, placement)]
     placement, cached = changes[-1][1], disk.counts(model)
     held = losses.changes if losses else [(before, each.held) for before, each in changes]
@@ -204,7 +214,8 @@ def run(args, watchdog, tell=lambda what=None: None):
     tables = [table for table in (broken, parity) if table]
     tables += [*run.routing(trace, numbers), *run.balance(trace, held, numbers, changes[0][1], model)]
     tables += [run.rebalancing(live.figures(), changes, trace, model)] if live else []
-    tables += [*lost, *cost.memory(whole, placement, sum(entry.nbytes for entry in cache), per_rank)]
+    tables += [*lost, *([failure.journal(kept.figures())] if kept.path else ())]
+    tables += cost.memory(whole, placement, sum(entry.nbytes for entry in cache), per_rank)
     if any(caches := [device for rank in per_rank for device in rank.pop("cache") or ()]):
         took = last.prompt_tokens / last.prompt_tps + last.generation_tokens / last.generation_tps
         tables += disk.of_run(trace, placement.held, caches, numbers, took, ranks > 1)
@@ -213,7 +224,7 @@ def run(args, watchdog, tell=lambda what=None: None):
     tables += cost.speed(text, tokens, len(prompt.ids), ours, theirs, seconds)
     try:
         about = {"name": name, "config": config, "environment": versions}
-        missing = dict.fromkeys(("parity", "not_a_number", "rebalancing", "ranks", "cache", "failures"))
+        missing = dict.fromkeys(("parity", "not_a_number", "rebalancing", "ranks", "cache", "journal", "failures"))
         document = {"model": about, "environment": versions, "options": vars(args), **missing}
         document = table.sections([where, *tables], **document)
         tables.insert(0, verdict(document))

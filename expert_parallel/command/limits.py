@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ..failure.journal import check_new
 from ..failure.planned import parse_losses
 from ..files import nearest
 from ..offload.budget import parse_budget
@@ -23,6 +24,8 @@ def check_numbers(args) -> None:
     limits |= {"trials": (0, 1000), "cold_share": (0, 1)}
     limits |= {"rebalance_every": (1, MOST), "rebalance_horizon": (1, MOST), "rebalance_threshold": (1e-9, 1)}
     check_limits(args, limits)
+    if args.journal and args.resume:
+        raise ValueError("--resume FILE writes on in FILE: leave --journal out")
     for name in ("rebalance_threshold", "rebalance_horizon"):
         if getattr(args, name) is not None and args.rebalance_every is None:
             raise ValueError(f"{option(name)} is of no use without --rebalance-every TOKENS")
@@ -73,8 +76,16 @@ def check_study(args, scenarios: tuple) -> list[str]:
     if args.top_k and args.top_k > (args.experts or 128):
         raise ValueError(f"--top-k {args.top_k}: there are {args.experts or 128} experts to choose from")
     for name in ("expert_bytes", "disk"):
-        if getattr(args, name) is not None and not args.expert_memory:
-            raise ValueError(f"{option(name)} is of no use without --expert-memory")
+        if getattr(args, name) is not None and not args.expert_memory and not args.fail_device:
+            raise ValueError(f"{option(name)} is of no use without --expert-memory or --fail-device")
+    lost = args.fail_device or []
+    for n, device in enumerate(lost):
+        if not 0 <= device < args.devices:
+            raise ValueError(f"--fail-device {device}: there are devices 0 to {args.devices - 1} (--devices)")
+        if device in lost[:n]:
+            raise ValueError(f"--fail-device {device}: it is named twice")
+    if lost and len(lost) == args.devices:
+        raise ValueError(f"--fail-device: with all {len(lost)} devices lost none is left")
     args.expert_bytes, args.disk = args.expert_bytes or "2.65MB", 3.0 if args.disk is None else args.disk
     for size in args.expert_memory.split(",") if args.expert_memory else ():
         parse_budget(size)
@@ -103,13 +114,14 @@ def check_study(args, scenarios: tuple) -> list[str]:
 
 def check_files(args, model_folder) -> None:
     """That every output can be written, each into a file of its own, and none over what is read."""
-    outputs = {option(name): getattr(args, name) for name in OUTPUTS} | picture_files(
-        args.plots, PICTURES + CACHE_PICTURES
-    )
+    outputs = {option(name): getattr(args, name) for name in (*OUTPUTS, "journal", "resume")}
+    outputs |= picture_files(args.plots, PICTURES + CACHE_PICTURES)
     inputs = {"the model": model_folder} | ({"the adapter": args.adapter_path} if args.adapter_path else {})
     named = {"the prompt": args.prompt, "the placement": args.placement, "the trace": args.placement_trace}
     inputs |= {what: path for what, path in named.items() if path and os.path.isfile(path)}  # noqa: PTH113
     check_outputs(outputs, inputs)
+    if args.journal:
+        check_new(args.journal)
     if args.trace and args.trace.is_char_device():
         raise ValueError(f"cannot write {args.trace}: a trace needs a file, a device such as this cannot hold one")
 

@@ -52,6 +52,11 @@ def main(tool: str, line: list[str]) -> None:
 
         if rank is None:
             run(tool, whole, theirs, NoWatchdog())
+            if (
+                tool == "server"
+            ):  # its thread still takes MLX's state down, and would meet a Python that is gone: an abort
+                sys.stdout.flush()
+                os._exit(0)
             return
         watchdog = Watchdog(f"{name}error: ")
         with failing_together(name, watchdog, output.exit_of):
@@ -99,7 +104,7 @@ def run(tool: str, args, theirs: list[str], watchdog) -> None:
             if any(flag == "-" for flag in theirs):  # a launcher passes its standard input to rank 0 alone
                 sys.stdin = io.StringIO(gather_objects(group, sys.stdin.read() if first else None)[0])
             if not first:
-                sys.stdout = stack.enter_context(open(os.devnull, "w"))  # noqa: PTH123, all of them say the same
+                stack.enter_context(replaced(sys, {"stdout": open(os.devnull, "w")}))  # noqa: PTH123, SIM115, all say the same
         module.main()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from ..failure.planned import ON_FAILURE
@@ -17,6 +18,8 @@ MOST = 10**12  # of a whole number: far beyond all use, and no arithmetic here o
 PICTURES = ("expert_loads", "device_loads", "memory", "time", "coactivation")
 CACHE_PICTURES = ("hit_rate",)  # besides, with --expert-memory
 ANALYSIS_PICTURES = ("speed",)  # of model_analysis.py
+PATHS = ("adapter_path", "placement_trace")  # of what a journal keeps
+MAY_MOVE = ("model", *PATHS)  # named anew where a run goes on: what lies there is compared
 OUTPUTS = ("trace", "save_placement", "json", "html")  # files, each with an option of its own
 
 
@@ -100,6 +103,11 @@ def parser_of(description: str, only=()) -> argparse.ArgumentParser:
         help="runs after the first that speeds are medians of, stock's in turn (default: 3 with the shipped model)")
     add("--timeout", type=float, default=300, metavar="SECONDS",
         help="with several ranks: until one that waits for others gives up (default: 300)")
+    add("--journal", type=Path, metavar="FILE",
+        help="keep the run in FILE, every token as it is produced, so that it can go on after it was killed")
+    add("--resume", type=Path, metavar="FILE",
+        help="go on from such a FILE, on as many devices or ranks as there are now, and write on in it; the prompt and"
+        " all that decides the answer come from there")
     add("--trace", type=Path, metavar="FILE", help="save the routing trace, .npz")
     add("--save-placement", type=Path, metavar="FILE", help="save the placement")
     add("--placement-format", choices=PLACEMENT_FORMATS, metavar="FORMAT",
@@ -120,6 +128,25 @@ def copies(text: str) -> int | str:
         return text if text == "each" else int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number of copies nor each") from None
+
+
+def resumed(args, header: dict | None):
+    """Options of a run that goes on: what decides its answer is the journal's where the command line does not say it.
+
+    header  of the journal, None where there is none: `args` itself
+    Raises ValueError where the command line says something else than the journal.
+    """
+    if header is None:
+        return args
+    parser, unsaid = parser_of(""), object()
+    said = parser.parse_args(sys.argv[1:], argparse.Namespace(**dict.fromkeys(vars(args), unsaid)))
+    before = {name: Path(value) if name in PATHS and value else value for name, value in header["options"].items()}
+    for name, value in before.items():
+        if getattr(said, name) not in (unsaid, value) and name not in MAY_MOVE:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} {getattr(said, name)}: {args.resume} has {value}; leave {option} out to go on")
+    parser.set_defaults(**before)
+    return parser.parse_args(sys.argv[1:])
 
 
 # --- placement ------------------------------------------------------------------------------------------------

@@ -152,6 +152,12 @@ def progress_line(show: bool = True):
         yield tell
 
 
+def warn(line: str) -> None:
+    """A line on standard error that a user who asked for the answer alone should read, too."""
+    with contextlib.suppress(OSError, AttributeError):  # closed by whoever started us
+        sys.stderr.write(f"{line}\n")
+
+
 def exit_of(error: BaseException) -> tuple[int, str] | None:
     """(exit status, one line) that a program ends with; None for an error that is our own mistake."""
     if isinstance(error, BrokenPipeError):  # `| head` closed the other end

@@ -29,12 +29,17 @@ def read_standard_input() -> str:
     return sys.stdin.buffer.read().decode("utf-8", "surrogateescape") if sys.stdin else ""
 
 
-def read_prompt(args, tokenizer, context: int | None, standard_input: str | None = None) -> Prompt:
+def read_prompt(args, tokenizer, context: int | None, standard_input=None, before: dict | None = None) -> Prompt:
     """The prompt that was asked for; ValueError if it is empty, no text, or fills the context.
 
     context         tokens that the model can look at, where it says so
     standard_input  for --prompt -
+    before          the prompt of the run that goes on, {"ids", "text", "max_tokens"}; none other is read
     """
+    if before is not None:
+        if args.prompt not in (None, "-") and text_of(args.prompt) != before["text"]:
+            raise ValueError("--prompt is not that of the journal: leave it out to go on, or begin another journal")
+        return Prompt(**before)
     if args.prompt is None:
         text = CHAT_PROMPT if tokenizer.has_chat_template and not args.ignore_chat_template else CODE_PROMPT
     else:

@@ -13,7 +13,8 @@ def deal(held, wanted, loads, alive) -> np.ndarray:
 
     The hottest first, each to the device that it leaves least full after the loss of whichever device is worst for it:
     with the lost one's share of experts that both hold. All layers side by side. The best of 33 such deals in other
-    orders left the fullest device 1% less load where loads were as those of benchmarks/placements.py: not worth it.
+    orders, with loads of Zipf 0.6 and 1.2, left survivors 0 to 3% more even on 4 and 8 devices, up to 8% on 16
+    (simulated): not worth it.
     """
     held = held.copy()
     copies = held.sum(axis=1)

@@ -15,7 +15,7 @@ from ..models.memory import ModelBytes
 from ..study.chance import uniform_routing
 from ..trace import RoutingTrace
 from .run import device_loads, served
-from .table import Table, facts, of_records, size
+from .table import Figure, Table, facts, of_records, size
 
 
 def lost(losses, trace: RoutingTrace, layer_numbers: list[int], whole: ModelBytes, reading) -> list[Table]:
@@ -104,3 +104,16 @@ def _evenness(device, held) -> float | None:
     living = held[0].any(axis=1)
     loads = device_loads(device, len(living))[:, living]
     return balancedness(loads) if loads.any() else None
+
+
+def journal(figures: dict) -> Table:
+    """Tokens that were replayed and new ones; `Kept.figures`."""
+    replayed, seconds = figures["tokens_replayed"], figures["seconds_replay"]
+    rows = [
+        Figure("file", "journal", figures["file"]),
+        Figure(None, "tokens from it", replayed or None, f"{{}}, gone through in {seconds:.2f} s"),
+        Figure("tokens_new", "new tokens", figures["tokens_new"]),
+        Figure(None, "chosen otherwise", figures["differing"] or None, "{} of them, by the model as it is here"),
+    ]
+    also = {key: figures[key] for key in ("tokens_replayed", "differing", "seconds_replay")}
+    return Table("Journal", rows, "journal", "measured", also=also, facts=True)

@@ -216,6 +216,70 @@ def test_copies_stay_in_nodes_of_several_devices():
     assert "num_nodes" not in alone.metadata and alone.held.all()
 
 
+def dealt_by_hand(held, wanted, loads, alive):
+    """One layer at a time, one expert after the other, with lists: what dealing.py does to all layers at once."""
+    held, given = held.tolist(), 0
+    for l, layer in enumerate(held):
+        devices, experts = range(len(layer)), range(len(layer[0]))
+        holders = [{d for d in devices if layer[d][e]} for e in experts]
+        todo = sorted((e for e in experts if wanted[l][e]), key=lambda e: -loads[l][e])
+        # 1. Rooms: one slot after the other to the emptiest; of equals to the one whose turn it is.
+        most = {d: sum(d not in holders[e] for e in todo) for d in devices if alive[d]}
+        slots, rooms = {d: sum(layer[d]) for d in most}, dict.fromkeys(most, 0)
+        in_turn = list(most)[given % len(most) :] + list(most)[: given % len(most)]
+        for _ in todo:
+            d = min((d for d in in_turn if rooms[d] < most[d]), key=lambda d: slots[d] + rooms[d])
+            rooms[d] += 1
+        given += len(todo)
+        # 2. Experts: to where the worst that any one loss could leave of the device is least.
+        final = [max(1, len(holders[e]) + bool(wanted[l][e])) for e in experts]
+        for n, e in enumerate(todo):
+            rest = todo[n:]
+            open_to = [d for d in rooms if rooms[d] and d not in holders[e]]
+            must = [d for d in open_to if rooms[d] == sum(d not in holders[other] for other in rest)]
+            found = []
+            for d in must or open_to:
+                mine = [o for o in experts if o != e and d in holders[o]]
+                load = sum(loads[l][o] / final[o] for o in mine) + loads[l][e] / final[e]
+                extra = [
+                    sum(loads[l][o] / final[o] / (len(holders[o]) - 1) for o in mine if lost in holders[o])
+                    + (loads[l][e] / final[e] if lost in holders[e] else 0)
+                    for lost in devices
+                    if lost != d
+                ]
+                found.append((load + max(extra, default=0), d))
+            _, d = min(found)
+            holders[e] = holders[e] | {d}
+            layer[d][e] = True
+            rooms[d] -= 1
+    return np.array(held)
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 2**32), st.integers(2, 5), st.integers(5, 14), st.integers(1, 5))
+def test_copies_are_dealt_as_by_hand(seed, num_devices, num_experts, most_copies):
+    held = random_held(seed, 6, num_devices, num_experts, most_copies)
+    loads = np.random.default_rng(seed).lognormal(sigma=1.5, size=(6, num_experts))
+    alive, singles = [True] * num_devices, held.sum(axis=1) == 1
+    assert np.array_equal(protected(Placement(held), loads).held, dealt_by_hand(held, singles, loads, alive))
+    left = without(held, [seed % num_devices])
+    alive = left.any(axis=(0, 2))
+    expected = dealt_by_hand(left, ~left.any(axis=1), loads, alive)
+    assert np.array_equal(repair(held, [seed % num_devices], loads), expected)
+
+
+def test_devices_are_even_over_all_layers_too():
+    """13 experts on 5 devices: of 26 slots one device has 6, another one from layer to layer."""
+    slots = protected(place_experts(np.ones((10, 13)), 5, "round-robin")).held.sum(axis=2)
+    assert np.ptp(slots, axis=1).max() == 1
+    lost = repair(np.repeat(np.eye(8, dtype=bool)[None], 14, axis=0), [3]).sum(axis=(0, 2))
+    assert np.delete(lost, 3).tolist() == [16] * 7  # 14 experts of as many layers on 7 devices
+
+
+def test_losses_are_one_and_two_where_nothing_is_said():
+    assert [each.lost for each in survivors(np.ones((1, 3, 2), bool))] == [1, 2]
+
+
 def test_what_cannot_be_protected():
     with pytest.raises(ValueError, match="^1 device: a copy that outlives it needs another one, take at least 2"):
         protected(place_experts(np.ones((1, 4)), 1))
