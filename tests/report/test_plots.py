@@ -161,7 +161,8 @@ def test_the_pictures_of_a_run_are_those_that_its_options_name():
     trace = RoutingTrace(np.arange(24).reshape(6, 2, 2) % 8, 8)
     placement, seconds = place_experts(np.ones((2, 8)), 2), {"tokens": 1, "total": 1, "experts": 1, "collectives": 0}
     document = {
-        "model": {"name": "m"}, "placement": {"devices": 2, "strategy": "contiguous"}, "ranks": None, "cache": None, "failures": None,
+        "model": {"name": "m"}, "placement": {"devices": 2, "strategy": "contiguous"}, "ranks": None, "cache": None,
+        "failures": None,
         "balance": {"device_loads": [[4, 8], [6, 6]]}, "time": {**seconds, "waiting": 0},
         "memory": {"experts_per_device_bytes": [1, 2], "rest_per_device_bytes": [1, 1], "kv_cache_bytes": 0,
                    "full_model_bytes": 5, "source": "measured"},
