@@ -111,10 +111,10 @@ def run(args, watchdog, tell=lambda what=None: None):
         prompt = prompts.read_prompt(args, tokenizer, finding.context_of(config), typed, kept.prompt)
         numbers = [layer.number for layer in checkpoint.layers]
         tell(f"placing experts, {args.placement}")
-        placement = options.make_placement(args, checkpoint.shape, numbers, ranks)
+        on_disk = options.cache_options(args, checkpoint.shape[1])
+        placement = options.make_placement(args, checkpoint.shape, numbers, ranks, on_disk["cache_trace"])
         if args.fail_device:
             check_losses(args, placement.held, prompt.max_tokens, ranks)
-        on_disk = options.cache_options(args, checkpoint.shape[1])
         shipped = finding.is_shipped(checkpoint.folder)
         verify = shipped if args.verify is None else args.verify
         trials = 3 * shipped if args.trials is None else args.trials
@@ -225,7 +225,8 @@ def run(args, watchdog, tell=lambda what=None: None):
     try:
         about = {"name": name, "config": config, "environment": versions}
         missing = dict.fromkeys(("parity", "not_a_number", "rebalancing", "ranks", "cache", "journal", "failures"))
-        document = {"model": about, "environment": versions, "options": vars(args), **missing}
+        asked = options.in_effect(args, devices=placement.num_devices, verify=verify, trials=trials)
+        document = {"model": about, "environment": versions, "options": asked, **missing}
         document = table.sections([where, *tables], **document)
         tables.insert(0, verdict(document))
         write_files(args, [*tables, where], document, trace, placement, numbers, tell)
