@@ -17,6 +17,7 @@ from ..files import written_whole
 from ..placing.affinity import coactivation
 
 COLOURS = ("#00224e", "#a59c74", "#fee838")  # the ends of cividis and its middle
+MARKERS = "os^Dv<>pXh"  # to be told where colours are not
 PATTERNS = ("", "//", "..")
 MOST_OVER_MEAN = {"expert": 4, "device": 2}  # of the colour scale
 
@@ -160,6 +161,38 @@ def hit_lines(budgets: list[dict], caption: str = ""):
     axes.plot((0, 100), (0, 1), color="#bbbbbb", label="kept at random")
     axes.set(xlim=(0, 100), ylim=(0, 1), ylabel="hits / experts wanted")
     axes.figure.legend(loc="outside lower center", ncols=5)
+    return axes.figure
+
+
+def quality_lines(rows: list[dict], over: str, without: float, caption: str = ""):
+    """Perplexity over "balancedness" or over devices "lost", a line for each way; dashed what it is without any.
+
+    rows     [{"way", "perplexity", and balancedness or lost}]; what is "worst" besides ends a line upwards
+    without  perplexity of the model as it is
+    """
+    titles = {"balancedness": "What balance costs in quality", "lost": "What lost devices cost in quality"}
+    labels = {"balancedness": "balancedness, 1 is even", "lost": "devices lost"}
+    axes = _axes(titles[over], f"{caption} (measured)", labels[over], "perplexity, lower is better", rows=12)
+    axes.axhline(without, color="black", linestyle="--", linewidth=1, label="the model as it is")
+    ways = list(dict.fromkeys(row["way"] for row in rows))
+    for n, way in enumerate(ways):
+        mine = sorted((row for row in rows if row["way"] == way), key=lambda row: row[over])
+        x, y = ([row[key] for row in mine] for key in (over, "perplexity"))
+        higher = [row.get("worst", row["perplexity"]) - row["perplexity"] for row in mine]
+        colour, line = ("#00224e", "#7d7c78", "#a59c74", "black")[n % 4], ("-", ":", "-.", "--")[n // 4 % 4]
+        how = {"marker": MARKERS[n % len(MARKERS)], "linestyle": line, "color": colour, "capsize": 3 * any(higher)}
+        axes.errorbar(x, y, [[0] * len(y), higher], label=way, **how)
+    axes.set_yscale("log")
+    ticks = [10 * n for n in (1, 2, 3, 5, 7, 10, 15, 20, 30, 50) if 10 * n >= without / 2]
+    axes.set_yticks(ticks, labels=map(str, ticks))
+    axes.minorticks_off()
+    axes.set_ylim(
+        0.95 * min(without, *(row["perplexity"] for row in rows)),
+        1.05 * max(row.get("worst", row["perplexity"]) for row in rows),
+    )
+    if over == "lost":
+        axes.set_xticks(sorted({row[over] for row in rows}))
+    axes.figure.legend(loc="outside lower center", ncols=3)
     return axes.figure
 
 

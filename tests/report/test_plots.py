@@ -221,3 +221,28 @@ def test_hit_rates_are_lines_over_the_share_in_memory():
     assert axes.get_title() == "Hit rate of a cache of experts for each layer\nm (simulated)"
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("experts in memory, %", "hits / experts wanted")
     assert axes.get_xlim() == (0, 100) and axes.get_ylim() == (0, 1)
+
+
+@pytest.mark.parametrize(("over", "places"), [("lost", (1, 2, 4)), ("balancedness", (0.7, 0.8, 0.95))])
+def test_quality_is_a_line_for_each_way_with_the_worst_above(over, places):
+    rows = [
+        {"way": way, over: x, "perplexity": 20.0 + n, "worst": 30.0 + n} for way in "ab" for n, x in enumerate(places)
+    ]
+    rows = [*rows[::-1], {"way": "c", over: places[0], "perplexity": 25.0}]
+    figure = plots.quality_lines(rows, over, 19.5, "a model")
+    axes = figure.axes[0]
+    lines = {each.get_label(): each for each in axes.containers}
+    assert set(lines) == {"a", "b", "c"} and axes.lines[0].get_ydata() == [19.5, 19.5]
+    for way in "ab":
+        line, caps, (bars,) = lines[way]
+        assert [tuple(line.get_xdata()), tuple(line.get_ydata())] == [places, (20, 21, 22)]
+        assert [segment.tolist() for segment in bars.get_segments()] == [
+            [[x, 20.0 + n], [x, 30.0 + n]] for n, x in enumerate(places)
+        ]
+    looks = {(lines[way][0].get_color(), lines[way][0].get_marker(), lines[way][0].get_linestyle()) for way in "abc"}
+    assert len(looks) == len({marker for _, marker, _ in looks}) == 3  # told apart without colour
+    assert axes.get_title().endswith("\na model (measured)") and axes.get_ylabel() == "perplexity, lower is better"
+    assert axes.get_xlabel() == {"lost": "devices lost", "balancedness": "balancedness, 1 is even"}[over]
+    assert (
+        axes.get_ylim()[0] < 19.5 and axes.get_ylim()[1] > 32 and "20" in [t.get_text() for t in axes.get_yticklabels()]
+    )
