@@ -22,7 +22,7 @@ Every figure says whether it is measured, simulated or modelled.
 from contextlib import nullcontext
 
 from expert_parallel.command import limits, options, output, prompts
-from expert_parallel.ranks.launch import launched
+from expert_parallel.command.entry import as_rank
 
 # What ranks may have in places of their own; what is in the files is compared.
 OWN_OPTIONS = ("model", "adapter_path", "prompt", "placement", "placement_trace", "verify", "trials", "quiet", "full")
@@ -82,7 +82,7 @@ def run(args, watchdog, tell=lambda what=None: None):
     from expert_parallel.models.memory import model_bytes
     from expert_parallel.moving.live import start_rebalancing
     from expert_parallel.ranks.group import all_or_none, checkpoint_mark, gather_objects, start_group
-    from expert_parallel.report import cost, disk, failure, run, table
+    from expert_parallel.report import cost, disk, failure, run, saving, table
     from expert_parallel.report.measuring import count_collectives, time_parts
     from expert_parallel.report.verdict import verdict
     from expert_parallel.trace import record_routing
@@ -224,12 +224,12 @@ def run(args, watchdog, tell=lambda what=None: None):
     tables += cost.speed(text, tokens, len(prompt.ids), ours, theirs, seconds)
     try:
         about = {"name": name, "config": config, "environment": versions}
-        missing = dict.fromkeys(("parity", "not_a_number", "rebalancing", "ranks", "cache", "journal", "failures"))
         asked = options.in_effect(args, devices=placement.num_devices, verify=verify, trials=trials)
-        document = {"model": about, "environment": versions, "options": asked, **missing}
-        document = table.sections([where, *tables], **document)
+        document = saving.document_of([where, *tables], about, asked)
         tables.insert(0, verdict(document))
-        write_files(args, [*tables, where], document, trace, placement, numbers, tell)
+        saving.write_files(args, [*tables, where], document, trace, placement, numbers, tell)
+        if args.json:
+            output.write_json(args.json, document)
     finally:  # a disk that is full takes no file; the report is still there to read
         tell()
         for part in table.on_a_screen(tables, args.full):
@@ -237,40 +237,9 @@ def run(args, watchdog, tell=lambda what=None: None):
             console.print(part)
 
 
-def write_files(args, tables, document, trace, placement, numbers, tell):
-    if args.trace:
-        trace.save(args.trace)
-    if args.save_placement:
-        placement.save(args.save_placement, args.placement_format, numbers)
-    if args.plots or args.html:
-        tell("drawing")
-        from expert_parallel.report import page, plots
-
-        pictures, title = plots.of_run(document, trace, placement), f"{document['model']['name']}, experts in parallel"
-        if args.plots:
-            plots.save_plots(args.plots, pictures)
-        if args.html:
-            page.save_page(args.html, title, tables, pictures, document, document["generation"]["text"])
-    tell()  # before JSON on standard output
-    if args.json:
-        output.write_json(args.json, document)
-
-
 def main():
     args = options.parser_of(__doc__).parse_args()
-    with output.exit_on_user_error():
-        rank, *_ = launched()
-    name = f"rank {rank}: " if rank else ""
-    with output.exit_on_user_error(name):
-        from expert_parallel.ranks.watchdog import NoWatchdog, Watchdog, failing_together
-
-        if rank is None:
-            with output.progress_line(not args.quiet) as tell:
-                run(args, NoWatchdog(), tell)
-            return
-        watchdog = Watchdog(f"{name}error: ")
-        with failing_together(name, watchdog, output.exit_of):
-            run(args, watchdog)
+    as_rank(lambda watchdog, tell: run(args, watchdog, tell), show=not args.quiet)
 
 
 if __name__ == "__main__":

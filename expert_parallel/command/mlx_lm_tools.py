@@ -17,8 +17,8 @@ from contextlib import ExitStack
 from functools import cache
 from importlib import import_module
 
-from ..ranks.launch import launched
 from . import limits, options, output
+from .entry import as_rank
 
 # What each tool is hooked into by: names of its module.
 TOOLS = {
@@ -44,23 +44,7 @@ def main(tool: str, line: list[str]) -> None:
     if {"-h", "--help"} & {*theirs}:
         print(parser.format_help())
     whole = argparse.Namespace(**{**vars(options.parser_of("").parse_args([])), **vars(mine)})
-    with output.exit_on_user_error():
-        rank, *_ = launched()
-    name = f"rank {rank}: " if rank else ""
-    with output.exit_on_user_error(name):
-        from ..ranks.watchdog import NoWatchdog, Watchdog, failing_together
-
-        if rank is None:
-            run(tool, whole, theirs, NoWatchdog())
-            if (
-                tool == "server"
-            ):  # its thread still takes MLX's state down, and would meet a Python that is gone: an abort
-                sys.stdout.flush()
-                os._exit(0)
-            return
-        watchdog = Watchdog(f"{name}error: ")
-        with failing_together(name, watchdog, output.exit_of):
-            run(tool, whole, theirs, watchdog)
+    as_rank(lambda watchdog, tell: run(tool, whole, theirs, watchdog), show=False)
 
 
 def run(tool: str, args, theirs: list[str], watchdog) -> None:
@@ -106,6 +90,10 @@ def run(tool: str, args, theirs: list[str], watchdog) -> None:
             if not first:
                 stack.enter_context(replaced(sys, {"stdout": open(os.devnull, "w")}))  # noqa: PTH123, SIM115, all say the same
         module.main()
+        if tool == "server" and group.size() == 1:
+            # Its thread still takes MLX's state down, and would meet a Python that is gone: an abort.
+            sys.stdout.flush()
+            os._exit(0)
 
 
 class Loader:
