@@ -179,9 +179,10 @@ def quality_lines(rows: list[dict], over: str, without: float, caption: str = ""
         mine = sorted((row for row in rows if row["way"] == way), key=lambda row: row[over])
         x, y = ([row[key] for row in mine] for key in (over, "perplexity"))
         higher = [row.get("worst", row["perplexity"]) - row["perplexity"] for row in mine]
-        colour, line = ("#00224e", "#7d7c78", "#a59c74", "black")[n % 4], ("-", ":", "-.", "--")[n // 4 % 4]
+        colour, line = ("#00224e", "#7d7c78", "#a59c74", "black")[n % 4], ("-", ":", "-.")[n // 4 % 3]
+        line = line if len(mine) > 1 else ""
         how = {"marker": MARKERS[n % len(MARKERS)], "linestyle": line, "color": colour, "capsize": 3 * any(higher)}
-        axes.errorbar(x, y, [[0] * len(y), higher], label=way, **how)
+        axes.errorbar(x, y, [[0] * len(y), higher] if any(higher) else None, label=way, **how)
     axes.set_yscale("log")
     ticks = [10 * n for n in (1, 2, 3, 5, 7, 10, 15, 20, 30, 50) if 10 * n >= without / 2]
     axes.set_yticks(ticks, labels=map(str, ticks))
