@@ -43,7 +43,7 @@ from expert_parallel.report.table import environment, of_rows
 
 TOKENS = 60
 POLL = 0.02  # seconds
-SILENT = 6  # seconds, of supervise
+SILENT = 10  # seconds, of supervise
 LIMIT = 2 * SILENT + 10 + 30  # seconds from a hit to the next token: until it is noticed, and for the restart
 OPTIONS = {
     "plain": (),
@@ -86,7 +86,7 @@ def uninterrupted(folder: Path) -> dict[str, dict]:
     return found
 
 
-def processes_of(mark: str) -> list[tuple[int, str, str]]:
+def processes_of(mark: str) -> list[tuple[int, list[str], str]]:
     """(pid, command line, rank) of all that a run has started and that is not gone."""
     found = []
     for entry in Path("/proc").iterdir():
@@ -98,7 +98,7 @@ def processes_of(mark: str) -> list[tuple[int, str, str]]:
                 found.append(
                     (
                         int(entry.name),
-                        " ".join(words[:5]),
+                        words,
                         names.get("OMPI_COMM_WORLD_RANK", names.get("MLX_RANK", "0")),
                     )
                 )
@@ -112,7 +112,7 @@ class Run:
         self.chance, self.mark = chance, uuid.uuid4().hex
         self.options = chance.choice([*OPTIONS])
         self.backend, self.ranks = chance.choice([*seconds]), chance.choice([2, 3])
-        self.fewer = chance.random() < 1 / 3
+        self.fewer, self.standby = chance.random() < 1 / 3, chance.random() < 1 / 2
         self.answer, self.seconds = answers[self.options], seconds[self.backend]
         self.journal, self.folder = folder / f"{self.mark}.jsonl", folder
         self.hits, self.problems, self.starts = [], [], 0
@@ -127,7 +127,14 @@ class Run:
             "--silent",
             str(SILENT),
         ]
-        line += ["--ranks", str(self.ranks), *["--fewer"] * self.fewer, "--journal", str(self.journal)]
+        line += [
+            "--ranks",
+            str(self.ranks),
+            *["--fewer"] * self.fewer,
+            *["--standby"] * self.standby,
+            "--journal",
+            str(self.journal),
+        ]
         line += ["--", *line_of(self.options, self.folder), "--json", str(self.journal.with_suffix(".json"))]
         with self.journal.with_suffix(".out").open("wb") as out, self.journal.with_suffix(".log").open("ab") as log:
             return subprocess.Popen(line, env={**os.environ, MARK: self.mark}, stdin=-3, stdout=out, stderr=log)
@@ -173,7 +180,12 @@ class Run:
     def strike(self, fault: str, past, open_hits: list) -> bool:
         """Whether there was somebody to be hit."""
         what = "watch.py" if fault == UNWATCHED else "qwen3_expert_parallel.py"
-        victims = [(pid, rank) for pid, words, rank in processes_of(self.mark) if what in words]
+        # Nor a launcher, nor a rank on standby, which is at work when its folder has a file "go".
+        victims = [
+            (pid, rank)
+            for pid, words, rank in processes_of(self.mark)
+            if what in words[1] or fault != UNWATCHED and "standby.py" in words[1] and Path(words[2], "go").exists()
+        ]
         victims = [(pid, rank) for pid, rank in victims if fault != FULL or rank == "0" and past.header]
         if not victims:
             return False
@@ -215,6 +227,7 @@ class Run:
             f"{hit.fault}, {hit.phase} ({hit.tokens} tokens): {hit.seconds or 0:.2f} s" for hit in self.hits
         )
         about = f"{self.options}, {self.ranks} ranks, {self.backend}{', fewer' * self.fewer}"
+        about += ", standby" * self.standby
         return f"{about}: {hits or 'not hit'}{''.join(f'  WRONG: {problem}' for problem in self.problems)}"
 
 
@@ -260,7 +273,7 @@ def main():
     good = len(runs) - len(wrong)
     print(f"{good} of {len(runs)} runs, hit {len(hits)} times, ended with the whole answer, and nothing left behind")
     if args.json:
-        each = [{"options": run.options, "backend": run.backend, "ranks": run.ranks, "fewer": run.fewer,
+        each = [{"options": run.options, "backend": run.backend, "ranks": run.ranks, "fewer": run.fewer, "standby": run.standby,
                  "hits": [asdict(hit) for hit in run.hits], "problems": run.problems} for run in runs]  # fmt: skip
         figures = {"source": "measured", "silent": SILENT, "uninterrupted_seconds": seconds, "runs": each}
         output.write_json(args.json, figures | {"environment": environment()})
