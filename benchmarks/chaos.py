@@ -267,14 +267,18 @@ def main():
     hits, wrong = [hit for run in runs for hit in run.hits], [run for run in runs if run.problems]
     rows = [row(fault, [hit for hit in hits if hit.fault == fault]) for fault in dict.fromkeys(FAULTS)]
     rows += [row(phase, [hit for hit in hits if hit.phase == phase]) for phase in PHASES]
-    rows += [row(f"all but {HUNG}", [hit for hit in hits if hit.fault != HUNG]), row("all", hits)]
+    rows += [row("all but hangs", [hit for hit in hits if hit.fault != HUNG]), row("all", hits)]
+    ready = [
+        hit for run in runs for hit in run.hits if run.standby and hit.fault == KILLED and hit.phase == "answering"
+    ]
+    rows.append(row("rank killed answering, --standby", ready))
     title = f"Seconds from the hit to the next new token (measured; a hang is noticed after {SILENT} s)"
     print(of_rows(title, "hit", "hits", *PHASES, "median", "worst", rows=rows))
     good = len(runs) - len(wrong)
     print(f"{good} of {len(runs)} runs, hit {len(hits)} times, ended with the whole answer, and nothing left behind")
     if args.json:
-        each = [{"options": run.options, "backend": run.backend, "ranks": run.ranks, "fewer": run.fewer, "standby": run.standby,
-                 "hits": [asdict(hit) for hit in run.hits], "problems": run.problems} for run in runs]  # fmt: skip
+        asked = ("options", "backend", "ranks", "fewer", "standby", "problems")
+        each = [{name: getattr(run, name) for name in asked} | {"hits": [*map(asdict, run.hits)]} for run in runs]
         figures = {"source": "measured", "silent": SILENT, "uninterrupted_seconds": seconds, "runs": each}
         output.write_json(args.json, figures | {"environment": environment()})
     sys.exit(bool(wrong))
