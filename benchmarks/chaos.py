@@ -95,13 +95,8 @@ def processes_of(mark: str) -> list[tuple[int, list[str], str]]:
             names = dict(pair.partition("=")[::2] for pair in pairs)
             if names.get(MARK) == mark and (entry / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
                 words = (entry / "cmdline").read_text("utf-8", "replace").split("\0")
-                found.append(
-                    (
-                        int(entry.name),
-                        words,
-                        names.get("OMPI_COMM_WORLD_RANK", names.get("MLX_RANK", "0")),
-                    )
-                )
+                rank = names.get("OMPI_COMM_WORLD_RANK", names.get("MLX_RANK", "0"))
+                found.append((int(entry.name), words, rank))
     return found
 
 
@@ -184,7 +179,10 @@ class Run:
         victims = [
             (pid, rank)
             for pid, words, rank in processes_of(self.mark)
-            if what in words[1] or fault != UNWATCHED and "standby.py" in words[1] and Path(words[2], "go").exists()
+            if what in " ".join(words[:4])
+            or fault != UNWATCHED
+            and "standby.py" in " ".join(words[1:2])
+            and Path(words[2], "go").exists()
         ]
         victims = [(pid, rank) for pid, rank in victims if fault != FULL or rank == "0" and past.header]
         if not victims:
@@ -245,7 +243,7 @@ def main():
     parser.add_argument("--json", type=Path, metavar="FILE", help="save all figures")
     args = parser.parse_args()
     about = "{device}, {device_name}, {cores} cores, {system}, mlx {mlx}, mlx-lm {mlx_lm}".format(**environment())
-    print(about, flush=True)
+    print(f"{about}; load average before {os.getloadavg()[0]:.1f}", flush=True)
     chance, runs = random.Random(args.seed), []
     with output.exit_on_user_error(), tempfile.TemporaryDirectory() as folder:
         # 1. What is expected, and how long a run takes that nothing happens to.
@@ -258,7 +256,7 @@ def main():
         # 2. Runs that are hit.
         while (count := sum(len(run.hits) for run in runs)) < args.kills:
             runs.append(Run(chance, Path(folder), answers, seconds))
-            faults = [chance.choice(FAULTS) for _ in range(min(chance.choice([1, 1, 2, 3]), args.kills - count))]
+            faults = [chance.choice(FAULTS) for _ in range(min(chance.choice([1, 2, 3, 4]), args.kills - count))]
             runs[-1].carry_out(faults)
             print(f"{count + len(runs[-1].hits):4} {runs[-1].words()}", flush=True)
             if runs[-1].problems:
@@ -275,6 +273,7 @@ def main():
     title = f"Seconds from the hit to the next new token (measured; a hang is noticed after {SILENT} s)"
     print(of_rows(title, "hit", "hits", *PHASES, "median", "worst", rows=rows))
     good = len(runs) - len(wrong)
+    print(f"load average after {os.getloadavg()[1]:.1f}, over 5 minutes")
     print(f"{good} of {len(runs)} runs, hit {len(hits)} times, ended with the whole answer, and nothing left behind")
     if args.json:
         asked = ("options", "backend", "ranks", "fewer", "standby", "problems")
