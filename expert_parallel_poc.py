@@ -4,6 +4,7 @@
     python expert_parallel_poc.py --scenarios hot,drifting --devices 16
     python expert_parallel_poc.py --trace trace.npz  recorded: own, vLLM's, ...
     python expert_parallel_poc.py --trace code.npz --test-trace prose.npz
+    python expert_parallel_poc.py --fail-device 3    what a lost device costs
 
 A layer with real (random) weights runs over simulated devices, each with its
 own experts and stream, and is checked against mlx-lm's layer and against a
@@ -47,6 +48,13 @@ def setup_arg_parser():
         metavar="LIST",
         help="with --trace, what a cache of experts would hit: 10%%,25%%,4GB (at least 1)",
     )
+    add(
+        "--fail-device",
+        type=int,
+        action="append",
+        metavar="D",
+        help="lose this one: what goes with it, what is left and what the way back takes; may be given again",
+    )
     add("--expert-bytes", metavar="SIZE", help="of an expert (default: Qwen3-Coder's in 4 bits, 2.65MB)")
     add("--disk", type=float, metavar="GB/S", help="that experts are read with (default: 3, assumed)")
     add("--seed", type=int, default=0, help="of weights, tokens and scenarios (default: 0)")
@@ -65,7 +73,7 @@ def run(args, tell):
 
     from expert_parallel.placing.strategies import place_experts
     from expert_parallel.projection.links import Link
-    from expert_parallel.report import disk, table, workbench
+    from expert_parallel.report import disk, survival, table, workbench
     from expert_parallel.study.phases import MEASURED, SmallLayer, scenario_tokens
     from expert_parallel.study.remedies import recorded
     from expert_parallel.study.scenarios import SCENARIOS as MEANING
@@ -102,6 +110,9 @@ def run(args, tell):
         tables = workbench.study(layer, *parts, args.devices, redundant, link)
         if args.expert_memory and name not in MEANING:
             tables += disk.of_trace(traces, args.experts, args.expert_memory, args.expert_bytes, args.disk)
+        if args.fail_device:
+            on = (args.devices, redundant, args.fail_device, args.expert_bytes, args.disk)
+            tables += survival.of_placements(*parts[:2], *on)
         results[name] = table.sections(tables)
         shown += [replace(part, title=f"{name}: {part.title}") for part in tables]
         tell()

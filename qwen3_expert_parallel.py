@@ -7,6 +7,8 @@ report what that does.
     python qwen3_expert_parallel.py --placement balanced --placement-trace r.npz
     python qwen3_expert_parallel.py --max-tokens 400 --rebalance-every 64
         move experts between devices while it answers
+    python qwen3_expert_parallel.py --fail-device 3@16 --on-failure reroute
+        lose device 3 after 16 tokens
     python qwen3_expert_parallel.py --journal run.jsonl
         keep it, so that it can go on after it was killed: --resume run.jsonl
     mpirun -np 2 python qwen3_expert_parallel.py
@@ -20,7 +22,7 @@ Every figure says whether it is measured, simulated or modelled.
 from contextlib import nullcontext
 
 from expert_parallel.command import limits, options, output, prompts
-from expert_parallel.ranks.launch import launched
+from expert_parallel.command.entry import as_rank
 
 # What ranks may have in places of their own; what is in the files is compared.
 OWN_OPTIONS = ("model", "adapter_path", "prompt", "placement", "placement_trace", "verify", "trials", "quiet", "full")
@@ -75,12 +77,14 @@ def run(args, watchdog, tell=lambda what=None: None):
     from expert_parallel.checkpoint import finding, loading
     from expert_parallel.checkpoint.opened import Checkpoint
     from expert_parallel.failure import resume
+    from expert_parallel.failure.losses import start_losses
+    from expert_parallel.failure.planned import check_losses
     from expert_parallel.models.configurations import hub_id
     from expert_parallel.models.forward import first_not_a_number
     from expert_parallel.models.memory import model_bytes
     from expert_parallel.moving.live import start_rebalancing
     from expert_parallel.ranks.group import all_or_none, checkpoint_mark, gather_objects, start_group
-    from expert_parallel.report import cost, disk, failure, run, table
+    from expert_parallel.report import cost, disk, failure, run, saving, table
     from expert_parallel.report.measuring import count_collectives, time_parts
     from expert_parallel.report.verdict import verdict
     from expert_parallel.trace import record_routing
@@ -110,6 +114,8 @@ def run(args, watchdog, tell=lambda what=None: None):
         numbers = [layer.number for layer in checkpoint.layers]
         tell(f"placing experts, {args.placement}")
         placement = options.make_placement(args, checkpoint.shape, numbers, ranks)
+        if args.fail_device:
+            check_losses(args, placement.held, prompt.max_tokens, ranks)
         on_disk = options.cache_options(args, checkpoint.shape[1])
         shipped = finding.is_shipped(checkpoint.folder)
         verify = shipped if args.verify is None else args.verify
@@ -146,6 +152,7 @@ def run(args, watchdog, tell=lambda what=None: None):
     shown = first and not output.to_standard_output(args.json)
     console.rule("answer", style="dim", align="left")
     live = start_rebalancing(args, model, placement, checkpoint, dtype, group) if args.rebalance_every else None
+    losses = start_losses(args, model, checkpoint, dtype, len(prompt.ids)) if args.fail_device else None
     heard = lambda: waiting_for("no answer from the other ranks")  # noqa: E731
     heard()
     tell(f"reading the prompt, {len(prompt.ids)} tokens")
@@ -156,12 +163,16 @@ def run(args, watchdog, tell=lambda what=None: None):
     ):
         after_token = lambda token: (kept.after_token(token), live and live.after_token())  # noqa: E731
         answering = lambda: (heard(), tell())  # noqa: E731
-        answer = generate(model, tokenizer, prompt, args, group, answering, shown, kept.chosen, after_token)
+        chosen = (lambda token: losses.between_passes(kept.chosen(token))) if losses else kept.chosen
+        answer = generate(model, tokenizer, prompt, args, group, answering, shown, chosen, after_token)
     tokens, text, last, cache = answer
     kept.end(last.finish_reason)
     if first and kept.differing:
         output.warn(kept.unlike())
-    changes, cached = live.changes if live else [(0, placement)], disk.counts(model)
+    changes = live.changes if live else [(0, placement)]
+    placement, cached = changes[-1][1], disk.counts(model)
+    held = losses.changes if losses else [(before, each.held) for before, each in changes]
+    lost = failure.lost(losses, trace, numbers, whole, reading) if losses else []
     console.rule(style="dim")
 
     # 4. Where the time goes, on extra tokens; and the same run by stock mlx-lm, on rank 0 alone.
@@ -203,23 +214,23 @@ def run(args, watchdog, tell=lambda what=None: None):
     if not first:
         return
     tables = [table for table in (broken, parity) if table]
-    tables += [*run.routing(trace, numbers), *run.balance(trace, changes, numbers, model)]
+    tables += [*run.routing(trace, numbers), *run.balance(trace, held, numbers, changes[0][1], model)]
     tables += [run.rebalancing(live.figures(), changes, trace, model)] if live else []
-    tables += [failure.journal(kept.figures())] if kept.path else []
-    tables += cost.memory(whole, changes[-1][1], sum(entry.nbytes for entry in cache), per_rank)
+    tables += [*lost, *([failure.journal(kept.figures())] if kept.path else ())]
+    tables += cost.memory(whole, placement, sum(entry.nbytes for entry in cache), per_rank)
     if any(caches := [device for rank in per_rank for device in rank.pop("cache") or ()]):
         took = last.prompt_tokens / last.prompt_tps + last.generation_tokens / last.generation_tps
-        tables += disk.of_run(trace, changes[-1][1].held, caches, numbers, took, ranks > 1)
+        tables += disk.of_run(trace, placement.held, caches, numbers, took, ranks > 1)
     tables += [cost.communication(model, trace, seconds.value_bytes, counted, ranks)]
     tables += [cost.ranks_table(per_rank)] if ranks > 1 else []
     tables += cost.speed(text, tokens, len(prompt.ids), ours, theirs, seconds)
     try:
         about = {"name": name, "config": config, "environment": versions}
-        missing = dict.fromkeys(("parity", "not_a_number", "rebalancing", "ranks", "cache", "journal"))
-        document = {"model": about, "environment": versions, "options": vars(args), **missing}
-        document = table.sections([where, *tables], **document)
+        document = saving.document_of([where, *tables], about, args)
         tables.insert(0, verdict(document))
-        write_files(args, [*tables, where], document, trace, changes[-1][1], numbers, tell)
+        saving.write_files(args, [*tables, where], document, trace, placement, numbers, tell)
+        if args.json:
+            output.write_json(args.json, document)
     finally:  # a disk that is full takes no file; the report is still there to read
         tell()
         for part in table.on_a_screen(tables, args.full):
@@ -227,40 +238,9 @@ def run(args, watchdog, tell=lambda what=None: None):
             console.print(part)
 
 
-def write_files(args, tables, document, trace, placement, numbers, tell):
-    if args.trace:
-        trace.save(args.trace)
-    if args.save_placement:
-        placement.save(args.save_placement, args.placement_format, numbers)
-    if args.plots or args.html:
-        tell("drawing")
-        from expert_parallel.report import page, plots
-
-        pictures, title = plots.of_run(document, trace, placement), f"{document['model']['name']}, experts in parallel"
-        if args.plots:
-            plots.save_plots(args.plots, pictures)
-        if args.html:
-            page.save_page(args.html, title, tables, pictures, document, document["generation"]["text"])
-    tell()  # before JSON on standard output
-    if args.json:
-        output.write_json(args.json, document)
-
-
 def main():
     args = options.parser_of(__doc__).parse_args()
-    with output.exit_on_user_error():
-        rank, *_ = launched()
-    name = f"rank {rank}: " if rank else ""
-    with output.exit_on_user_error(name):
-        from expert_parallel.ranks.watchdog import NoWatchdog, Watchdog, failing_together
-
-        if rank is None:
-            with output.progress_line(not args.quiet) as tell:
-                run(args, NoWatchdog(), tell)
-            return
-        watchdog = Watchdog(f"{name}error: ")
-        with failing_together(name, watchdog, output.exit_of):
-            run(args, watchdog)
+    as_rank(lambda watchdog, tell: run(args, watchdog, tell), show=not args.quiet)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,10 @@
     analyze  what is in a model, what it needs                 model_analysis.py
     compare  two runs side by side, from what --json saved of them
 
+mlx-lm's own tools, with experts spread over devices or ranks:
+
+    server  chat  generate  benchmark
+
 Each explains itself with --help.
 """
 
@@ -13,6 +17,7 @@ from importlib import import_module
 from pathlib import Path
 
 SCRIPTS = {"run": "qwen3_expert_parallel", "study": "expert_parallel_poc", "analyze": "model_analysis"}
+MLX_LM = ("server", "chat", "generate", "benchmark")
 
 
 def main():
@@ -22,10 +27,15 @@ def main():
         import_module(SCRIPTS[name]).main()
     elif name == "compare":
         compare()
+    elif name in MLX_LM:
+        from expert_parallel.command import mlx_lm_tools
+
+        mlx_lm_tools.main(name, rest)
     elif name in ("-h", "--help"):
         print(__doc__, end="")
     else:
-        print(f"error: unknown command {name!r}: choose {', '.join(SCRIPTS)} or compare", file=sys.stderr)
+        known = ", ".join((*SCRIPTS, "compare", *MLX_LM))
+        print(f"error: unknown command {name!r}: choose {known}", file=sys.stderr)
         sys.exit(2)
 
 

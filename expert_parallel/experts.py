@@ -132,6 +132,18 @@ class ShardedExperts(StandIn):
                 store.hold(np.flatnonzero(held[device]), rows)
         self._serve(held)
 
+    def lose(self, devices) -> None:
+        """These devices are gone with all that they hold; an expert without another holder is nobody's from now on.
+
+        The devices that are here and stay must be one at least.
+        """
+        held, stay = self.held.copy(), np.flatnonzero(~np.isin(self.devices, devices))
+        held[list(devices)] = False
+        self["stores"] = [self.stores[n] for n in stay]
+        self.devices, self.slots_served = self.devices[stay], self.slots_served[stay]
+        self._streams = self._streams and [self._streams[n] for n in stay]
+        self._serve(held)
+
 
 # --- installing -------------------------------------------------------------------------------------------
 

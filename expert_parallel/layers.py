@@ -108,7 +108,8 @@ def num_experts(experts: nn.Module) -> int:
 
 def hidden_size(experts: nn.Module) -> int:
     """H: what the last projection puts out."""
-    experts = experts.replaced_module() if isinstance(experts, StandIn) else experts
+    while isinstance(experts, StandIn):  # a recorder stands before what stands for mlx-lm's
+        experts = experts.replaced_module()
     last = experts["down_proj"] if "down_proj" in experts else experts["fc2"]
     return (last if hasattr(last, "output_dims") else last.linear).output_dims  # an adapter keeps it one level down
 

@@ -14,6 +14,7 @@ import numpy as np
 from .layers import MoELayer, StandIn, activation_type, expert_tensors, hidden_size
 from .trace import replaced
 
+FAR_FROM_A_SUM = 0.02  # of an answer: far beyond rounding
 MASKED_GAIN = 1.1  # how much quicker masked must be: it holds a spare expert in each layer
 
 
@@ -51,23 +52,37 @@ class Dummy(StandIn):
         return sum((100 * mx.random.normal(y.shape, y.dtype, key=key) for key in self._keys), y)
 
 
+def trial_of_sums(block, owner, name: str) -> tuple[np.ndarray, float] | None:
+    """(what a block makes of two tokens when its experts answer zero, how far from a sum it is of larger answers).
+
+    The second of 1 is all there is: the sum of two outputs should give the sum of two answers. None where the block
+    cannot be asked.  owner, name  of the experts
+    """
+    experts, answers = getattr(owner, name), []
+    x = mx.random.normal((1, 2, hidden_size(experts)), key=mx.random.key(0))
+    try:
+        for seeds in ((), (1,), (2,), (1, 2)):
+            with replaced(owner, {name: Dummy(experts, *seeds)}):
+                answers.append(np.array(block(x).astype(mx.float32)))
+    except Exception:  # blocks that want more than their tokens
+        return None
+    nothing, one, other, both = answers
+    return nothing, float(np.abs(one + other - nothing - both).max() / np.abs(both - nothing).max())
+
+
 def why_not_reduce(layer: MoELayer) -> str | None:
     """What keeps ranks from summing a block's answers instead of its slots, None where nothing does: by trial.
 
     When its experts answer zero so must the block (what else it adds, shared experts for example, would be summed once
     per rank), and the sum of two outputs must give the sum of two answers.
     """
-    x, answers = mx.random.normal((1, 2, hidden_size(layer.experts)), key=mx.random.key(0)), []
-    try:
-        for seeds in ((), (1,), (2,), (1, 2)):
-            with replaced(layer, {"experts": Dummy(layer.experts, *seeds)}):
-                answers.append(np.array(layer.block(x).astype(mx.float32)))
-    except Exception:  # blocks that want more than their tokens
+    found = trial_of_sums(layer.block, layer.owner, layer.name)
+    if found is None:
         return "it cannot be asked without the rest of its model"
-    nothing, one, other, both = answers
+    nothing, off = found
     if nothing.any():
         return "it adds something that every rank has whole"
-    return None if np.abs(one + other - both).max() < 0.02 * np.abs(both).max() else "it does more than weigh and sum"
+    return None if off < FAR_FROM_A_SUM else "it does more than weigh and sum"
 
 
 def sum_answers(block: nn.Module, group) -> None:

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from ..failure.journal import check_new
+from ..failure.planned import parse_losses
 from ..files import nearest
 from ..offload.budget import parse_budget
 from .options import CACHE_PICTURES, MOST, OUTPUTS, PICTURES
@@ -17,7 +18,8 @@ from .output import check_outputs
 
 def check_numbers(args) -> None:
     """What no file and no rank is needed for, the timeout of the first meeting included."""
-    limits = {"max_tokens": (1, MOST), "redundant_experts": (0, MOST), "temp": (0, 1e6), "top_p": (1e-6, 1)}
+    limits = {"max_tokens": (1, MOST), "temp": (0, 1e6), "top_p": (1e-6, 1)}
+    limits |= {} if args.redundant_experts == "each" else {"redundant_experts": (0, MOST)}
     limits |= {"seed": (0, 2**64 - 1), "top_k": (0, MOST), "min_p": (0, 1), "timeout": (0.1, 1e9), "devices": (1, MOST)}
     limits |= {"trials": (0, 1000), "cold_share": (0, 1)}
     limits |= {"rebalance_every": (1, MOST), "rebalance_horizon": (1, MOST), "rebalance_threshold": (1e-9, 1)}
@@ -45,6 +47,12 @@ def check_numbers(args) -> None:
         parse_budget(args.expert_memory)
         if args.rebalance_every is not None:
             raise ValueError("--rebalance-every moves experts in memory: it does not go with --expert-memory")
+    if args.on_failure is not None and args.fail_device is None:
+        raise ValueError("--on-failure is of no use without --fail-device D[@TOKENS]")
+    for name in ("expert_memory", "rebalance_every", "cold_bits"):
+        if args.fail_device and getattr(args, name) is not None:
+            raise ValueError(f"--fail-device is for experts in memory, as they are: it does not go with {option(name)}")
+    parse_losses(args.fail_device or ())
 
 
 def check_limits(args, limits: dict) -> None:
@@ -68,8 +76,16 @@ def check_study(args, scenarios: tuple) -> list[str]:
     if args.top_k and args.top_k > (args.experts or 128):
         raise ValueError(f"--top-k {args.top_k}: there are {args.experts or 128} experts to choose from")
     for name in ("expert_bytes", "disk"):
-        if getattr(args, name) is not None and not args.expert_memory:
-            raise ValueError(f"{option(name)} is of no use without --expert-memory")
+        if getattr(args, name) is not None and not args.expert_memory and not args.fail_device:
+            raise ValueError(f"{option(name)} is of no use without --expert-memory or --fail-device")
+    lost = args.fail_device or []
+    for n, device in enumerate(lost):
+        if not 0 <= device < args.devices:
+            raise ValueError(f"--fail-device {device}: there are devices 0 to {args.devices - 1} (--devices)")
+        if device in lost[:n]:
+            raise ValueError(f"--fail-device {device}: it is named twice")
+    if lost and len(lost) == args.devices:
+        raise ValueError(f"--fail-device: with all {len(lost)} devices lost none is left")
     args.expert_bytes, args.disk = args.expert_bytes or "2.65MB", 3.0 if args.disk is None else args.disk
     for size in args.expert_memory.split(",") if args.expert_memory else ():
         parse_budget(size)

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..failure.planned import ON_FAILURE
 from ..files import nearest
 from ..offload import POLICIES, PREFETCH
 from .output import Parser
@@ -22,10 +23,15 @@ MAY_MOVE = ("model", *PATHS)  # named anew where a run goes on: what lies there 
 OUTPUTS = ("trace", "save_placement", "json", "html")  # files, each with an option of its own
 
 
-def parser_of(description: str) -> argparse.ArgumentParser:
-    """All options; `description` stands above them."""
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+def parser_of(description: str, only=()) -> argparse.ArgumentParser:
+    """All options; `description` stands above them. only: these alone, without --help and shorter forms of them."""
+    how = {"add_help": False, "allow_abbrev": False, "usage": argparse.SUPPRESS} if only else {}
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **how)
+
+    def add(name, **about):
+        if not only or name in only:
+            parser.add_argument(name, **about)
+
     # fmt: off
     add("--model", help="folder or hub id (default: Qwen3-Coder-30B if it is in the hub cache, else the shipped model)")
     add("--prompt", help="a text, a file, or - for standard input (default: one that fits the model)")
@@ -51,8 +57,9 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     add("--placement-trace", type=Path, metavar="FILE",
         help="what --trace saved: balanced, replicated and affinity place experts by its loads, pinned and learned keep"
         " and read ahead by it")
-    add("--redundant-experts", type=int, default=0, metavar="R",
-        help="copies of hot experts in each layer, with --placement replicated (default: 0)")
+    add("--redundant-experts", type=copies, default=0, metavar="R",
+        help="copies of hot experts in each layer, with --placement replicated; each: with any, one copy of each expert"
+        " on another device, so that any one can be lost (default: 0)")
     add("--rebalance-every", type=int, metavar="TOKENS",
         help="every so many tokens look at the loads since, and move experts between devices where the time that is"
         " predicted to save is more than the pause it takes; the answer stays the same (default: never)")
@@ -75,6 +82,13 @@ def parser_of(description: str) -> argparse.ArgumentParser:
         help="fewer bits (2, 3, 4, 5, 6, 8) for the experts that --placement-trace used least: another answer in less"
         " memory (default: all as they are)")
     add("--cold-share", type=float, metavar="SHARE", help="of each layer's experts, with --cold-bits (default: 0.5)")
+    add("--fail-device", action="append", metavar="D[@TOKENS]",
+        help="a simulated device that is lost with all it holds, after so many tokens of the answer (without TOKENS:"
+        " before the prompt); may be given several times")
+    add("--on-failure", choices=ON_FAILURE,
+        help="with --fail-device: failover: copies take over; recover: the same, and what nobody holds is read again;"
+        " reroute: the router takes the next best living experts; drop: lost experts give nothing; renormalise: the"
+        " same, and the others' weights make up for it; the last three change the answer (default: recover)")
     add("--combine", choices=("auto", "reduce", "gather"), default="auto",
         help="how ranks bring outputs together: reduce sums weighted outputs, gather sums every chosen expert's, top-k"
         " times the bytes; auto takes reduce where the model allows it (default: auto)")
@@ -106,6 +120,14 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     add("--quiet", action="store_true", help="print the answer alone")
     # fmt: on
     return parser
+
+
+def copies(text: str) -> int | str:
+    """What --redundant-experts takes: a whole number, or "each"; ArgumentTypeError for anything else."""
+    try:
+        return text if text == "each" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of copies nor each") from None
 
 
 def resumed(args, header: dict | None):
@@ -141,8 +163,9 @@ def check_placement(args) -> None:
         if not Path(args.placement).is_file():
             like = nearest(args.placement, STRATEGIES)
             raise ValueError(f"--placement {args.placement}: neither {', '.join(STRATEGIES)} nor a file{like}")
-        if args.redundant_experts:
-            raise ValueError(f"--redundant-experts is of no use with {args.placement}, which names the copies itself")
+        if args.redundant_experts not in (0, "each"):
+            what = f"{args.placement}, which names the copies itself; each adds those that are missing"
+            raise ValueError(f"--redundant-experts {args.redundant_experts} is of no use with {what}")
     if args.placement_format and not args.save_placement:
         raise ValueError("--placement-format needs --save-placement FILE")
 
@@ -179,6 +202,7 @@ def make_placement(args, shape: tuple[int, int], layer_numbers=None, ranks: int 
 def _placement(args, shape, layer_numbers, ranks):
     import numpy as np
 
+    from ..failure.survival import protected
     from ..formats.placements import read_placement
     from ..formats.traces import notes_of, read_loads, read_trace
     from ..placing.held_out import fitted_on
@@ -186,16 +210,21 @@ def _placement(args, shape, layer_numbers, ranks):
 
     if ranks > 1 and args.devices not in (None, ranks):
         raise ValueError(f"--devices {args.devices}, but there are {ranks} ranks: each rank is a device")
-    num_devices = ranks if ranks > 1 else args.devices
+    num_devices, each = ranks if ranks > 1 else args.devices, args.redundant_experts == "each"
     check_placement(args)
     if args.placement not in STRATEGIES:
         placement = read_placement(args.placement, *shape, num_devices, layer_numbers)
         if num_devices not in (None, placement.num_devices):
             raise ValueError(f"{args.placement} places {placement.num_devices} devices, this run has {num_devices}")
-        return placement
-    num_devices = num_devices or min(8, shape[1])
+        return protected(placement) if each else placement
+    how = (num_devices or min(8, shape[1]), args.placement, 0 if each else args.redundant_experts)
+
+    def place(loads, chosen=None):
+        placement = place_experts(loads, *how, coactivation=chosen)
+        return protected(placement, loads) if each else placement
+
     if args.placement not in BY_TRACE:
-        return place_experts(np.ones(shape), num_devices, args.placement)
+        return place(np.ones(shape))
     try:
         trace = read_trace(args.placement_trace, shape[1])
     except ValueError:  # counts, or tokens that no layer has whole: enough for all but affinity
@@ -205,10 +234,9 @@ def _placement(args, shape, layer_numbers, ranks):
     loads = read_loads(args.placement_trace, shape[1]) if trace is None else trace.loads()
     if loads.shape != shape:
         raise ValueError(f"{args.placement_trace} is of {list(loads.shape)} [layers, experts], the model {list(shape)}")
-    how = (num_devices, args.placement, args.redundant_experts)
     if trace is None:
-        return place_experts(loads, *how)
-    placement = fitted_on(trace, lambda part: place_experts(part.loads(), *how, coactivation=part.experts))
+        return place(loads)
+    placement = fitted_on(trace, lambda part: place(part.loads(), part.experts))
     if notes := notes_of(trace, args.placement_trace.name):
         placement.metadata["notes"] = notes
     return placement

@@ -38,6 +38,13 @@ WORDS = """words in the report:
                          device, by who makes room: lru, used longest ago; lfu,
                          used least; aging, lfu whose counts halve; belady, the
                          bound; the wait of the best with --expert-bytes, --disk
+  gone, lost, mended     with --fail-device: experts that nobody holds any more;
+                         slots that nobody answers, by chance the share of
+                         experts gone; after survivors have read these
+  each                   with one copy of each expert on another device
+  before, since          balancedness of the test before and after the loss
+  survives one, two      share of all single losses, of all sets of two, after
+                         which every expert still has a holder
   foretold               of the experts that tokens want in a layer, those that
                          the fit's pairs foretell from the layer before
   rebalancing            balanced, and experts move while that repays the pause

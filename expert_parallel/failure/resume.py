@@ -21,7 +21,7 @@ from .journal import Journal, Past
 # What decides the answer, beside the model, and is taken from the journal where the command line does not say it;
 # not what only says where it is computed: devices, placement, memory, which may change between two parts of a run.
 DECIDING = ("max_tokens", "temp", "top_p", "top_k", "min_p", "seed", "system_prompt", "chat_template_config")
-DECIDING += ("ignore_chat_template", "kv_bits", "dtype", "cold_bits", "cold_share")
+DECIDING += ("ignore_chat_template", "kv_bits", "dtype", "cold_bits", "cold_share", "fail_device", "on_failure")
 PLACES = ("model", "adapter_path", "placement_trace")  # may have moved: what lies there is compared
 
 

@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..experts import is_rank
-from ..layers import expert_tensors, hidden_size, moe_layers, with_tensors
+from ..layers import expert_tensors, hidden_size, moe_layers, num_experts, with_tensors
 from ..placement import Placement
 from ..ranks.group import follow_rank_0, gather_objects
 from ..stores import picked
@@ -89,20 +89,14 @@ def move_experts(model: nn.Module, placement: Placement, rows=None) -> dict:
     return {**read, "pause_seconds": sum(seconds, 0.0), "longest_layer_seconds": max(seconds, default=0.0)}
 
 
-class LiveRebalancing:
-    """Stands beside a running model; `after_token()` between two forward passes may move experts.
+class Counting:
+    """Counts what a running model's routers ask for, between its forward passes; a context manager.
 
-    with LiveRebalancing(model, rebalancer, checkpoint.rows, group) as live:
-        for response in stream_generate(model, ...):
-            live.after_token()
-    live.changes    # [(tokens seen before, Placement)], the first is (0, where it began)
-    live.figures()  # looks, moves, bytes, pauses, gains
+    Nothing is read on the host before `take`.
     """
 
-    def __init__(self, model: nn.Module, rebalancer: Rebalancer, rows=None, group=None):
-        self.model, self.rebalancer, self.rows, self.group = model, rebalancer, rows, group
-        self.changes, self.looks = [(0, rebalancer.placement)], []
-        self._calls, self._tokens = 0, 0
+    def __init__(self, model: nn.Module, group=None):
+        self.model, self.group = model, group
         self._waiting = [[] for _ in moe_layers(model)]  # [L]: indices of forward passes that are not counted yet
 
     def __enter__(self):
@@ -113,29 +107,53 @@ class LiveRebalancing:
     def __exit__(self, *problem):
         return self._recording.__exit__(*problem)
 
-    def after_token(self) -> None:
-        self._calls += 1
-        if self._calls % min(CHECK, self.rebalancer.every_tokens):
-            return
-        # 1. Slots [L, E] and tokens since the last time: of forward passes that every layer has begun.
+    def take(self) -> tuple[np.ndarray, int]:
+        """(slots [L, E], tokens) since the last time, of forward passes that every layer has begun; rank 0's."""
+        layers = moe_layers(self.model)
         passes = min(map(len, self._waiting))
         tokens = sum(ids.size // ids.shape[-1] for ids in self._waiting[0][:passes])
-        loads = np.zeros(self.rebalancer.placement.copies.shape, np.int64)
+        loads = np.zeros((len(layers), num_experts(layers[0].experts)), np.int64)
         for of_layer, waiting in zip(loads, self._waiting, strict=True):
             for ids in waiting[:passes]:
                 of_layer += np.bincount(np.array(ids).ravel(), minlength=len(of_layer))
             del waiting[:passes]
         if is_rank(self.group):  # one rank's rounding must not part the ranks
             loads = np.array(follow_rank_0(self.group, mx.array(loads.astype(np.int32))))
+        return loads, tokens
+
+
+class LiveRebalancing(Counting):
+    """Stands beside a running model; `after_token()` between two forward passes may move experts.
+
+    with LiveRebalancing(model, rebalancer, checkpoint.rows, group) as live:
+        for response in stream_generate(model, ...):
+            live.after_token()
+    live.changes    # [(tokens seen before, Placement)], the first is (0, where it began)
+    live.figures()  # looks, moves, bytes, pauses, gains
+    """
+
+    def __init__(self, model: nn.Module, rebalancer: Rebalancer, rows=None, group=None):
+        super().__init__(model, group)
+        self.rebalancer, self.rows = rebalancer, rows
+        self.changes, self.looks = [(0, rebalancer.placement)], []
+        self._calls, self._tokens = 0, 0
+
+    def after_token(self) -> None:
+        self._calls += 1
+        if not self._calls % min(CHECK, self.rebalancer.every_tokens):
+            self.look(*self.take())
+
+    def look(self, loads, tokens: int) -> None:
+        """Move experts if the slots [L, E] of so many tokens more make it worth while."""
         self._tokens += tokens
-        # 2. The rebalancer's verdict, where it is time for one; the experts move.
+        # 1. The rebalancer's verdict, where it is time for one; the experts move.
         plan = self.rebalancer.observe(loads, tokens)
         if len(self.rebalancer.looks) == len(self.looks):
             return
         read = move_experts(self.model, self.rebalancer.placement, self.rows)
         if plan:
             self.changes.append((self._tokens, plan.placement))
-        # 3. What it came to, beside what the plan says.
+        # 2. What it came to, beside what the plan says.
         look = self.rebalancer.looks[-1]
         self.looks.append(
             {

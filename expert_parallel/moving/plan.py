@@ -72,13 +72,14 @@ def propose(current: Placement, loads, fresh, fresh_tokens: float, costs: Costs,
             passing topics too. A gain must show in both and counts as the smaller. Of D devices with m slots per
             token each, the fullest of n tokens seems sqrt(2 ln D) sqrt(m / n) fuller than it is: not counted
     A layer's time is that of its slowest device; copies share a load equally. Slots of a layer stay as many, and
-    experts stay in their node where `current` keeps groups in nodes.
+    experts stay in their node where `current` keeps groups in nodes. Where each expert has a copy each keeps one.
     """
     # 1. Other placements: swaps, before and after other copies. A search that does not start from where the experts
     #    are moves more of them: under drifting load it did not pay beside these.
     held, nodes = current.held, current.metadata.get("num_nodes", 1)
     starts = [held]
-    if (held.sum(axis=1) > 1).any():
+    has_copy = held.sum(axis=1) > 1
+    if has_copy.any() and not has_copy.all():  # all: any one device can be lost, and that stays so
         starts.append(within_nodes(loads, held, nodes, copies_of_the_hot))
     searches = [partial(swap_search, most_swaps=most) for most in SWAPS]
     candidates = [within_nodes(loads, start, nodes, search) for start in starts for search in searches]

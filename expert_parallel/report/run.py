@@ -76,7 +76,10 @@ def parity(logits: mx.array, tokens: list[int], stock_logits: mx.array, stock_to
     count = len(stock_tokens)
     difference = mx.abs(stock_logits.astype(mx.float32) - logits.astype(mx.float32)).max().item()
 
-    equal = f"{'the same' if tokens == stock_tokens else 'NOT the same'} ({count} compared)"
+    agree = next((n for n, (a, b) in enumerate(zip(tokens, stock_tokens, strict=False)) if a != b), count)
+    equal = (
+        f"the same ({count} compared)" if tokens == stock_tokens else f"NOT the same (the first {agree} of {count} are)"
+    )
     figures = [
         Figure(None, "tokens", equal if count else "none to compare"),
         Figure(
@@ -86,6 +89,7 @@ def parity(logits: mx.array, tokens: list[int], stock_logits: mx.array, stock_to
     also = {
         "tokens_equal": tokens == stock_tokens if count else None,
         "tokens_compared": count,
+        "tokens_equal_at_first": agree,
         "logits_compared": logits.size,
     }
     return Table("Parity with stock mlx-lm", figures, "parity", "measured", also=also, facts=True)
@@ -159,16 +163,16 @@ def _routing_of(part: RoutingTrace) -> list[Figure]:
     ]
 
 
-def balance(trace: RoutingTrace, changes: list, layer_numbers: list[int], model=None) -> list[Table]:
+def balance(trace: RoutingTrace, changes: list, layer_numbers: list[int], first: Placement, model=None) -> list[Table]:
     """Load of each device over a trace, in slots that it answered.
 
-    changes  [(tokens before, Placement)], the first from token 0 on
+    changes  [(tokens before, held bool [L, D, E])], the one from token 0 on is first; what nobody holds loads nobody
+    first    the placement at the start
     model    that was run, where its copies may take turns
     """
-    ends, first = [*(start for start, _ in changes), len(trace)], changes[0][1]
-    parts = [(each, trace[a:b]) for (_, each), (a, b) in zip(changes, pairwise(ends), strict=True)]
-    device = np.concatenate([_devices(part, each, model) for each, part in parts])
-    loads, touched = _device_loads(device, first.num_devices), metrics.fan_out(device)
+    device = served(trace, changes, model)
+    loads, nobody = device_loads(device, first.num_devices), (device == first.num_devices).any(axis=2)
+    touched = metrics.fan_out(device) - nobody.mean(axis=0) if len(device) else metrics.fan_out(device)
     even = f"mean / max, 1 is even, 1/{first.num_devices} all on one device"
     per_layer = [
         Figure(None, "layer", layer_numbers),
@@ -195,7 +199,7 @@ def balance(trace: RoutingTrace, changes: list, layer_numbers: list[int], model=
     for name in PHASES:
         mine = trace.prefill == (name == "prefill")
         if count := int(mine.sum()):
-            there = _device_loads(device[mine], first.num_devices)
+            there = device_loads(device[mine], first.num_devices)
             both = {f"balancedness_{way}": metrics.balancedness(there, way) for way in ("layers", "aggregate")}
             chance = _uniform_balance(trace.phase(name), first)
             phases[name] = {"tokens": count, **both, chance.key: chance.value}
@@ -238,16 +242,18 @@ def _uniform_balance(part: RoutingTrace, placement: Placement) -> Figure:
     return Figure("balancedness_if_uniform_simulated", "uniform", value, "{:.3f}", "simulated")
 
 
-def _devices(part: RoutingTrace, placement: Placement, model=None) -> np.ndarray:
-    """[T, L, k]: who answers each slot under a placement, as the model's experts have it done."""
+def served(trace: RoutingTrace, changes: list, model=None) -> np.ndarray:
+    """[T, L, k]: who answers each slot, D for nobody, as the model's experts have it done; changes as in `balance`."""
     masked_up_to = moe_layers(model)[0].experts.masked_up_to if model is not None else 0
-    return devices_of_trace(part.experts, placement.held, part.steps, masked_up_to)
+    ends = [*(start for start, _ in changes), len(trace)]
+    parts = [(held, trace[a:b]) for (_, held), (a, b) in zip(changes, pairwise(ends), strict=True) if b > a or a == 0]
+    return np.concatenate([devices_of_trace(part.experts, held, part.steps, masked_up_to) for held, part in parts])
 
 
-def _device_loads(device, num_devices: int) -> np.ndarray:
+def device_loads(device, num_devices: int) -> np.ndarray:
     """[L, D]; slots of each device, for the device of each slot [T, L, k]."""
     layers = np.moveaxis(device, 1, 0)
-    return np.stack([np.bincount(of_layer.reshape(-1), minlength=num_devices) for of_layer in layers])
+    return np.stack([np.bincount(each.reshape(-1), minlength=num_devices)[:num_devices] for each in layers])
 
 
 def rebalancing(figures: dict, changes: list, trace: RoutingTrace, model=None) -> Table:
@@ -255,8 +261,8 @@ def rebalancing(figures: dict, changes: list, trace: RoutingTrace, model=None) -
     ends = [tokens for tokens, _ in changes[2:]] + [len(trace)]
     moved = [look for look in figures["looks"] if look["moved"]]
     for look, ((_, before), (start, after)), end in zip(moved, pairwise(changes), ends, strict=False):
-        dealt = (_devices(trace[start:end], each, model) for each in (after, before))
-        kept, unmoved = (metrics.balancedness(_device_loads(device, after.num_devices)) for device in dealt)
+        dealt = (served(trace[start:end], [(0, each.held)], model) for each in (after, before))
+        kept, unmoved = (metrics.balancedness(device_loads(device, after.num_devices)) for device in dealt)
         look["since"] = {"tokens": end - start, "balancedness": kept, "balancedness_unmoved": unmoved}
 
     def of_move(*keys):

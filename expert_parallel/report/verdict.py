@@ -16,6 +16,7 @@ def verdict(document: dict) -> Table:
     """
     items = {
         "answer": _answer(document["parity"], document["not_a_number"]),
+        "lost": _lost(document["failures"]),
         "memory": _memory(document["memory"]),
         "disk": _disk(document["cache"]),
         "balance": _balance(document["balance"], document["placement"]),
@@ -36,7 +37,25 @@ def _answer(parity: dict | None, broken: dict | None) -> str:
         return f"the same {parity['tokens_compared']} tokens as stock mlx-lm's, but logits differ by up to {off:.2g}"
     if parity["tokens_equal"]:
         return f"the same as stock mlx-lm's: {parity['tokens_compared']} tokens, {logits}"
-    return f"{'no tokens' if parity['tokens_equal'] is None else 'NOT the same tokens'} as stock mlx-lm's; {logits}"
+    if parity["tokens_equal"] is None:
+        return f"no tokens as stock mlx-lm's; {logits}"
+    first, count = parity["tokens_equal_at_first"], parity["tokens_compared"]
+    return f"NOT the same tokens as stock mlx-lm's after the first {first} of {count}; {logits}"
+
+
+def _lost(failures: dict | None) -> str | None:
+    if not failures or not failures["losses"]:
+        return None
+    losses, how = failures["losses"], failures["on_failure"]
+    names = [f"device{'s' * (len(row['devices']) > 1)} {' '.join(map(str, row['devices']))}" for row in losses]
+    when = ", ".join(f"{name} after {row['after_tokens']} tokens" for name, row in zip(names, losses, strict=True))
+    if how == "failover":
+        return f"{when}: copies took over, the answer stays"
+    gone = f"{when}: {losses[-1]['experts_gone']} experts had no other copy"
+    if how == "recover":
+        pause = sum(row["pause_seconds_measured"] for row in losses)
+        return f"{gone} and were read again in {pause:.2f} s, the answer stays"
+    return f"{gone} ({how}), which changes the answer"
 
 
 def _memory(memory: dict) -> str:

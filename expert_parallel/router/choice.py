@@ -14,8 +14,16 @@ from functools import partial
 
 import mlx.core as mx
 
-from ..layers import hidden_size, num_experts
+from ..layers import StandIn, hidden_size, num_experts
 from ..trace import replaced
+
+
+def choosing_block(modules: dict, layer) -> tuple:
+    """(block that chooses for a MoE layer, name of its attribute for the experts), of a model's named modules."""
+    path, _, name = layer.path.rpartition(".")
+    while isinstance(modules[path], StandIn):  # a recorder between the block and its experts
+        path, _, name = path.rpartition(".")
+    return modules[path], name
 
 
 def choosing_by(block_class, name: str, chooser):

@@ -14,11 +14,11 @@ from contextlib import ExitStack, contextmanager
 import mlx.core as mx
 import numpy as np
 
-from ..layers import StandIn, moe_layers, moe_shape
+from ..layers import moe_layers, moe_shape
 from ..placement import Placement, contiguous
 from ..trace import replaced
 from .capacity import Capacity, limit_slots
-from .choice import by_logits, choosing_by
+from .choice import by_logits, choosing_block, choosing_by
 
 
 @contextmanager
@@ -49,10 +49,7 @@ def control_router(
     routers = []
     with ExitStack() as stack:
         for layer, own_bias, own_held in zip(layers, bias, held, strict=True):
-            path, _, name = layer.path.rpartition(".")
-            while isinstance(modules[path], StandIn):  # a recorder between the block and its experts
-                path, _, name = path.rpartition(".")
-            block = modules[path]
+            block, name = choosing_block(modules, layer)
             logits = by_logits(block, name)
             routers.append(
                 _Router(logits, own_bias if steered else None, own_held, update_rate, update_every, capacity)

@@ -19,7 +19,8 @@ SLOTS = 4_000_000  # random numbers per figure, at most; the more tokens, the le
 def uniform_routing(num_tokens: int, top_k: int, held) -> dict[str, float]:
     """Means of a layer's figures under uniform routing of so many tokens, simulated with a fixed seed.
 
-    held  bool [D, E]; replicas share an expert's load equally, as in `Placement.device_loads`
+    held  bool [D, E]; replicas share an expert's load equally, as in `Placement.device_loads`; one that nobody holds
+          loads nobody
     {"hottest_over_mean", "entropy", "never_used", "balancedness"}; never_used by formula: E (1 - k / E) ^ T
     """
     num_experts = held.shape[1]
@@ -33,7 +34,7 @@ def uniform_routing(num_tokens: int, top_k: int, held) -> dict[str, float]:
         "hottest_over_mean": float((loads.max(axis=1) / loads.mean(axis=1)).mean()),
         "entropy": float(routing_entropy(loads).mean()),
         "never_used": num_experts * (1 - top_k / num_experts) ** num_tokens,
-        "balancedness": balancedness((loads / held.sum(axis=0)) @ held.T),
+        "balancedness": balancedness((loads / np.maximum(held.sum(axis=0), 1)) @ held.T),
     }
 
 

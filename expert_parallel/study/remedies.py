@@ -134,17 +134,20 @@ def learn_bias(choices: Choices, placement: Placement, steps: int = 12) -> np.nd
     return bias
 
 
-def compare(fit: Choices, test: Choices, num_devices: int, redundant: int, costs: Costs) -> list[Outcome]:
-    """Every remedy, fitted on `fit` and judged on `test`; costs are those of moving experts."""
-    loads = fit.loads()
-    pairs = coactivation(fit.experts, fit.num_experts)
-    placed = {
+def placements(fit: Choices, num_devices: int, redundant: int) -> dict[str, Placement]:
+    """By every strategy, fitted on `fit`: the model's output stays."""
+    loads, pairs = fit.loads(), coactivation(fit.experts, fit.num_experts)
+    return {
         name: place_experts(loads, num_devices, name, redundant * (name == "replicated"), coactivation=pairs)
         for name in ("contiguous", "round-robin", "balanced", "replicated", "affinity")
     }
+
+
+def compare(fit: Choices, test: Choices, num_devices: int, redundant: int, costs: Costs) -> list[Outcome]:
+    """Every remedy, fitted on `fit` and judged on `test`; costs are those of moving experts."""
+    placed = placements(fit, num_devices, redundant)
     first = placed["contiguous"]
-    slots = loads.shape[1]
-    prices = {"replicated": f"+{redundant / slots:.0%} experts held"}
+    prices = {"replicated": f"+{redundant / fit.num_experts:.0%} experts held"}
     outcomes = []
     for name, placement in placed.items():
         outcomes.append(_judge(name, placement, fit, test, prices.get(name, "")))

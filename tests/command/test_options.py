@@ -1,7 +1,9 @@
 """Options of the main script, without a model: the ends of their ranges, and what becomes of a prompt."""
 
+import numpy as np
 import pytest
 
+from expert_parallel import RoutingTrace, place_experts
 from expert_parallel.command.limits import check_numbers, check_study
 from expert_parallel.command.options import check_placement, make_placement, parser_of
 from expert_parallel.command.output import write_json
@@ -130,6 +132,47 @@ def test_how_many_devices_there_are(line, experts, ranks, devices):
         return
     placement = make_placement(args, (2, experts), ranks=ranks)
     assert (placement.held.shape, placement.strategy) == ((2, devices, experts), "round-robin")
+
+
+@pytest.mark.parametrize("placement", ["contiguous", "round-robin", "balanced", "replicated", "affinity", "file"])
+def test_one_copy_of_each_whatever_the_placement(placement, tmp_path):
+    """What the strategy places stays, each expert that has one holder gets another; a file may have some already."""
+    experts = np.random.default_rng(0).random((300, 2, 16)).argsort(axis=2)[..., :4]
+    RoutingTrace(experts, 16).save(tmp_path / "t.npz")
+    line = ["--placement", placement, "--devices", 4, "--redundant-experts", "each"]
+    line += ["--placement-trace", tmp_path / "t.npz"] if placement in ("balanced", "replicated", "affinity") else []
+    loads = np.stack([np.bincount(experts[:, l].ravel(), minlength=16) for l in range(2)])
+    if placement == "file":
+        plain = place_experts(loads, 4, "replicated", 3)
+        plain.save(tmp_path / "p.json")
+        line[1] = tmp_path / "p.json"
+    else:
+        plain = place_experts(loads, 4, placement, coactivation=experts)
+    args = arguments(*line)
+    check_numbers(args)
+    found = make_placement(args, (2, 16))
+    assert (found.strategy, found.num_devices) == (plain.strategy, 4)
+    assert not (plain.held & ~found.held).any() and np.array_equal(found.copies, np.maximum(plain.copies, 2))
+    if placement == "balanced":  # what to expect of it elsewhere is said of the whole, copies included
+        device_loads = found.device_loads(loads)
+        even = (device_loads.mean(axis=1) / device_loads.max(axis=1)).mean()
+        assert found.metadata["balancedness_fitted"] == pytest.approx(even, abs=1e-4)
+
+
+def test_how_many_copies():
+    assert [arguments("--redundant-experts", n).redundant_experts for n in ("0", "16", "each")] == [0, 16, "each"]
+    with pytest.raises(ValueError, match="^1 device: a copy that outlives it needs another one"):
+        make_placement(arguments("--devices", 1, "--redundant-experts", "each"), (2, 16))
+    with pytest.raises(ValueError, match="^5 redundant experts: only the strategy replicated makes copies"):
+        make_placement(arguments("--redundant-experts", 5), (2, 16))
+
+
+def test_copies_are_a_number_or_each(capsys):
+    with pytest.raises(SystemExit):
+        arguments("--redundant-experts", "all")
+    said = capsys.readouterr().err
+    assert said.startswith("error: argument --redundant-experts: 'all' is neither a number of copies nor each")
+    assert said.count("\n") == 1
 
 
 class Tokenizer:

@@ -395,6 +395,13 @@ def test_a_placement_file_says_how_many_devices(here, tmp_path):
     refused(here(*QUICK, "--placement-trace", tmp_path / "p.json"), "of no use with --placement contiguous")
 
 
+def test_one_copy_of_each_expert(here):
+    """Twice the experts on each device, and the answer of stock mlx-lm."""
+    printed = here(*QUICK[:4], "--redundant-experts", "each", "--trials", 0).stdout
+    assert "contiguous, 32 of 128 experts on each device, 128 copies a layer" in " ".join(printed.split())
+    assert "the same as stock mlx-lm's: 2 tokens" in printed and "Parity" in printed
+
+
 def test_a_file_that_is_no_trace(here, tmp_path):
     (tmp_path / "prose.md").write_text("Words with a comma,\nand others.\n")  # which is no table that was cut off
     arguments = ("--placement", "balanced", "--placement-trace", tmp_path / "prose.md")

@@ -8,7 +8,7 @@ import pytest
 import expert_parallel_poc
 import model_analysis
 import qwen3_expert_parallel
-from expert_parallel.command.options import parser_of
+from expert_parallel.command.options import copies, parser_of
 
 PARSERS = {
     "qwen3_expert_parallel.py": lambda: parser_of(qwen3_expert_parallel.__doc__),
@@ -35,7 +35,8 @@ DEFAULTS = {  # by hand, beside what --help says
 def test_defaults_are_those_that_help_says(script):
     parser = PARSERS[script]()
     found = {action.dest: action.default for action in parser._actions if action.default not in OF_NOTHING}
-    found |= {action.dest: 0 for action in parser._actions if action.default == 0 and action.type in (int, float)}
+    numbers = [action for action in parser._actions if action.type in (int, float, copies)]
+    found |= {action.dest: 0 for action in numbers if action.default == 0}
     assert found == DEFAULTS[script]
     for action in parser._actions:
         said = re.search(r"\(default: ([\w.-]+)\)", action.help or "")

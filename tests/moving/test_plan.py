@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expert_parallel import Placement, balancedness, place_experts
+from expert_parallel.failure.survival import protected
 from expert_parallel.moving import plan as planning
 from expert_parallel.moving.plan import Costs, Rebalancer, copies_of_the_hot, propose
 
@@ -143,6 +144,17 @@ def test_a_plan_is_a_placement_and_never_slower(seed):
     assert plan.gain_seconds == pytest.approx(saved)
     assert plan.pause_seconds == pytest.approx(len(plan.moves) * 1e-3)
     assert plan.gain_seconds >= plan.pause_seconds
+
+
+def test_where_each_expert_has_a_copy_each_keeps_one():
+    """Copies of what was hot become those of what is; but not where any one device can be lost, which is to last."""
+    before, after = np.random.default_rng(0).permuted(np.tile(1 / np.arange(1, 33) ** 1.5, (2, 3, 1)), axis=2)
+    current = protected(place_experts(before, 8, "balanced"), before)
+    plan = exactly(current, after, FREE, 1000)
+    assert len(plan.moves) and plan.balancedness_after > plan.balancedness_before + 0.02
+    assert (plan.placement.copies == 2).all()
+    some = exactly(place_experts(before, 8, "replicated", 8), after, FREE, 1000)
+    assert (some.placement.copies != place_experts(before, 8, "replicated", 8).copies).any()
 
 
 @pytest.mark.parametrize("redundant", [0, 8])

@@ -181,7 +181,10 @@ def test_two_real_runs(run_here, tmp_path, monkeypatch, capsys):
             ("compare", str(SHIPPED / "config.json"), "x", "--json", str(SHIPPED / "config.json")),
             "would be written over a",
         ),
-        (("nothing",), "unknown command 'nothing': choose run, study, analyze or compare"),
+        (
+            ("nothing",),
+            "unknown command 'nothing': choose run, study, analyze, compare, server",
+        ),
     ],
 )
 def test_refusals_are_one_line(arguments, message, monkeypatch, capsys):

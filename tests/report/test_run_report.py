@@ -63,7 +63,7 @@ def beside_chance(figures):
 def test_balance_counted_slot_by_slot(strategy, redundant):
     trace = a_trace()
     placement = place_experts(trace.loads(), D, strategy, redundant)
-    tables = run.balance(trace, [(0, placement)], NUMBERS)
+    tables = run.balance(trace, [(0, placement.held)], NUMBERS, placement)
     figures, text = sections(tables)["balance"], "\n".join(map(str, tables))
     loads = slots_by_device(trace, placement, range(T))
     np.testing.assert_allclose(figures["device_loads"], loads)
@@ -91,7 +91,7 @@ def test_balance_counted_slot_by_slot(strategy, redundant):
 def test_what_is_printed_of_balance_is_what_json_says():
     trace = a_trace()
     placement = place_experts(trace.loads(), D)
-    tables = run.balance(trace, [(0, placement)], NUMBERS)
+    tables = run.balance(trace, [(0, placement.held)], NUMBERS, placement)
     figures, text = sections(tables)["balance"], "\n".join(map(str, tables))
     columns = columns_of(text, "Balance over devices (measured)", L)
     assert list(columns) == ["layer", "balancedness", "max/mean-1", "std/mean", "min/max", "fan-out"]
@@ -121,8 +121,8 @@ def test_what_is_printed_of_balance_is_what_json_says():
 def test_each_token_counts_under_the_placement_that_answered_it():
     trace = a_trace()
     placements = [place_experts(trace.loads(), D, way) for way in ("contiguous", "round-robin", "balanced")]
-    changes = list(zip((0, 25, 40), placements, strict=True))
-    figures = sections(run.balance(trace, changes, NUMBERS))["balance"]
+    changes = list(zip((0, 25, 40), (each.held for each in placements), strict=True))
+    figures = sections(run.balance(trace, changes, NUMBERS, placements[0]))["balance"]
     parts = [range(25), range(25, 40), range(40, T)]
     loads = sum(np.array(slots_by_device(trace, p, part)) for p, part in zip(placements, parts, strict=True))
     np.testing.assert_allclose(figures["device_loads"], loads)
@@ -201,10 +201,8 @@ def test_a_run_without_decoding_has_no_such_phase():
     tables = run.routing(trace, NUMBERS)
     assert sections(tables)["routing"]["decode"] is None
     assert columns_of(str(tables[1]), "Routing by phase", 2)["phase"] == ("prefill", "if uniform")
-    assert (
-        "decode"
-        not in sections(run.balance(trace, [(0, place_experts(trace.loads(), D))], NUMBERS))["balance"]["phases"]
-    )
+    placement = place_experts(trace.loads(), D)
+    assert "decode" not in sections(run.balance(trace, [(0, placement.held)], NUMBERS, placement))["balance"]["phases"]
 
 
 def test_of_48_layers_the_16_worst_are_printed():
@@ -213,7 +211,7 @@ def test_of_48_layers_the_16_worst_are_printed():
     placement = place_experts(trace.loads(), D)
     for table, key, label in (
         (run.routing(trace, numbers)[0], "entropy_per_layer", "entropy (1 = even)"),
-        (run.balance(trace, [(0, placement)], numbers)[0], "balancedness_per_layer", "balancedness"),
+        (run.balance(trace, [(0, placement.held)], numbers, placement)[0], "balancedness_per_layer", "balancedness"),
     ):
         values = table.to_json()[key]
         columns = columns_of(str(table), table.title, 16)
@@ -231,9 +229,10 @@ def test_parity_says_when_the_answers_differ():
         "tokens": "the same (2 compared)", "largest logit difference": "0 (4 compared)",
     }  # fmt: skip
     other = run.parity(logits, [7, 8], logits + mx.array([[0, 0], [0, -0.25]]), [7, 9])
-    assert facts_of(str(other), "Parity")["tokens"] == "NOT the same (2 compared)"
+    assert facts_of(str(other), "Parity")["tokens"] == "NOT the same (the first 1 of 2 are)"
     assert facts_of(str(other), "Parity")["largest logit difference"] == "0.25 (4 compared)"
     figures = {"tokens_equal": False, "max_abs_logit_difference": 0.25, "tokens_compared": 2, "logits_compared": 4}
+    figures["tokens_equal_at_first"] = 1
     assert other.to_json() == {"source": "measured", **figures}
     broken = run.parity(logits, [7], logits * mx.array(float("nan")), [7])
     assert facts_of(str(broken), "Parity")["largest logit difference"] == "not a number"
@@ -451,7 +450,7 @@ def test_chance_is_that_of_the_first_layers_devices():
     held = np.zeros((2, 2, 16), dtype=bool)
     held[0, 0, :8] = held[0, 1, 8:] = held[1, 0, :15] = held[1, 1, 15:] = True
     trace = RoutingTrace(np.tile(np.arange(4), (50, 2, 1)), 16)
-    figures = sections(run.balance(trace, [(0, Placement(held))], [0, 1]))["balance"]
+    figures = sections(run.balance(trace, [(0, held)], [0, 1], Placement(held)))["balance"]
     assert figures["balancedness_if_uniform_simulated"] > 0.8  # of layer 1: 0.53
 
 
@@ -459,7 +458,7 @@ def test_uniform_fan_out_of_layers_that_are_spread_differently():
     """12 and 4 of 16 experts in one layer, 8 and 8 in the next: not what 10 and 6 would give, nor either alone."""
     held = np.zeros((2, 2, E), dtype=bool)
     held[0, 0, :12] = held[0, 1, 12:] = held[1, 0, :8] = held[1, 1, 8:] = True
-    tables = run.balance(a_trace(layers=2), [(0, Placement(held))], [0, 1])
+    tables = run.balance(a_trace(layers=2), [(0, held)], [0, 1], Placement(held))
     missed = [(math.comb(n, K) + math.comb(E - n, K)) / math.comb(E, K) for n in (12, 8)]  # all K on the other device
     assert sections(tables)["balance"]["fan_out_if_uniform_modelled"] == pytest.approx(2 - sum(missed) / 2)
 
@@ -468,7 +467,7 @@ def test_a_device_that_answered_nothing_is_there_with_nought():
     held = np.zeros((1, 3, 16), dtype=bool)
     held[0, 0, :4] = held[0, 1, 4:12] = held[0, 2, 12:] = True
     trace = RoutingTrace(np.tile(np.arange(4), (50, 1, 1)), 16)
-    figures = sections(run.balance(trace, [(0, Placement(held))], [0]))["balance"]
+    figures = sections(run.balance(trace, [(0, held)], [0], Placement(held)))["balance"]
     assert figures["device_loads"] == [[200, 0, 0]]
     assert figures["balancedness_aggregate"] == pytest.approx(1 / 3)
     assert (figures["imbalance_ratio_per_layer"], figures["min_max_ratio_per_layer"]) == ([2], [0])

@@ -12,8 +12,9 @@ def document(**changes):
     """Of a run with eight simulated devices, uneven and slower than stock."""
     whole = {
         "parity": {"tokens_equal": True, "tokens_compared": 64, "logits_compared": 331_776,
-                   "max_abs_logit_difference": 0.0},
+                   "max_abs_logit_difference": 0.0, "tokens_equal_at_first": 64},
         "not_a_number": None,
+        "failures": None,
         "cache": None,
         "memory": {"per_device_bytes": [3_000_000, 3_930_000], "full_model_bytes": 17_690_000, "reduction": 4.5},
         "balance": {"balancedness_layers": 0.6, "balancedness_if_uniform_simulated": 0.88},
@@ -42,7 +43,8 @@ def test_the_whole_verdict():
         "real ranks": "each would send 7.17 kB a token (modelled); model_analysis.py says what your hardware makes of"
         " it",
     }
-    assert len(verdict(document()).figures) <= 6
+    lost = {"on_failure": "drop", "answer_stays": False, "losses": [a_loss(0, 3)]}
+    assert len(said(failures=lost)) <= 6
 
 
 @pytest.mark.parametrize(
@@ -50,8 +52,8 @@ def test_the_whole_verdict():
     [
         ({"parity": {"max_abs_logit_difference": 0.000123}}, "the same as .* logits within 0.0001"),
         (
-            {"parity": {"tokens_equal": False, "max_abs_logit_difference": 9.5}},
-            "NOT the same tokens as .* within 1e\\+01",
+            {"parity": {"tokens_equal": False, "max_abs_logit_difference": 9.5, "tokens_equal_at_first": 7}},
+            "NOT the same tokens as stock mlx-lm's after the first 7 of 64; 331,776 logits within 1e\\+01",
         ),
         ({"parity": {"tokens_equal": None}}, "no tokens as"),
         ({"parity": None}, "not compared with stock mlx-lm .--verify"),
@@ -60,6 +62,33 @@ def test_the_whole_verdict():
 )
 def test_the_answer(changes, answer):
     assert re.match(answer, said(**changes)["answer"])
+
+
+def a_loss(after, *devices, gone=64, pause=None):
+    return {"devices": devices, "after_tokens": after, "experts_gone": gone, "pause_seconds_measured": pause}
+
+
+@pytest.mark.parametrize(
+    ("how", "losses", "line"),
+    [
+        (
+            "recover",
+            [a_loss(0, 3, pause=0.25), a_loss(16, 1, 2, pause=0.5, gone=80)],
+            "device 3 after 0 tokens, devices 1 2 after 16 tokens: 80 experts had no other copy and were read again in"
+            " 0.75 s, the answer stays",
+        ),
+        ("failover", [a_loss(16, 3, gone=0)], "device 3 after 16 tokens: copies took over, the answer stays"),
+        (
+            "reroute",
+            [a_loss(1, 3)],
+            "device 3 after 1 tokens: 64 experts had no other copy (reroute), which changes the answer",
+        ),
+        ("drop", [], None),
+    ],
+)
+def test_what_was_lost(how, losses, line):
+    failures = {"on_failure": how, "answer_stays": how in ("recover", "failover"), "losses": losses}
+    assert said(failures=failures).get("lost") == line
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_one_layer_tampered_with_gives_other_tokens_and_logits(tmp_path):
     assert parity["tokens_equal"] is False
     assert parity["max_abs_logit_difference"] > 0.1
     assert parity_of(text) == {
-        "tokens": f"NOT the same ({parity['tokens_compared']} compared)",
+        "tokens": f"NOT the same (the first {parity['tokens_equal_at_first']} of {parity['tokens_compared']} are)",
         "largest logit difference": f"{parity['max_abs_logit_difference']:.3g} ({parity['logits_compared']} compared)",
     }
 

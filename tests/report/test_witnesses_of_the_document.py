@@ -78,6 +78,7 @@ def test_parity(run, stock):
         "tokens_equal": True,
         "max_abs_logit_difference": lambda difference: 0 <= difference <= most,
         "tokens_compared": tokens,
+        "tokens_equal_at_first": tokens,
         "logits_compared": (run.prefill.count(True) + tokens) * VOCABULARY,
     }
     assert not witness.differences(run.document["parity"], expected)
@@ -290,7 +291,7 @@ def test_placement_model_options_and_environment(run):
         "memory",
         "cache",
     }
-    sections |= {"communication", "ranks", "generation", "time", "not_a_number", "journal"}
+    sections |= {"communication", "ranks", "generation", "time", "not_a_number", "journal", "failures"}
     assert set(document) == sections
     assert document["not_a_number"] is None and document["cache"] is None
     assert (document["ranks"] is None) == (run.ranks == 1)

@@ -486,12 +486,14 @@ def test_closed_output_and_devices(tmp_path):
 
 
 def test_every_word_of_the_report_is_in_help(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["x", *TINY, "--scenarios", "hot", "--experts", "64"])
+    line = [*TINY, "--scenarios", "hot", "--experts", "64", "--fail-device", "2"]
+    monkeypatch.setattr(sys, "argv", ["x", *line])
     expert_parallel_poc.main()
     report = capsys.readouterr().out
     for word in ("load per device", "off mlx-lm, off dense", "one pass", "machines", "straggler", "bottleneck",
                  "balancedness", "seen after", "affinity's bound", "fit", "test", "fan-out", "modelled", "measured",
                  "round-robin", "balanced", "replicated", "affinity", "cap and drop", "re-route",
-                 "load-aware router", "rebalancing"):  # fmt: skip
+                 "load-aware router", "rebalancing", "gone", "lost", "before", "since", "mended", "each",
+                 "survives one"):  # fmt: skip
         assert word in report and word in expert_parallel_poc.WORDS
     assert max(map(len, expert_parallel_poc.WORDS.splitlines())) <= 80

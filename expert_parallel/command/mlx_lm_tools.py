@@ -1,0 +1,213 @@
+"""mlx-lm's own server, chat, generate and benchmark, with the experts spread over devices or ranks.
+
+    python -m expert_parallel server --model DIR --devices 8 --port 8080
+    mpirun -np 2 python -m expert_parallel chat --model DIR
+
+Their flags, their output and their behaviour are mlx-lm's; replaced is what they load a model by. On ranks every one
+has a share of the experts, and rank 0's sampled tokens are everybody's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from contextlib import ExitStack
+from functools import cache
+from importlib import import_module
+
+from . import limits, options, output
+from .entry import as_rank
+
+# What each tool is hooked into by: names of its module.
+TOOLS = {
+    "server": ("load", "sharded_load", "make_sampler", "APIHandler", "main"),
+    "chat": ("load", "sharded_load", "make_sampler", "ChatUI", "main"),
+    "generate": ("load", "make_sampler", "main"),
+    "benchmark": ("load", "sharded_load", "main"),
+}
+OURS = ("--devices", "--placement", "--placement-trace", "--redundant-experts", "--expert-memory", "--cache-policy",
+        "--prefetch", "--cold-bits", "--cold-share", "--combine", "--attention", "--dtype", "--streams", "--timeout",
+        "--rebalance-every", "--rebalance-threshold", "--rebalance-horizon")  # fmt: skip
+OWN = ("placement", "placement_trace", "report_every")  # ranks may have them in places of their own
+# Where a model has no chat template: what was said, a line each.
+PLAIN = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+
+
+def main(tool: str, line: list[str]) -> None:
+    """Run mlx-lm's tool with what stands behind its name on the command line."""
+    parser = options.parser_of("of this project, before mlx-lm's own:", OURS)
+    parser.add_argument("--report-every", type=int, default=1024, metavar="TOKENS",
+                        help="server: a line on balance after so many tokens, 0 for none (default: 1024)")  # fmt: skip
+    mine, theirs = parser.parse_known_args(line)
+    if {"-h", "--help"} & {*theirs}:
+        print(parser.format_help())
+    whole = argparse.Namespace(**{**vars(options.parser_of("").parse_args([])), **vars(mine)})
+    as_rank(lambda watchdog, tell: run(tool, whole, theirs, watchdog), show=False)
+
+
+def run(tool: str, args, theirs: list[str], watchdog) -> None:
+    limits.check_numbers(args)
+    limits.check_limits(args, {"report_every": (0, options.MOST)})
+    if "--pipeline" in theirs:
+        raise ValueError(
+            f"--pipeline splits layers over ranks, this splits experts: leave it out, or use mlx_lm {tool}"
+        )
+    from ..ranks.group import all_or_none, gather_objects, start_group
+    from ..trace import replaced
+
+    module, theirs = import_module(f"mlx_lm.{tool}"), list(theirs)
+    if missing := [name for name in TOOLS[tool] if not hasattr(module, name)]:
+        raise ValueError(f"mlx_lm.{tool} has no {missing[0]} any more: this needs another version of mlx-lm")
+    group = start_group(args.timeout, watchdog)
+    watchdog.limit(args.timeout, f"not all ranks had loaded within {args.timeout:g} s (--timeout)")
+    with all_or_none(group) as same:
+        same |= {"tool": tool, "its options": theirs}
+        same |= {limits.option(name): value for name, value in vars(args).items() if name not in OWN}
+    first, names = group.rank() == 0, {flag.partition("=")[0] for flag in theirs}
+    if "--model" not in names and not {"-h", "--help"} & names:
+        from ..checkpoint.finding import default_model
+
+        path, note = default_model()
+        theirs += ["--model", str(path)]
+        if first and note:
+            print(note, file=sys.stderr)
+    with ExitStack() as stack:
+        loader = Loader(tool, args, theirs, group, watchdog, stack)
+        replacing = {name: loader for name in ("load", "sharded_load") if name in TOOLS[tool]}
+        if group.size() > 1 and hasattr(module, "make_sampler"):
+            replacing["make_sampler"] = following(module.make_sampler, group)
+        if tool == "chat" and group.size() > 1:
+            replacing["ChatUI"] = shared_prompts(module.ChatUI, group)
+        if tool == "server":
+            stack.enter_context(replaced(module.APIHandler, {"do_GET": with_metrics(module.APIHandler, loader)}))
+        stack.enter_context(replaced(module, replacing))
+        stack.enter_context(replaced(sys, {"argv": [f"expert-parallel {tool}", *theirs]}))
+        if tool == "generate" and group.size() > 1:
+            if any(flag == "-" for flag in theirs):  # a launcher passes its standard input to rank 0 alone
+                sys.stdin = io.StringIO(gather_objects(group, sys.stdin.read() if first else None)[0])
+            if not first:
+                stack.enter_context(replaced(sys, {"stdout": open(os.devnull, "w")}))  # noqa: PTH123, SIM115, all say the same
+        module.main()
+        if tool == "server" and group.size() == 1:
+            # Its thread still takes MLX's state down, and would meet a Python that is gone: an abort.
+            sys.stdout.flush()
+            os._exit(0)
+
+
+class Loader:
+    """Stands for mlx-lm's `load` and `sharded_load` in one of its tools."""
+
+    def __init__(self, tool, args, theirs, group, watchdog, stack):
+        self.tool, self.args, self.group, self.watchdog, self.stack = tool, args, group, watchdog, stack
+        drafts = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        drafts.add_argument("--draft-model")
+        self.draft, self.monitor, self._watching = drafts.parse_known_args(theirs)[0].draft_model, None, ExitStack()
+        stack.push(self._watching)
+
+    def __call__(
+        self, path_or_hf_repo, pipeline_group=None, tensor_group=None, return_config=False, *, tokenizer_config=None,
+        model_config=None, adapter_path=None, trust_remote_code=False, **more,
+    ):  # fmt: skip
+        """(model, tokenizer) or, with `return_config`, (model, tokenizer, config)."""
+        from mlx_lm.utils import load
+
+        from ..checkpoint import finding, loading
+        from ..checkpoint.opened import Checkpoint
+        from ..models.configurations import hub_id
+        from ..ranks.group import all_or_none, checkpoint_mark
+
+        if more or any((model_config or {}).values()):
+            raise ValueError(f"not possible with spread experts: {', '.join({**(model_config or {}), **more})}")
+        if self.draft is not None and str(path_or_hf_repo) == self.draft:  # a small model, whole as it is
+            return load(path_or_hf_repo, return_config=return_config, tokenizer_config=tokenizer_config)
+        self._watching.close()
+        with all_or_none(self.group) as same:
+            folder = finding.resolve_model(hub_id(str(path_or_hf_repo)))
+            checkpoint = Checkpoint(folder, adapter_path, trust_remote_code)
+            numbers = [layer.number for layer in checkpoint.layers]
+            placement = options.make_placement(self.args, checkpoint.shape, numbers, self.group.size())
+            on_disk = options.cache_options(self.args, checkpoint.shape[1])
+            same |= {"placement": placement.held.tobytes(), "config": checkpoint.config}
+            if self.group.size() > 1:
+                same["weights"] = checkpoint_mark(checkpoint.folder)
+        first, dtype = self.group.rank() == 0, loading.activation_dtype(self.args.dtype)
+        with all_or_none(self.group), output.progress_bar("reading", first) as progress:
+            model, tokenizer = loading.load_sharded(
+                checkpoint, placement=placement, group=self.group, dtype=self.args.dtype, combine=self.args.combine,
+                attention=self.args.attention, streams=self.args.streams, progress=progress,
+                tokenizer_config=tokenizer_config, **on_disk,
+            )  # fmt: skip
+        if self.tool == "chat" and not tokenizer.has_chat_template:
+            if first:
+                print("this model has no chat template: it reads what you write as it is", file=sys.stderr)
+            tokenizer.chat_template = PLAIN
+        self._watch(model, placement, checkpoint, dtype)
+        self.watchdog.limit(None)  # from here on one waits for people; who is lost is noticed all the same
+        return (model, tokenizer, checkpoint.config) if return_config else (model, tokenizer)
+
+    def _watch(self, model, placement, checkpoint, dtype) -> None:
+        if self.tool != "server" and not self.args.rebalance_every:
+            return
+        import logging
+
+        from ..moving.live import start_rebalancing
+        from ..moving.monitor import Monitor
+
+        live = None
+        if self.args.rebalance_every:
+            live = start_rebalancing(self.args, model, placement, checkpoint, dtype, self.group)
+        every, tell = self.args.report_every or float("inf"), logging.info if self.group.rank() == 0 else print_nothing
+        self.monitor = Monitor(model, placement, self.group, live, every, tell)
+        self._watching.enter_context(self.monitor)
+
+
+def print_nothing(line: str) -> None:
+    pass
+
+
+def following(make_sampler, group):
+    """mlx-lm's `make_sampler` whose samplers give rank 0's tokens on every rank: no rounding can part the ranks."""
+    from ..ranks.group import follow_rank_0
+
+    @cache  # greedy samplers are one and the same, by which mlx-lm knows that a batch can be sampled at once
+    def followed(sampler):
+        return lambda logprobs: follow_rank_0(group, sampler(logprobs))
+
+    return lambda *args, **kwargs: followed(make_sampler(*args, **kwargs))
+
+
+def shared_prompts(chat_ui, group):
+    """mlx-lm's ChatUI whose prompts rank 0 reads for all: a launcher passes its standard input to it alone."""
+    from ..ranks.group import gather_objects
+
+    class Shared(chat_ui):
+        def prompt(self):
+            line = None
+            if group.rank() == 0:
+                try:
+                    line = super().prompt()
+                except EOFError:
+                    line = "q"
+            return gather_objects(group, line)[0]
+
+    return Shared
+
+
+def with_metrics(handler, loader: Loader):
+    """A do_GET of mlx-lm's APIHandler that also answers /metrics, in Prometheus' text format."""
+    original = handler.do_GET
+
+    def do_GET(self):
+        if self.path.partition("?")[0] != "/metrics":
+            original(self)
+            return
+        text = loader.monitor.metrics().encode() if loader.monitor else b""
+        self.send_response(200)
+        self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    return do_GET
