@@ -113,10 +113,10 @@ def run(args, watchdog, tell=lambda what=None: None):
         prompt = prompts.read_prompt(args, tokenizer, finding.context_of(config), typed, kept.prompt)
         numbers = [layer.number for layer in checkpoint.layers]
         tell(f"placing experts, {args.placement}")
-        placement = options.make_placement(args, checkpoint.shape, numbers, ranks)
+        on_disk = options.cache_options(args, checkpoint.shape[1])
+        placement = options.make_placement(args, checkpoint.shape, numbers, ranks, on_disk["cache_trace"])
         if args.fail_device:
             check_losses(args, placement.held, prompt.max_tokens, ranks)
-        on_disk = options.cache_options(args, checkpoint.shape[1])
         shipped = finding.is_shipped(checkpoint.folder)
         verify = shipped if args.verify is None else args.verify
         trials = 3 * shipped if args.trials is None else args.trials
@@ -226,7 +226,8 @@ def run(args, watchdog, tell=lambda what=None: None):
     tables += cost.speed(text, tokens, len(prompt.ids), ours, theirs, seconds)
     try:
         about = {"name": name, "config": config, "environment": versions}
-        document = saving.document_of([where, *tables], about, args)
+        asked = options.in_effect(args, devices=placement.num_devices, verify=verify, trials=trials)
+        document = saving.document_of([where, *tables], about, asked)
         tables.insert(0, verdict(document))
         saving.write_files(args, [*tables, where], document, trace, placement, numbers, tell)
         if args.json:

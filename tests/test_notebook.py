@@ -15,6 +15,8 @@ def test_every_cell_runs(monkeypatch):
         exec(compile("".join(cell["source"]), "the notebook", "exec"), names)
     assert names["even"]["balanced"][0] > names["even"]["contiguous"][0]
     assert len(names["answered"]) > names["answered"].prefill.sum() == len(names["prompt"])
+    lost = {name: float(difference) for name, (difference, _) in names["lost"].items()}
+    assert [name for name, difference in lost.items() if not difference] == ["recover", "failover, one copy of each"]
 
 
 def test_what_it_shows_is_kept():
@@ -22,5 +24,5 @@ def test_what_it_shows_is_kept():
         output["data"] for cell in CODE for output in cell["outputs"] if output["output_type"] == "execute_result"
     ]
     assert sum("image/png" in data for data in results) == 4
-    assert sum("<table>" in "".join(data.get("text/html", "")) for data in results) == 4
+    assert sum("<table>" in "".join(data.get("text/html", "")) for data in results) == 6
     assert not [output for cell in CODE for output in cell["outputs"] if output.get("name") == "stderr"]

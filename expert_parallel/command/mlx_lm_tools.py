@@ -127,8 +127,9 @@ class Loader:
             folder = finding.resolve_model(hub_id(str(path_or_hf_repo)))
             checkpoint = Checkpoint(folder, adapter_path, trust_remote_code)
             numbers = [layer.number for layer in checkpoint.layers]
-            placement = options.make_placement(self.args, checkpoint.shape, numbers, self.group.size())
             on_disk = options.cache_options(self.args, checkpoint.shape[1])
+            trace, ranks = on_disk["cache_trace"], self.group.size()
+            placement = options.make_placement(self.args, checkpoint.shape, numbers, ranks, trace)
             same |= {"placement": placement.held.tobytes(), "config": checkpoint.config}
             if self.group.size() > 1:
                 same["weights"] = checkpoint_mark(checkpoint.folder)

@@ -29,7 +29,7 @@ from .parts import CacheEntry, Part, attention_of, cache_entries, parts_of, try_
 class Layer:
     """One decoder layer.
 
-    attention  its kind, e.g. "full, 32 heads, 4 of keys and values"
+    attention  its kind, e.g. "full, 32 heads (4 kv)"
     width      query heads times head size, 0 where the layer does not attend
     parts      {"attention", "router", "experts", "shared experts", "dense", "other": Part}
     """

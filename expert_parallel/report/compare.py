@@ -67,7 +67,7 @@ def compare(a: dict, b: dict, names=("a", "b"), outputs=()) -> list[Table]:
 
     def table(title, key, paths, *more):
         columns = (
-            (lambda row: FIRST.get(row["name"], row["name"]), "figure"),
+            (lambda row: FIRST.get(row["name"]) or row["name"].replace(".", " "), "figure"),  # breaks between words
             ("a", names[0], _shown),
             ("b", names[1], _shown),
             *more,
@@ -121,5 +121,10 @@ def _key_of(rows: list) -> str | None:
 
 
 def _shown(value) -> str:
-    text = f"{value:,}" if type(value) is int else f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        text = " ".join(value)
+    elif isinstance(value, bool):
+        text = "yes" if value else "no"
+    else:
+        text = f"{value:,}" if type(value) is int else f"{value:.4g}" if isinstance(value, float) else str(value)
     return cut(text, MOST_TEXT)

@@ -64,7 +64,7 @@ class Setting:
 
 def speed(tokens_per_second: float) -> str:
     """1754, 65.8 or 0.0123: as many digits as say something."""
-    digits = 0 if tokens_per_second >= 1000 else 1 if tokens_per_second >= 10 else 3
+    digits = next((n for n, least in enumerate((1000, 10, 1)) if tokens_per_second >= least), 3)
     return f"{tokens_per_second:.{digits}f}"
 
 

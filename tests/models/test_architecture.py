@@ -133,11 +133,11 @@ def test_width_is_that_of_all_query_heads_side_by_side():
 @pytest.mark.parametrize(
     ("name", "layer", "words"),
     [
-        (CODER, 0, "full, 32 heads, 4 of keys and values"),
+        (CODER, 0, "full, 32 heads (4 kv)"),
         ("deepseek-v3", 0, "full on latents, 128 heads"),
-        ("gpt-oss-20b", 0, "window of 128, 64 heads, 8 of keys and values"),
+        ("gpt-oss-20b", 0, "window of 128, 64 heads (8 kv)"),
         ("qwen3-next-80b", 0, "linear or state space"),
-        ("qwen3-next-80b", 3, "full, 16 heads, 2 of keys and values"),
+        ("qwen3-next-80b", 3, "full, 16 heads (2 kv)"),
     ],
 )
 def test_attention_in_words(name, layer, words):
