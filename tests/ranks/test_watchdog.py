@@ -202,6 +202,16 @@ def test_a_rank_that_speaks_itself_is_not_spoken_for(beside):
     assert (status, said) == (-signal.SIGQUIT, "")
 
 
+def test_a_rank_that_speaks_itself_has_the_time_to(beside):
+    """It heard of a lost rank as its watch did, was told to speak, and ended by that watch before it had."""
+    one = beside(rank=["bash", "-c", "sleep 0.5; exit 7"])
+    other = peer(one.port)
+    one.tell("hush")
+    assert one.process.stdout.readline() == b"ok\n"
+    other.close()
+    assert one.rank.wait(timeout=10) == 7
+
+
 def test_nobody_has_to_read_the_line(beside):
     one = beside()
     one.process.stderr.close()
