@@ -202,12 +202,14 @@ def test_a_rank_that_speaks_itself_is_not_spoken_for(beside):
     assert (status, said) == (-signal.SIGQUIT, "")
 
 
-def test_a_rank_that_speaks_itself_has_the_time_to(beside):
+def test_a_rank_that_speaks_itself_has_the_time_to(beside, tmp_path):
     """It heard of a lost rank as its watch did, was told to speak, and ended by that watch before it had."""
-    one = beside(rank=["bash", "-c", "sleep 0.5; exit 7"])
+    code = "import os, sys, time\nwhile not os.path.exists(sys.argv[1]): time.sleep(0.02)\ntime.sleep(0.5); sys.exit(7)"
+    one = beside(rank=[sys.executable, "-I", "-S", "-c", code, tmp_path / "lost"])  # no shell: bash ignores SIGQUIT
     other = peer(one.port)
     one.tell("hush")
     assert one.process.stdout.readline() == b"ok\n"
+    (tmp_path / "lost").touch()
     other.close()
     assert one.rank.wait(timeout=10) == 7
 
