@@ -42,18 +42,20 @@ def generate(model, tokenizer, prompt, args, group, heard, out=False, chosen=lam
     from mlx_lm.sample_utils import make_sampler
 
     from expert_parallel.experts import is_rank
-    from expert_parallel.ranks.group import follow_rank_0
+    from expert_parallel.ranks.group import Agreed
 
     mx.random.seed(args.seed)
     sample = make_sampler(temp=args.temp, top_p=args.top_p, min_p=args.min_p, top_k=args.top_k)
-    agreed = (lambda token: follow_rank_0(group, token)) if is_rank(group) else lambda token: token
+    agreed = Agreed(group) if is_rank(group) else None
     cache, tokens, text, last = make_prompt_cache(model), [], "", None
     # mlx-lm's own stream would run on while the next collective starts elsewhere: one stream keeps them in order.
-    sampler = lambda logprobs: chosen(agreed(sample(logprobs)))  # noqa: E731
+    sampler = lambda logprobs: chosen(agreed(sample(logprobs)) if agreed else sample(logprobs))  # noqa: E731
     how = {"sampler": sampler, "prompt_cache": cache, "stream": mx.default_stream(mx.default_device())}
     how |= {"kv_bits": args.kv_bits, "quantized_kv_start": 0} if args.kv_bits else {}
     for last in stream_generate(model, tokenizer, prompt.ids, prompt.max_tokens, **how):
         heard()
+        if agreed:
+            agreed.check()
         if out:
             print(last.text, end="", flush=True)
         text += last.text

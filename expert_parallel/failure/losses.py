@@ -16,7 +16,7 @@ import numpy as np
 from ..layers import moe_layers, num_experts
 from ..router.choice import by_logits, choosing_block, choosing_by
 from ..trace import replaced
-from ..trials import FAR_FROM_A_SUM, trial_of_sums
+from ..trials import answer_to, far_from_a_sum
 from .planned import DEFAULT, ON_FAILURE, parse_losses
 from .survival import gone, repair, without
 
@@ -139,8 +139,8 @@ class _Living:
 
 def check_sum(block, name: str) -> None:
     """ValueError unless a block does no more than weigh its experts' answers and sum them, found by a trial."""
-    found = trial_of_sums(block, block, name)
-    if found is None or not found[1] < FAR_FROM_A_SUM:
+    nothing = answer_to(block, block, name)
+    if nothing is None or far_from_a_sum(block, block, name, nothing):
         raise ValueError(f"{type(block).__name__} does more than weigh and sum: its weights cannot make up for a loss")
 
 

@@ -2,7 +2,7 @@
 
 What notices what, and when: a rank that dies ends the others within a second (ranks/watch.py), which is seen here
 within POLL; one that is stopped, or waits without end, is ended by its own watch process after `silent` seconds. Should
-that fail too, everything is ended here after `2 * silent + 10` seconds without a sign: no output, no new token.
+that fail too, everything is ended here after `2 * silent + MARGIN` seconds without a sign: no output, no new token.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,9 +26,11 @@ from .journal import Past, read_past
 
 POLL = 0.05  # seconds between two looks at the processes
 GRACE = 1.0  # seconds for the others to say their last lines when one has ended with an error
+MARGIN = 10.0  # seconds more than twice `silent` without a sign
 ALONE = 600.0  # seconds at least without a sign when the answer is there: rank 0 may compare and draw
 ANSWERS = 10.0  # seconds for a host to answer
 PORT = 32323  # of the ring over hosts; each start takes others
+STANDBY = Path(__file__).with_name("standby.py")
 WRONG_INPUT, LOST, STOPPED = 2, 3, 130  # exit statuses
 
 
@@ -40,6 +43,7 @@ class Plan:
     restarts  at most
     silent    seconds until a rank that waits or stands still is ended
     fewer     each restart is on one rank fewer
+    standby   the ranks of the next start wait beside those at work, with all imported; not with hosts
     """
 
     options: list[str]
@@ -50,21 +54,43 @@ class Plan:
     restarts: int = 10
     silent: float = 30.0
     fewer: bool = False
+    standby: bool = False
 
-    def command(self) -> list[str]:
-        """Of a rank. What is in the journal goes on; where nothing is, it begins."""
+    def command(self, folder: Path | None = None) -> list[str]:
+        """Of a rank. What is in the journal goes on; where nothing is, it begins.
+
+        folder  where it waits for a file "go"; None: it starts at once
+        """
         begun = self.journal.is_file() and self.journal.stat().st_size
-        line = [sys.executable, str(ROOT / "qwen3_expert_parallel.py"), *self.options]
-        line += ["--timeout", f"{self.silent:g}", "--resume" if begun else "--journal", str(self.journal)]
-        return line if self.ranks > 1 or "--devices" in self.options else [*line, "--devices", "1"]
+        line = [sys.executable, str(ROOT / "qwen3_expert_parallel.py")]
+        line = [sys.executable, str(STANDBY), str(folder), str(os.getpid())] if folder else line
+        line += [
+            *self.options,
+            "--timeout",
+            f"{self.silent:g}",
+            "--resume" if begun else "--journal",
+            str(self.journal),
+        ]
+        alone = self.ranks == 1 and not {"--devices", "--redundant-experts"} & {*self.options}  # copies want several
+        return [*line, "--devices", "1"] if alone else line
 
-    def commands(self, attempt: int, folder: Path) -> list[tuple[list[str], dict]]:
+    def commands(self, attempt: int, folder: Path, waiting: bool = False) -> list[tuple[list[str], dict]]:
         """(command, environment) of each process to start here."""
-        if self.ranks == 1:
-            return [(self.command(), {**os.environ, "PYTHONPATH": str(ROOT)})]
-        if not self.hosts:
-            return rank_commands(self.backend, self.ranks, self.command(), folder)
-        return over_hosts(self.hosts, self.command(), folder, PORT + 64 * (attempt % 256))
+        command = self.command(folder if waiting else None)
+        if self.ranks == 1:  # MPI in a process by itself starts a daemon, in a session of its own
+            return [(command, {**os.environ, "PYTHONPATH": str(ROOT), "MLX_MPI_LIBNAME": "none"})]
+        if not self.hosts:  # a rank that starts beside others must not be bound to a core of theirs
+            free = {"OMPI_MCA_hwloc_base_binding_policy": "none"}
+            return [(line, env | free) for line, env in rank_commands(self.backend, self.ranks, command, folder)]
+        return over_hosts(self.hosts, command, folder, PORT + 64 * (attempt % 256))
+
+    def next(self) -> Plan:
+        """Where to go on: a host that does not answer is left out, and with `fewer` one rank more."""
+        hosts = answering(self.hosts) if self.hosts else ()
+        ranks = len(hosts) or self.ranks
+        if self.fewer and ranks == self.ranks:
+            ranks = max(1, ranks - 1)
+        return replace(self, hosts=hosts[:ranks], ranks=ranks)
 
 
 def over_hosts(hosts, command: list[str], folder: Path, port: int) -> list[tuple[list[str], dict]]:
@@ -103,33 +129,30 @@ def supervise(plan: Plan, say: Callable[[str], None], out) -> int:
 
     say  takes lines on what happens;  out  a binary file, for the whole report, once
     """
-    for attempt in range(plan.restarts + 1):
-        with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "out", "w+b") as report:  # noqa: PTH123
-            status, what = Attempt(plan, attempt, Path(folder), report).run()
+    spare = None
+    try:
+        for restart in range(plan.restarts + 1):
+            start, spare = spare or Start(plan, restart), None
+            try:
+                status, what = start.run()
+                if status == 0:
+                    start.report(out)
+            finally:
+                spare = start.close()
             if status in (0, WRONG_INPUT, STOPPED):
-                report.seek(0)
-                for data in iter(lambda file=report: file.read(1 << 16), b"") if status == 0 else ():
-                    out.write(data)
-                out.flush()
-                if status == 0 and attempt:
-                    say(f"complete after {attempt} restart{'s' * (attempt > 1)}")
+                if status == 0 and restart:
+                    say(f"complete after {restart} restart{'s' * (restart > 1)}")
                 return status
-        what += f" after {len(past_of(plan.journal).tokens)} tokens"
-        if attempt < plan.restarts:
-            plan = _next(plan)
-            where = f"{plan.ranks} ranks" if plan.ranks > 1 else "one process"
-            say(f"{what}: restart {attempt + 1} of at most {plan.restarts}, on {where}")
-    say(f"{what}: given up after {plan.restarts} restarts; the same command goes on from {plan.journal}")
-    return status
-
-
-def _next(plan: Plan) -> Plan:
-    """Where to go on: a host that does not answer is left out, and with `fewer` one rank more."""
-    hosts = answering(plan.hosts) if plan.hosts else ()
-    ranks = len(hosts) if hosts else plan.ranks
-    if plan.fewer and ranks == plan.ranks:
-        ranks = max(1, ranks - 1)
-    return replace(plan, hosts=hosts[:ranks], ranks=ranks)
+            what += f" after {len(past_of(plan.journal).tokens)} tokens"
+            if restart < plan.restarts:
+                plan = spare.plan if spare else plan.next()
+                where = f"{plan.ranks} ranks" if plan.ranks > 1 else "one process"
+                say(f"{what}: restart {restart + 1} of at most {plan.restarts}, on {where}")
+        say(f"{what}: given up after {plan.restarts} restarts; the same command goes on from {plan.journal}")
+        return status
+    finally:
+        if spare:
+            spare.close()
 
 
 def past_of(journal: Path) -> Past:
@@ -139,56 +162,88 @@ def past_of(journal: Path) -> Past:
     return Past()
 
 
-class Attempt:
-    """One start of all ranks, to its end; no process of it is left then."""
+class Start:
+    """One start of all ranks, until `close`, after which no process of it is left.
 
-    def __init__(self, plan: Plan, number: int, folder: Path, report):
-        self.plan, self.number, self.folder, self.report = plan, number, folder, report
+    number   of the start
+    waiting  until `run`, which they then do at once
+    """
+
+    def __init__(self, plan: Plan, number: int, waiting: bool = False):
+        self.plan, self.number, self.spare = plan, number, None
         self.processes: list[subprocess.Popen] = []
+        self._folder = tempfile.TemporaryDirectory()
+        self._out = open(Path(self._folder.name) / "out", "w+b")  # noqa: PTH123, SIM115, closed by close()
+        self._heard, told = os.pipe()
+        os.set_blocking(self._heard, False)
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": self._out, "stderr": told}
+        try:
+            for command, environment in plan.commands(number, Path(self._folder.name), waiting):
+                # A session of its own each: all of it can be ended, and Control-C comes here alone.
+                self.processes.append(subprocess.Popen(command, env=environment, start_new_session=True, **pipes))
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            os.close(told)
 
     def run(self) -> tuple[int, str]:
         """(exit status, what ended it). What ranks say on standard error is passed on as it comes."""
-        heard, told = os.pipe()
-        os.set_blocking(heard, False)
-        try:
-            for command, environment in self.plan.commands(self.number, self.folder):
-                pipes = {"stdin": subprocess.DEVNULL, "stdout": self.report, "stderr": told}
-                # A session of its own each: all of it can be ended, and Control-C comes here alone.
-                self.processes.append(subprocess.Popen(command, env=environment, start_new_session=True, **pipes))
-            return self._watch(heard)
-        finally:
-            end_sessions([process.pid for process in self.processes])
-            for process in self.processes:
-                process.wait()
-            _pass_on(heard)
-            os.close(heard)
-            os.close(told)
-
-    def _watch(self, heard: int) -> tuple[int, str]:
-        sign, last, failed, limit = time.monotonic(), None, None, 2 * self.plan.silent + 10
+        Path(self._folder.name, "go").touch()
+        sign, last, failed, limit = time.monotonic(), None, None, 2 * self.plan.silent + MARGIN
         while True:
             statuses = [process.poll() for process in self.processes]
             bad = [status for status in statuses if status]
             if None not in statuses or bad and failed and time.monotonic() - failed > GRACE:
                 return _verdict(statuses)
             failed = failed or (time.monotonic() if bad else None)
-            seen = (_pass_on(heard), os.fstat(self.report.fileno()).st_size, _size(self.plan.journal))
+            seen = (_pass_on(self._heard), os.fstat(self._out.fileno()).st_size, _size(self.plan.journal))
             if seen != last:
                 sign, last = time.monotonic(), (0, *seen[1:])
+                self._have_a_spare()
             elif time.monotonic() - sign > limit:
-                if past_of(self.plan.journal).end is None or limit >= ALONE:
-                    return LOST, f"no sign of life for {limit:g} s"
-                limit = max(ALONE, 10 * self.plan.silent)
+                if past_of(self.plan.journal).end is None or limit >= ALONE or self._stopped():
+                    return LOST, f"no sign of life for {time.monotonic() - sign:.0f} s"
+                limit += max(2, self.plan.silent)
             time.sleep(POLL)
+
+    def _stopped(self) -> bool:
+        """Whether a process of the ranks was stopped by a signal, as when a laptop's lid or a debugger does it."""
+        return any(state.startswith("T") for _, state in _members([process.pid for process in self.processes]))
+
+    def _have_a_spare(self) -> None:
+        """From the first token on, so that nothing disturbs the start: what is imported then is not for this run."""
+        if self.plan.standby and not self.plan.hosts and not self.spare and past_of(self.plan.journal).tokens:
+            self.spare = Start(self.plan.next(), self.number + 1, waiting=True)
+
+    def report(self, out) -> None:
+        """Standard output of all, into a binary file."""
+        self._out.seek(0)
+        shutil.copyfileobj(self._out, out)
+        out.flush()
+
+    def close(self) -> Start | None:
+        """End what is left; the spare, where there is one that can go on."""
+        end_sessions([process.pid for process in self.processes])
+        for process in self.processes:
+            process.wait()
+        _pass_on(self._heard)
+        os.close(self._heard)
+        self._out.close()
+        self._folder.cleanup()
+        spare, self.spare = self.spare, None
+        if spare and any(process.poll() is not None for process in spare.processes):
+            spare = spare.close()
+        return spare
 
 
 def _verdict(statuses: list[int | None]) -> tuple[int, str]:
-    """(exit status, words): wrong input counts before all else, for it is not mended by a restart."""
+    """(exit status, words): wrong input is not mended by a restart, unless what was wrong came from a rank killed."""
     bad = [(rank, status) for rank, status in enumerate(statuses) if status]
     if not bad:
         return 0, "complete"
     for wanted in (WRONG_INPUT, STOPPED):
-        if wanted in statuses:
+        if wanted in statuses and not any(status < 0 for _, status in bad):
             return wanted, ""
     rank, status = next(((rank, status) for rank, status in bad if status != LOST), bad[0])  # who was first lost
     who = f"rank {rank}" if len(statuses) > 1 else "the run"
@@ -217,14 +272,21 @@ def _pass_on(pipe: int) -> int:
 def end_sessions(leaders: list[int]) -> None:
     """SIGKILL for every process of these sessions, until none is left: mpirun's children have groups of their own."""
     for _ in range(100):
-        listed = subprocess.run(["ps", "-A", "-o", "pid=,state="], capture_output=True, text=True).stdout
-        alive = [int(pid) for pid, state in map(str.split, listed.splitlines()) if not state.startswith("Z")]
-        mine = []
-        for pid in alive:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                if os.getsid(pid) in leaders:
-                    mine.append(pid)
-                    os.kill(pid, signal.SIGKILL)
+        mine = _members(leaders)
+        for pid, _ in mine:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         if not mine:
             return
         time.sleep(0.02)
+
+
+def _members(leaders: list[int]) -> list[tuple[int, str]]:
+    """(pid, state) of every process of these sessions that is not gone."""
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,state="], capture_output=True, text=True).stdout
+    found = []
+    for pid, state in map(str.split, listed.splitlines()):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if not state.startswith("Z") and os.getsid(int(pid)) in leaders:
+                found.append((int(pid), state))
+    return found

@@ -13,6 +13,7 @@ import faulthandler
 import hashlib
 import json
 import os
+from collections import deque
 from contextlib import contextmanager
 
 import mlx.core as mx
@@ -109,13 +110,42 @@ def gather_objects(group, value) -> list:
     padded = np.zeros((1, int(lengths.max())), np.int32)
     padded[0, : len(data)] = data
     rows = np.array(mx.distributed.all_gather(mx.array(padded), group=group))
-    return [json.loads(row[:n].astype(np.uint8).tobytes()) for row, n in zip(rows, lengths, strict=True)]
+    try:
+        return [json.loads(row[:n].astype(np.uint8).tobytes()) for row, n in zip(rows, lengths, strict=True)]
+    except ValueError:  # MLX's ring gives back whatever was in memory where a peer went in the middle of it
+        raise RuntimeError("the connection to a peer was lost") from None
 
 
 def follow_rank_0(group, tokens: mx.array) -> mx.array:
     """Rank 0's sampled tokens, on every rank: no rounding can part the ranks."""
     mine = tokens if group.rank() == 0 else mx.zeros_like(tokens)
     return mx.distributed.all_sum(mine.astype(mx.int32), group=group).astype(tokens.dtype)
+
+
+class Agreed:
+    """Rank 0's sampled token on every rank, one after the other, each with the proof that all ranks took part in it.
+
+    MLX's ring lets a sum pass for done when a peer is gone, with whatever it had; what follows from it must neither be
+    shown nor kept.
+    """
+
+    def __init__(self, group):
+        self._group, self._asked, self._voices = group, 0, deque()
+
+    def __call__(self, token: mx.array) -> mx.array:
+        """For a sampled token [1]; a collective, which need not be evaluated for itself."""
+        self._asked += 1
+        voice = self._asked % 10**6  # another each time, for memory may still hold the last sum
+        mine = token.astype(mx.int32) if self._group.rank() == 0 else mx.zeros(token.shape, mx.int32)
+        both = mx.distributed.all_sum(mx.concatenate([mine, mx.array([voice], mx.int32)]), group=self._group)
+        self._voices.append((both[-1:], voice * self._group.size()))
+        return mx.depends(both[:-1].astype(token.dtype), both[-1:])
+
+    def check(self) -> None:
+        """Once for each token when it is known: RuntimeError where not all ranks had a part in it."""
+        found, expected = self._voices.popleft()
+        if found.item() != expected:
+            raise RuntimeError("the connection to a peer was lost")
 
 
 def checkpoint_mark(folder, files: str = "model*.safetensors") -> str:
