@@ -1,8 +1,9 @@
 """A run that is watched from outside: where a rank dies or is silent, all are ended and started anew from the journal.
 
 What notices what, and when: a rank that dies ends the others within a second (ranks/watch.py), which is seen here
-within POLL; one that is stopped, or waits without end, is ended by its own watch process after `silent` seconds. Should
-that fail too, everything is ended here after `2 * silent + MARGIN` seconds without a sign: no output, no new token.
+within POLL; one that is stopped, or waits without end, is ended by its own watch process after `silent` seconds, and
+one that is stopped from here, too. Should that fail, everything is ended after `2 * silent + MARGIN` seconds without a
+sign: no output, no new token; ALONE when the answer is there.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ..ranks.launch import ROOT, rank_commands
 from .journal import Past, read_past
 
 POLL = 0.05  # seconds between two looks at the processes
+LOOK = 1.0  # seconds between two looks for a stopped process, when nothing else is heard
 GRACE = 1.0  # seconds for the others to say their last lines when one has ended with an error
 MARGIN = 10.0  # seconds more than twice `silent` without a sign
 ALONE = 600.0  # seconds at least without a sign when the answer is there: rank 0 may compare and draw
@@ -190,7 +192,7 @@ class Start:
     def run(self) -> tuple[int, str]:
         """(exit status, what ended it). What ranks say on standard error is passed on as it comes."""
         Path(self._folder.name, "go").touch()
-        sign, last, failed, limit = time.monotonic(), None, None, 2 * self.plan.silent + MARGIN
+        sign, last, failed, look = time.monotonic(), None, None, self.plan.silent
         while True:
             statuses = [process.poll() for process in self.processes]
             bad = [status for status in statuses if status]
@@ -199,12 +201,12 @@ class Start:
             failed = failed or (time.monotonic() if bad else None)
             seen = (_pass_on(self._heard), os.fstat(self._out.fileno()).st_size, _size(self.plan.journal))
             if seen != last:
-                sign, last = time.monotonic(), (0, *seen[1:])
+                sign, last, look = time.monotonic(), (0, *seen[1:]), self.plan.silent
                 self._have_a_spare()
-            elif time.monotonic() - sign > limit:
-                if past_of(self.plan.journal).end is None or limit >= ALONE or self._stopped():
-                    return LOST, f"no sign of life for {time.monotonic() - sign:.0f} s"
-                limit += max(2, self.plan.silent)
+            elif (quiet := time.monotonic() - sign) > look:
+                ended, look = past_of(self.plan.journal).end is not None, quiet + LOOK
+                if quiet > (ALONE if ended else 2 * self.plan.silent + MARGIN) or self._stopped():
+                    return LOST, f"no sign of life for {quiet:.0f} s"
             time.sleep(POLL)
 
     def _stopped(self) -> bool:

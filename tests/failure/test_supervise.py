@@ -89,15 +89,19 @@ def test_the_others_are_ended_when_one_was_lost(monkeypatch):
 
 def test_one_without_a_sign_is_ended_in_the_stated_time(monkeypatch):
     """Not one that says something, or writes its journal."""
-    monkeypatch.setattr(module, "MARGIN", -1.2)
-    status, said, _, seconds = carried_out(scripted("sleep 60", "true", silent=1))  # after 0.8 s
-    assert status == 0 and 0.8 <= seconds < 4 and said[0].startswith("no sign of life for 1 s after 0 tokens")
+    monkeypatch.setattr(module, "MARGIN", -0.8)
+    status, said, _, seconds = carried_out(scripted("sleep 60", "true", silent=1))  # after 1.2 s
+    assert status == 0 and 1.2 <= seconds < 4 and said[0].startswith("no sign of life for")
+    monkeypatch.setattr(module, "MARGIN", -1)
+    status, said, _, seconds = carried_out(scripted("kill -STOP $$", "true", silent=1))
+    assert status == 0 and 1 <= seconds < 4 and said[0].startswith("no sign of life for")
     assert carried_out(scripted("for n in 1 2 3 4; do echo $n; sleep 0.4; done", silent=1))[:2] == (0, [])
 
 
 def test_when_the_answer_is_there_only_one_that_is_stopped_is_ended(tmp_path, monkeypatch):
     """Rank 0 compares and draws in silence; a stop in that phase whose watch was killed too hung for ten minutes."""
-    monkeypatch.setattr(module, "MARGIN", -1.5)
+    monkeypatch.setattr(module, "MARGIN", -10)
+    monkeypatch.setattr(module, "LOOK", 0.1)
     journal = Journal(tmp_path / "run.jsonl", resume=False)
     journal.begin({})
     journal.end("length")
