@@ -165,7 +165,10 @@ def worker(args):
 
 
 def measure(args):
-    """({(backend, variant, B): seconds of a step, by round}, refused, Machine or why there is none, recording [S, N, L, k])."""
+    """({(backend, variant, B): seconds of a step, by round}, refused, Machine or why there is none, recording).
+
+    recording  [S, N, L, k]
+    """
     variants = {"one process": ONE_PROCESS, **dict.fromkeys(args.backends, ON_RANKS)}
     same = ("--model", args.model, "--context", args.context, "--steps", args.steps)
     with Workers(args, variants, __file__, same) as workers:

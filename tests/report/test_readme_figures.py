@@ -88,9 +88,9 @@ def commands():
     """(script, words) of every line in the README's blocks that starts one of the scripts."""
     for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL):
         for line in block.splitlines():
-            found = re.search(r"(\w+)\.py\b(.*)", line.partition("#")[0].partition(" | ")[0])
+            found = re.search(r"((?:tools/)?\w+)\.py\b(.*)", line.partition("#")[0].partition(" | ")[0])
             if found and not line.startswith("pip"):
-                yield found[1], shlex.split(found[2])
+                yield found[1].replace("/", "."), shlex.split(found[2])
 
 
 @pytest.mark.parametrize(("script", "words"), commands())
