@@ -108,7 +108,7 @@ def worker(args):
                 described = describe(load_configuration(args.model))
                 try:
                     found = dataclasses.asdict(
-                        measure_machine(model, described.demand, described.outside["head"].bytes, cached_tokens=2048)
+                        measure_machine(model, described.demand, described.outside["head"].bytes)
                     )
                 except ValueError as busy:
                     found = str(busy)
@@ -130,7 +130,7 @@ def worker(args):
 def measure(args):
     """What was measured here.
 
-    ({(backend, variant, B): seconds of a step, by round}, refused, Machine or why there is none, recording [S, N, L, k])
+    ({(backend, variant, B): seconds of a step by round}, refused, Machine or why there is none, recording [S, N, L, k])
     """
     variants = {"one process": ONE_PROCESS, **dict.fromkeys(args.backends, ON_RANKS)}
     same = ("--model", args.model, "--context", args.context, "--steps", args.steps)
