@@ -29,59 +29,22 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 from rich.progress import track
 from speed_of_ranks import STOCK, TENSOR, Workers, answer, build, read_turn
+from steps_of_batches import count, elsewhere, modelled, wanted_by_chance
 
 from expert_parallel import place_experts, record_routing
-from expert_parallel.balance import balancedness_per_layer, fan_out
 from expert_parallel.checkpoint.finding import SHIPPED
 from expert_parallel.checkpoint.opened import Checkpoint
 from expert_parallel.command import output
 from expert_parallel.models.architecture import describe
 from expert_parallel.models.configurations import load_configuration
 from expert_parallel.projection.constants import measure_machine, random_tokens
-from expert_parallel.projection.hardware import LINKS, MACHINES, Machine
+from expert_parallel.projection.hardware import Machine
 from expert_parallel.projection.link_probe import measure_link
-from expert_parallel.projection.step import Fullest, estimate, fullest_device, uniform_experts
+from expert_parallel.projection.step import uniform_experts
 from expert_parallel.report import table
-from expert_parallel.serving import devices_of_trace
 
 BATCHES, SEQUENCES = (1, 4, 8, 16, 32), 32
 ONE_PROCESS, ON_RANKS = (STOCK, "2 simulated", "8 simulated"), (TENSOR, "rest whole", "rest split")
-ELSEWHERE = "m4-max", ("thunderbolt-jaccl", "ethernet-10g"), "qwen3-coder-30b"
-
-
-# --- counting ----------------------------------------------------------------------------------------------------
-
-
-def in_steps(experts, batch: int) -> np.ndarray:
-    """A recording [S, N, L, k] as steps of `batch` sequences each, [S / B * N, B, L, k]; B divides S."""
-    S, N, *rest = experts.shape
-    return experts.reshape(S // batch, batch, N, *rest).swapaxes(1, 2).reshape(-1, batch, *rest)
-
-
-def count(experts, held, batch: int) -> dict:
-    """Means over steps and layers of a recording [S, N, L, k], for experts held [L, D, E] and steps of B sequences.
-
-    wanted        different experts that a step's tokens ask for, of E
-    balancedness  mean slots of the devices over the fullest one's (SGLang's, of one step)
-    fan_out       devices that answer for one token
-    devices       that answer for a step
-    """
-    steps, (L, D, _) = in_steps(experts, batch), held.shape
-    device = devices_of_trace(steps.reshape(-1, *steps.shape[2:]), held, np.repeat(np.arange(len(steps)), batch))
-    of_step = device.reshape(steps.shape)
-    wanted = [len(np.unique(step[:, layer])) for step in steps for layer in range(L)]
-    loads = np.array([np.bincount(step[:, l].ravel(), minlength=D) for step in of_step for l in range(L)])
-    return {
-        "wanted": float(np.mean(wanted)),
-        "balancedness": float(balancedness_per_layer(loads).mean()),
-        "fan_out": float(fan_out(device).mean()),
-        "devices": float((loads > 0).sum(axis=1).mean()),
-    }
-
-
-def wanted_by_chance(num_experts: int, top_k: int, batch: int) -> float:
-    """Different experts that B tokens ask for where each chooses k of E at random (modelled)."""
-    return num_experts * (1 - (1 - top_k / num_experts) ** batch)
 
 
 # --- one process of a backend, which waits for its turns ---------------------------------------------------------
@@ -123,7 +86,7 @@ class Decoding:
 def recorded(model, ids, context) -> list:
     """Experts [S, N, L, k] of the tokens after the context; causal, so as if decoded one by one."""
     with record_routing(model) as trace:
-        mx.eval(model(mx.array(ids)))
+        mx.eval(model.model(mx.array(ids)))  # all but the head, which routes nothing
     return trace.experts.reshape(*ids.shape, *trace.experts.shape[1:])[:, context:].tolist()
 
 
@@ -145,7 +108,7 @@ def worker(args):
                 described = describe(load_configuration(args.model))
                 try:
                     found = dataclasses.asdict(
-                        measure_machine(model, described.demand, described.outside["head"].bytes, cached_tokens=2048)
+                        measure_machine(model, described.demand, described.outside["head"].bytes)
                     )
                 except ValueError as busy:
                     found = str(busy)
@@ -165,9 +128,9 @@ def worker(args):
 
 
 def measure(args):
-    """({(backend, variant, B): seconds of a step, by round}, refused, Machine or why there is none, recording).
+    """What was measured here.
 
-    recording  [S, N, L, k]
+    ({(backend, variant, B): seconds of a step by round}, refused, Machine or why there is none, recording [S, N, L, k])
     """
     variants = {"one process": ONE_PROCESS, **dict.fromkeys(args.backends, ON_RANKS)}
     same = ("--model", args.model, "--context", args.context, "--steps", args.steps)
@@ -175,8 +138,8 @@ def measure(args):
         refused = {(b, v): why for b, started in workers.started.items() for v, why in started["refused"].items()}
         cases = [(b, v) for b, names in variants.items() for v in names if (b, v) not in refused]
         experts = np.array(workers.ask("one process", STOCK, "routing"))
-        seconds = {(*case, batch): [] for case in cases for batch in BATCHES}
-        for batch in BATCHES:
+        seconds = {(*case, batch): [] for case in cases for batch in args.batches}
+        for batch in args.batches:
             steps, end = {}, time.monotonic() + 60 * args.minutes
             for n in range(args.rounds + args.warm_up):
                 if n > args.warm_up and time.monotonic() > end:
@@ -186,45 +149,9 @@ def measure(args):
                     steps.setdefault(case, max(1, min(args.steps, int(args.seconds / taken))))
                     if n >= args.warm_up:
                         seconds[(*case, batch)].append(taken)
-        machine = workers.ask("one process", STOCK, "machine")
+        machine = "not asked for" if args.no_model else workers.ask("one process", STOCK, "machine")
         machine = machine if isinstance(machine, str) else Machine(**machine)
     return seconds, refused, machine, experts
-
-
-def modelled(args, demand, machine, links, experts) -> dict:
-    """{(backend, variant, B): seconds of a step} where the variant is one that the model has."""
-    held = {devices: place_experts(np.ones(experts.shape[2:3] + (demand.num_experts,)), devices).held
-            for devices in (1, 2)}  # fmt: skip
-    described, found = describe(load_configuration(args.model)), {}
-    whole_head = described.outside["head"].bytes / demand.rest_bytes
-    for batch in BATCHES:
-        tokens = in_steps(experts, batch).reshape(-1, *experts.shape[2:])
-        one, two = (fullest_device(tokens, held[devices], batch) for devices in (1, 2))
-        about = {"context": args.context, "batch": batch}
-        found["one process", STOCK, batch] = estimate(demand, machine, load=one, **about).seconds
-        for backend, link in links.items():
-            where = (demand, machine, 2, link)
-            halves = Fullest(one.experts / 2, one.slots / 2)  # of every expert
-            loads = {TENSOR: (halves, (1 + whole_head) / 2), "rest whole": (two, 1.0), "rest split": (two, 0.5)}
-            for variant, (load, share) in loads.items():
-                found[backend, variant, batch] = estimate(*where, load, rest_share=share, **about).seconds
-    return found
-
-
-def elsewhere(experts, num_experts) -> list[tuple]:
-    """(machines, B, tokens/s) of the whole Qwen3-Coder-30B on one and two machines, as uneven as this recording."""
-    name, links, model = ELSEWHERE
-    demand, rows = describe(load_configuration(model)).demand, []
-    for batch in BATCHES:
-        tokens = in_steps(experts, batch).reshape(-1, *experts.shape[2:])
-        for devices, link in ((1, None), *((2, link) for link in links)):
-            held = place_experts(np.ones((experts.shape[2], num_experts)), devices).held
-            load = fullest_device(tokens, held, batch)
-            every = np.ones(demand.num_moe_layers)
-            load = Fullest(load.experts.mean() * every, load.slots.mean() * every)
-            step = estimate(demand, MACHINES[name], devices, link and LINKS[link][0], load, batch=batch)
-            rows.append((f"{devices} {name}{f', {link}' if link else ''}", batch, step.tokens_per_second))
-    return rows
 
 
 def run(args):
@@ -238,10 +165,10 @@ def run(args):
     uniform = uniform_experts(S * N, L, E, k).reshape(S, N, L, k)
     counted = {
         (devices, batch, kind): count(ids, place_experts(np.ones((L, E)), devices).held, batch)
-        for devices in (2, 8) for batch in BATCHES for kind, ids in (("measured", experts), ("uniform", uniform))
+        for devices in (2, 8) for batch in args.batches for kind, ids in (("measured", experts), ("uniform", uniform))
     }  # fmt: skip
     rows = []
-    for batch in BATCHES:
+    for batch in args.batches:
         (two, even), (eight, all_even) = [[counted[D, batch, kind] for kind in ("measured", "uniform")] for D in (2, 8)]
         chance = wanted_by_chance(E, k, batch)
         pairs = [(two["wanted"], chance), (two["balancedness"], even["balancedness"])]
@@ -259,7 +186,7 @@ def run(args):
         cases, rows = list(dict.fromkeys(key[:2] for key in seconds)), []
         for case in cases:
             row = []
-            for B in BATCHES:
+            for B in args.batches:
                 values = cell(np.array(seconds[(*case, B)]), np.array(seconds["one process", STOCK, B]), B)
                 low, middle, high = np.min(values), np.median(values), np.max(values)
                 digits = 2 if high < 20 else 0
@@ -269,7 +196,7 @@ def run(args):
         whole = (
             f"{title}, {name}, medians of {'-'.join(map(str, rounds))} rounds, lowest and highest; sequences at once)"
         )
-        console.print(table.of_rows(whole, "variant", *map(str, BATCHES), rows=rows))
+        console.print(table.of_rows(whole, "variant", *map(str, args.batches), rows=rows))
     for (backend, variant), why in refused.items():
         console.print(f"{variant} over {backend} is not possible here: {why}")
 
@@ -281,22 +208,22 @@ def run(args):
         foretold = modelled(args, demand, machine, links, experts)
     cases = [case for case in dict.fromkeys(key[:2] for key in foretold) if (*case, 1) in seconds]
     ratios = {key: foretold[key] / min(seconds[key]) for key in foretold if key in seconds}
-    rows = [(words(*case), *(f"{1e3 * foretold[(*case, B)]:.1f} ({ratios[(*case, B)]:.2f})" for B in BATCHES))
+    rows = [(words(*case), *(f"{1e3 * foretold[(*case, B)]:.1f} ({ratios[(*case, B)]:.2f})" for B in args.batches))
             for case in cases]  # fmt: skip
     title = f"ms a step (modelled, {name}; behind it modelled / shortest measured), sequences at once"
-    console.print(table.of_rows(title, "variant", *map(str, BATCHES), rows=rows))
-    far = elsewhere(experts, E)
+    console.print(table.of_rows(title, "variant", *map(str, args.batches), rows=rows))
+    far = elsewhere(args.batches, experts, E)
     kinds = dict.fromkeys(row[0] for row in far)
     rows = [(kind, *(f"{speed:.0f}" for which, _, speed in far if which == kind)) for kind in kinds]
     title = f"tokens/s of Qwen3-Coder-30B (modelled, as uneven as {name}), sequences at once"
-    console.print(table.of_rows(title, "machines", *map(str, BATCHES), rows=rows))
+    console.print(table.of_rows(title, "machines", *map(str, args.batches), rows=rows))
 
     if args.json:
         figures = {
             "environment": table.environment(), "model": name, "context": args.context,
             "counted": [{"devices": D, "sequences": B, "routing": kind, **found}
                         for (D, B, kind), found in counted.items()],
-            "wanted_by_chance_modelled": {B: wanted_by_chance(E, k, B) for B in BATCHES},
+            "wanted_by_chance_modelled": {B: wanted_by_chance(E, k, B) for B in args.batches},
             "speeds": [{"backend": b, "variant": v, "sequences": B, "seconds_per_step_measured": times,
                         "seconds_per_step_modelled": foretold.get((b, v, B))} for (b, v, B), times in seconds.items()],
             "elsewhere_modelled": [dict(zip(("machines", "sequences", "tokens_per_second"), row, strict=True))
@@ -321,6 +248,8 @@ def main():
     parser.add_argument("--steps", type=int, default=64, help="tokens of each sequence that are decoded, at most")
     parser.add_argument("--seconds", type=float, default=0.5, help="of decoding in one turn; one step at least")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one turn, or for loading")
+    parser.add_argument("--no-model", action="store_true", help="do not measure this machine's constants")
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="divisors of 32, sequences at once")
     parser.add_argument("--json", type=Path)
     for hidden in ("--worker", "--folder", "--parent"):
         parser.add_argument(hidden, help=argparse.SUPPRESS, type=Path if hidden == "--folder" else str)

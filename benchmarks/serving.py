@@ -129,7 +129,9 @@ def serving(args, model: Path, folder: Path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     command = [sys.executable, "-m", "expert_parallel", "server", "--model", str(model), "--port", str(port)]
-    if args.rebalance_every:
+    if args.expert_memory:
+        command += ["--expert-memory", args.expert_memory]
+    elif args.rebalance_every:
         command += ["--rebalance-every", str(args.rebalance_every), "--rebalance-horizon", "100000"]
     log = (folder / "server.log").open("w")
     options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
@@ -200,9 +202,9 @@ def run(args):
 
     cells = [(f"{row['requests']}", *(f"{mb:.1f}" for mb in row["resident_mb"]), f"{row['moves']}",
               f"{1e3 * row['longest_pause_seconds']:.0f}", f"{row['balancedness']:.2f}") for row in rows]  # fmt: skip
-    title = (
-        f"A server of 2 ranks (measured; resident MB, longest pause in ms; --rebalance-every {args.rebalance_every})"
-    )
+    memory, every = args.expert_memory, args.rebalance_every
+    what = f"--expert-memory {memory}" if memory else f"--rebalance-every {every}"
+    title = f"A server of 2 ranks (measured; resident MB, longest pause in ms; {what})"
     names = ("requests", "rank 0", "rank 1", "moves", "pause", "balancedness")
     console.print(table.of_rows(title, *names, rows=cells))
     other = [ahead for ahead in verdicts if ahead != "right"]
@@ -225,6 +227,7 @@ def main():
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--rebalance-every", type=int, default=256, metavar="TOKENS")
+    parser.add_argument("--expert-memory", metavar="SIZE", help="read the others from disk; no expert moves, then")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     with output.exit_on_user_error():

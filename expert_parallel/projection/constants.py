@@ -104,14 +104,12 @@ def head_seconds(model, hidden: int, rounds: int = 6) -> float:
 
 
 def measure_machine(
-    model, demand: Demand, head_bytes: int, num_tokens: int = 8, prompt_tokens: int = 32, rounds: int = 3,
-    cached_tokens: int = 16384,
-) -> Machine:  # fmt: skip
+    model, demand: Demand, head_bytes: int, num_tokens: int = 8, prompt_tokens: int = 32, rounds: int = 3
+) -> Machine:
     """Constants of this machine for models like this one; a model of a few layers will do.
 
     demand      of this very model, see `Architecture.demand`
     head_bytes  bytes of its output head
-    cached_tokens  that a token looks back on where the cache's speed is measured
     Raises ValueError where other programs keep the machine too busy for that.
     """
     tokens, prompt = random_tokens(model, num_tokens), random_tokens(model, prompt_tokens, seed=1)
@@ -132,7 +130,7 @@ def measure_machine(
         operations_per_second=float("inf"),
         layer_seconds=max((rest - demand.rest_bytes / of_head) / demand.num_layers, 0.0),
         source=f"measured here with {demand.num_layers} layers, {demand.num_moe_layers} of them MoE",
-        cache_bytes_per_second=cache_speed(model, demand, cached_tokens, rounds),
+        cache_bytes_per_second=cache_speed(model, demand, rounds=rounds),
         kind="CPU" if mx.default_device().type == mx.cpu else "Metal" if mx.metal.is_available() else "CUDA",
     )
     seconds = seconds_of_prompt(model, prompt, rounds)
