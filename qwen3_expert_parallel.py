@@ -138,7 +138,8 @@ def run(args, watchdog, tell=lambda what=None: None):
     whole = model_bytes(checkpoint.model)
     with all_or_none(group), output.progress_bar("reading", first and not args.quiet) as progress:
         if first and kept.path:
-            kept.begin(resume.header_of(args, checkpoint, prompt, dtype, versions, on_disk["cache_trace"]))
+            header = resume.header_of(args, checkpoint, prompt, dtype, versions, placement, on_disk["cache_trace"])
+            kept.begin(header)
         model, tokenizer, reading = loading.load_sharded(
             checkpoint, placement=placement, group=group, dtype=args.dtype, combine=args.combine,
             attention=args.attention, streams=args.streams, progress=progress, return_report=True, **on_disk,

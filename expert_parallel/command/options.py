@@ -20,7 +20,7 @@ PICTURES = ("expert_loads", "device_loads", "memory", "time", "coactivation")
 CACHE_PICTURES = ("hit_rate",)  # besides, with --expert-memory
 ANALYSIS_PICTURES = ("speed",)  # of model_analysis.py
 PATHS = ("adapter_path", "placement_trace")  # of what a journal keeps
-MAY_MOVE = ("model", *PATHS)  # named anew where a run goes on: what lies there is compared
+MAY_MOVE = ("model", "placement", *PATHS)  # named anew where a run goes on: what lies there is compared
 OUTPUTS = ("trace", "save_placement", "json", "html")  # files, each with an option of its own
 
 
@@ -161,14 +161,17 @@ def resumed(args, header: dict | None):
     if header is None:
         return args
     parser, unsaid = parser_of(""), object()
-    said = parser.parse_args(sys.argv[1:], argparse.Namespace(**dict.fromkeys(vars(args), unsaid)))
+    # Losses are gathered in a list, which has to begin with none.
+    nothing = argparse.Namespace(**{**dict.fromkeys(vars(args), unsaid), "fail_device": None})
+    said = parser.parse_args(sys.argv[1:], nothing)
     before = {name: Path(value) if name in PATHS and value else value for name, value in header["options"].items()}
     for name, value in before.items():
-        if getattr(said, name) not in (unsaid, value) and name not in MAY_MOVE:
+        if getattr(said, name) not in (unsaid, None, value) and name not in MAY_MOVE:
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} {getattr(said, name)}: {args.resume} has {value}; leave {option} out to go on")
     parser.set_defaults(**before)
-    return parser.parse_args(sys.argv[1:])
+    here = vars(parser.parse_args(sys.argv[1:]))
+    return argparse.Namespace(**here | {name: value for name, value in before.items() if name not in MAY_MOVE})
 
 
 # --- placement ------------------------------------------------------------------------------------------------

@@ -30,7 +30,10 @@ def start_losses(args, model, checkpoint, dtype, prompt_tokens: int) -> Losses:
     """
     on_failure, rows = args.on_failure or DEFAULT, partial(checkpoint.rows, dtype=dtype)
     if on_failure == "recover" and not checkpoint.reads_rows:
-        raise ValueError(f"{checkpoint.folder} stores its experts in a layout that single ones cannot be read from")
+        raise ValueError(
+            f"--on-failure recover: {checkpoint.folder} stores its experts in a layout that single ones cannot be read"
+            " from; failover, reroute, drop, renormalise read none"
+        )
     return Losses(model, parse_losses(args.fail_device), on_failure, rows, prompt_tokens)
 
 

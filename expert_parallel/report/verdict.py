@@ -60,7 +60,9 @@ def _lost(failures: dict | None) -> str | None:
     when = in_words(losses)
     if how == "failover":
         return f"{when}: copies took over, the answer stays"
-    gone = f"{when}: {losses[-1]['experts_gone']} experts had no other copy"
+    # What was read again can be lost again: each loss counts its own then, else what is gone since the first.
+    count = sum(row["experts_gone"] for row in losses) if how == "recover" else losses[-1]["experts_gone"]
+    gone = f"{when}: {count} experts had no other copy"
     if how == "recover":
         pause = sum(row["pause_seconds_measured"] for row in losses)
         return f"{gone} and were read again in {pause:.2f} s, the answer stays"

@@ -75,8 +75,14 @@ def a_loss(after, *devices, gone=64, pause=None, before=0.7, since=0.6):
         (
             "recover",
             [a_loss(0, 3, pause=0.25), a_loss(16, 1, 2, pause=0.5, gone=80)],
-            "device 3 before the prompt, devices 1 2 after 16 tokens: 80 experts had no other copy and were read again"
+            "device 3 before the prompt, devices 1 2 after 16 tokens: 144 experts had no other copy and were read again"
             " in 0.75 s, the answer stays",
+        ),
+        (
+            "drop",
+            [a_loss(0, 3), a_loss(16, 1, gone=128)],
+            "device 3 before the prompt, device 1 after 16 tokens: 128 experts had no other copy (drop), which changes"
+            " the answer",
         ),
         ("failover", [a_loss(16, 3, gone=0)], "device 3 after 16 tokens: copies took over, the answer stays"),
         (
