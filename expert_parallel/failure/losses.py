@@ -61,6 +61,7 @@ class Losses:
         if on_failure not in ON_FAILURE or (on_failure == "recover" and rows is None):
             needs = "" if on_failure in ON_FAILURE else f" {', '.join(ON_FAILURE)};"
             raise ValueError(f"on_failure {on_failure!r}: needs{needs} to recover, rows of a checkpoint's experts")
+        self.model = model
         self.layers, self.planned, self.on_failure, self.rows = moe_layers(model), dict(planned), on_failure, rows
         self.events, self.sampled, self.prompt_tokens = [], 0, prompt_tokens
         self.changes, self._living = [(0, self._held())], []
@@ -93,14 +94,14 @@ class Losses:
         """These devices are gone now. ValueError where failover finds no copy."""
         before = self._held()
         after, missing = without(before, devices), gone(before, devices)
+        repaired, pause = repair(before, devices), None  # what is left without a holder may be read anew
         if self.on_failure == "failover" and missing.any():
             raise ValueError(f"without {list(devices)} nobody holds {missing.sum()} experts: no copy takes over")
         # 1. Gone, with all that they held.
         for layer, living, of_layer in zip(self.layers, self._living, missing, strict=True):
             layer.experts.lose(devices)
             living.mask = mx.array(~of_layer)
-        # 2. What that leaves without a holder may be read anew.
-        repaired, pause = repair(before, devices), None
+        # 2. Read anew.
         if self.on_failure == "recover":
             began = time.perf_counter()
             for l, (layer, held) in enumerate(zip(self.layers, repaired, strict=True)):
@@ -155,7 +156,7 @@ def making_up(block_class, name: str, living: _Living):
         nothing, weights, chosen = weights_of(block_class, self, name, x, *more)
         alive = living.mask[chosen]
         kept = (weights * alive).sum(axis=-1, keepdims=True)
-        scale = mx.where(alive.any(axis=-1, keepdims=True), weights.sum(axis=-1, keepdims=True) / kept, 1)
+        scale = mx.where(kept > 0, weights.sum(axis=-1, keepdims=True) / kept, 1)  # all may be lost, or weigh nothing
         return nothing + (y - nothing) * scale.astype(y.dtype)
 
     return type(block_class.__name__, (block_class,), {"__call__": call})

@@ -15,7 +15,7 @@ from collections import deque
 import mlx.core as mx
 
 from .. import __version__
-from ..command.options import STRATEGIES
+from ..placing.strategies import STRATEGIES
 from ..ranks.group import all_or_none, checkpoint_mark, gather_objects
 from .journal import Journal, Past
 from .planned import DEFAULT, EXACT

@@ -25,7 +25,7 @@ def lost(losses, trace: RoutingTrace, layer_numbers: list[int], whole: ModelByte
     whole    bytes of the model;  reading  the ReadReport of its loading, whose rate stands for that of a repair
     """
     num_devices, top_k = losses.changes[0][1].shape[1], trace.experts.shape[2]
-    device, ends = served(trace, losses.changes), [*(start for start, _ in losses.changes), len(trace)]
+    device, ends = served(trace, losses.changes, losses.model), [*(start for start, _ in losses.changes), len(trace)]
     rate, rows = reading.bytes_read_experts / max(reading.seconds, 1e-9), []
     spans = zip(ends, ends[1:], ends[2:], strict=False)
     changes = pairwise(held for _, held in losses.changes)

@@ -102,6 +102,14 @@ def test_of_a_checkpoint_the_files_are_read_again():
     assert losses.events[0]["gone"].any() and held.any(axis=1).all() and not held[:, [3, 0, 7]].any()
 
 
+@pytest.mark.parametrize("how", ["reroute", "drop"])
+def test_one_device_has_to_stay(how, stock):
+    model = sharded(protected(place_experts(np.ones((L, E)), D)))
+    with pytest.raises(ValueError, match="all 4 devices are lost: none is left to take their experts"):
+        lose_devices(model, range(D), how)
+    assert answer(model) == (stock[0], pytest.approx(stock[1], abs=0))  # refused before anything is lost
+
+
 def test_devices_with_streams_of_their_own_go_with_them(stock):
     model = shard_model(random_model(), protected(place_experts(np.ones((L, E)), D)), streams=True)
     assert answer(model, Losses(model, {2: [1]}, "failover")) == (stock[0], pytest.approx(stock[1], abs=0))
