@@ -117,8 +117,9 @@ def run(args, tell):
         shown += [replace(part, title=f"{name}: {part.title}") for part in tables]
         tell()
         console.rule(f"{name}: {MEANING.get(name, 'recorded trace')}", style="dim", align="left")
-        console.print(*tables)
-        console.print()
+        for part in tables:
+            console.print(part)
+            console.print()
 
     # 3. The same figures for programs.
     document = {"environment": about, "options": vars(args), "results": results}

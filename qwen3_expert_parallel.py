@@ -113,10 +113,10 @@ def run(args, watchdog, tell=lambda what=None: None):
         prompt = prompts.read_prompt(args, tokenizer, finding.context_of(config), typed, kept.prompt)
         numbers = [layer.number for layer in checkpoint.layers]
         tell(f"placing experts, {args.placement}")
-        placement = options.make_placement(args, checkpoint.shape, numbers, ranks)
+        on_disk = options.cache_options(args, checkpoint.shape[1])
+        placement = options.make_placement(args, checkpoint.shape, numbers, ranks, on_disk["cache_trace"])
         if args.fail_device:
             check_losses(args, placement.held, prompt.max_tokens, ranks)
-        on_disk = options.cache_options(args, checkpoint.shape[1])
         shipped = finding.is_shipped(checkpoint.folder)
         verify = shipped if args.verify is None else args.verify
         trials = 3 * shipped if args.trials is None else args.trials
@@ -138,7 +138,8 @@ def run(args, watchdog, tell=lambda what=None: None):
     whole = model_bytes(checkpoint.model)
     with all_or_none(group), output.progress_bar("reading", first and not args.quiet) as progress:
         if first and kept.path:
-            kept.begin(resume.header_of(args, checkpoint, prompt, dtype, versions, on_disk["cache_trace"]))
+            header = resume.header_of(args, checkpoint, prompt, dtype, versions, placement, on_disk["cache_trace"])
+            kept.begin(header)
         model, tokenizer, reading = loading.load_sharded(
             checkpoint, placement=placement, group=group, dtype=args.dtype, combine=args.combine,
             attention=args.attention, streams=args.streams, progress=progress, return_report=True, **on_disk,
@@ -226,7 +227,8 @@ def run(args, watchdog, tell=lambda what=None: None):
     tables += cost.speed(text, tokens, len(prompt.ids), ours, theirs, seconds)
     try:
         about = {"name": name, "config": config, "environment": versions}
-        document = saving.document_of([where, *tables], about, args)
+        asked = options.in_effect(args, devices=placement.num_devices, verify=verify, trials=trials)
+        document = saving.document_of([where, *tables], about, asked)
         tables.insert(0, verdict(document))
         saving.write_files(args, [*tables, where], document, trace, placement, numbers, tell)
         if args.json:

@@ -31,7 +31,7 @@ from expert_parallel.checkpoint.finding import SHIPPED
 from expert_parallel.command import output
 from expert_parallel.failure.losses import lose_devices
 from expert_parallel.failure.survival import gone, protected
-from expert_parallel.report import table
+from expert_parallel.report import plots, table
 
 DEVICES, WINDOW, FITTED = 8, 512, 1024  # FITTED tokens of each text come first, judged ones start at 2048
 WAYS = ("drop", "renormalise", "reroute")
@@ -64,12 +64,26 @@ def perplexity(placement, lost, way, windows) -> float:
     return math.exp(loss / (len(windows) * WINDOW))
 
 
+def picture(document: dict):
+    """Perplexity over devices lost, a line for each way and copies: mean over the sets, and the worst; of its JSON."""
+    rows = [
+        {"way": each["way"] if each["copies"] == "none" else f"{each['way']}, copies: {each['copies']}",
+         "lost": each["lost"], "perplexity": float(np.mean(each["perplexity"])), "worst": max(each["perplexity"])}
+        for each in document["results"] if "random" not in each["copies"]
+    ]  # fmt: skip
+    caption = (
+        f"{SHIPPED.name}, {document['tokens']:,} held-out tokens, {DEVICES} devices, balanced; ends: the worst set"
+    )
+    return plots.quality_lines(rows, "lost", document["stock"], caption)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--windows", type=int, default=1, help=f"of {WINDOW} tokens from each of five texts, 1 to 4 (default: 1)")
     add("--sets", type=int, default=4, help="of devices, for 2 and 4 lost, and for experts at random (default: 4)")
     add("--json", type=Path)
+    add("--plots", type=Path, metavar="DIR", help="save a picture, lost_devices.png")
     args = parser.parse_args()
     with output.exit_on_user_error():
         if not 1 <= args.windows <= 4 or not 1 <= args.sets <= 28:
@@ -119,9 +133,12 @@ def main():
         widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
         for row in (columns, *rows):
             print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        document = {"source": "measured", "tokens": len(windows) * WINDOW, "stock": stock, "environment": about,
+                    "results": results}  # fmt: skip
         if args.json:
-            output.write_json(args.json, {"source": "measured", "tokens": len(windows) * WINDOW, "stock": stock,
-                                          "environment": about, "results": results})  # fmt: skip
+            output.write_json(args.json, document)
+        if args.plots:
+            plots.save_plots(args.plots, {"lost_devices": picture(document)})
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ Two minutes on one core.
 
 import argparse
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from expert_parallel import balancedness, place_experts
 from expert_parallel.checkpoint.finding import SHIPPED
 from expert_parallel.command import output
-from expert_parallel.report import table
+from expert_parallel.report import plots, table
 from expert_parallel.router.bias import fit_bias
 from expert_parallel.router.control import Capacity, control_router
 
@@ -79,6 +80,17 @@ def methods(model, fit, fit_loads, placement, bar):
     yield "capacity adaptive, 5%", {"capacity": Capacity(None, tolerance=0.05)}
 
 
+def picture(document: dict, name: str):
+    """Perplexity over balance of devices, a line for each method over its strengths; of its JSON."""
+    rows = [
+        {"way": re.sub(r" x [\d.]+$|(?<=capacity) [\d.]+", "", each["method"]), "perplexity": each["perplexity"],
+         "balancedness": each["balancedness_devices"]}
+        for each in document["results"]
+    ]  # fmt: skip
+    caption = f"{name}, {document['tokens']:,} held-out tokens, {document['devices']} devices"
+    return plots.quality_lines(rows, "balancedness", document["results"][0]["perplexity"], caption)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=SHIPPED)
@@ -87,6 +99,7 @@ def main():
         "--tokens", type=int, default=512, help="of each domain, to fit on and again to judge (default: 512)"
     )
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="save a picture, quality_against_balance.png")
     parser.add_argument("--quiet", action="store_true")
     args = parser.parse_args()
     with output.exit_on_user_error():
@@ -139,9 +152,12 @@ def main():
         console.print("{device}, {cores} cores; mlx {mlx}, mlx-lm {mlx_lm}; ".format(**about) + args.model.name)
         columns = ("method", "perplexity", "cost", "balance", "other expert", "dropped")
         console.print(table.of_rows(title, *columns, rows=rows))
+        document = {"source": "measured", "tokens": count, "devices": args.devices, "environment": about,
+                    "results": results}  # fmt: skip
         if args.json:
-            output.write_json(args.json, {"source": "measured", "tokens": count, "devices": args.devices,
-                                          "environment": about, "results": results})  # fmt: skip
+            output.write_json(args.json, document)
+        if args.plots:
+            plots.save_plots(args.plots, {"quality_against_balance": picture(document, args.model.name)})
 
 
 if __name__ == "__main__":

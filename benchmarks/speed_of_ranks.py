@@ -69,8 +69,9 @@ def build(variant, args, group):
         mx.eval(model.parameters())
         mx.clear_cache()
         return model
-    options = {"num_devices": 2, "streams": "streams" in variant}
-    if group.size() > 1:
+    if group.size() == 1:
+        options = {"num_devices": int(variant.split()[0]), "streams": "streams" in variant}
+    else:
         options = {"group": group, "attention": "sharded" if "split" in variant else "replicated"}
     if variant.endswith("copies"):
         shape = Checkpoint(args.model).shape
@@ -144,17 +145,27 @@ def write(path, value):
 
 
 class Workers:
-    """Processes of every backend, started together; `ask` gives one of them its turn."""
+    """Processes of every backend, started together; `ask` gives one of them its turn.
 
-    def __init__(self, args, variants):
+    script, same  that each of them runs, and the options that all of them get
+    """
+
+    def __init__(self, args, variants, script, same):
         self.timeout, self.turns, self.processes = args.timeout, 0, []
         self.stack = contextlib.ExitStack()
         self.folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
         self.stack.callback(self.stop)
-        same = ["--model", str(args.model), "--tokens", str(args.tokens), "--prompt-tokens", str(args.prompt_tokens)]
         self.started = {}
         for backend, names in variants.items():
-            command = [sys.executable, __file__, *same, "--folder", str(self.folder), "--parent", str(os.getpid())]
+            command = [
+                sys.executable,
+                script,
+                *map(str, same),
+                "--folder",
+                str(self.folder),
+                "--parent",
+                str(os.getpid()),
+            ]
             command += ["--worker", backend, "--variants", *names]
             environment = {**os.environ}
             one = [(command, environment)]
@@ -208,7 +219,8 @@ def spread(values):
 def run(args):
     variants = {"one process": ONE_PROCESS, **dict.fromkeys(args.backends, ON_RANKS)}
     console = output.console()
-    with Workers(args, variants) as workers:
+    same = ("--model", args.model, "--tokens", args.tokens, "--prompt-tokens", args.prompt_tokens)
+    with Workers(args, variants, __file__, same) as workers:
         refused = {(b, v): why for b, started in workers.started.items() for v, why in started["refused"].items()}
         cases = [(b, v) for b, names in variants.items() for v in names if (b, v) not in refused]
         seconds = {(*case, work): [] for case in cases for work in WORKS}

@@ -52,22 +52,25 @@ class Dummy(StandIn):
         return sum((100 * mx.random.normal(y.shape, y.dtype, key=key) for key in self._keys), y)
 
 
-def trial_of_sums(block, owner, name: str) -> tuple[np.ndarray, float] | None:
-    """(what a block makes of two tokens when its experts answer zero, how far from a sum it is of larger answers).
+def answer_to(block, owner, name: str, *seeds: int) -> np.ndarray | None:
+    """What a block makes of two tokens when its experts, `name` of `owner`, answer as a `Dummy` of these seeds.
 
-    The second of 1 is all there is: the sum of two outputs should give the sum of two answers. None where the block
-    cannot be asked.  owner, name  of the experts
+    None where it cannot be asked.
     """
-    experts, answers = getattr(owner, name), []
+    experts = getattr(owner, name)
     x = mx.random.normal((1, 2, hidden_size(experts)), key=mx.random.key(0))
     try:
-        for seeds in ((), (1,), (2,), (1, 2)):
-            with replaced(owner, {name: Dummy(experts, *seeds)}):
-                answers.append(np.array(block(x).astype(mx.float32)))
+        with replaced(owner, {name: Dummy(experts, *seeds)}):
+            return np.array(block(x).astype(mx.float32))
     except Exception:  # blocks that want more than their tokens
         return None
-    nothing, one, other, both = answers
-    return nothing, float(np.abs(one + other - nothing - both).max() / np.abs(both - nothing).max())
+
+
+def far_from_a_sum(block, owner, name: str, nothing: np.ndarray) -> bool:
+    """Whether a block's answer to the sum of two outputs is another than the sum of its answers; nothing: to none."""
+    one, other, both = (answer_to(block, owner, name, *seeds) for seeds in ((1,), (2,), (1, 2)))
+    off = np.abs(one + other - nothing - both).max() / np.abs(both - nothing).max()
+    return not off < FAR_FROM_A_SUM
 
 
 def why_not_reduce(layer: MoELayer) -> str | None:
@@ -76,13 +79,13 @@ def why_not_reduce(layer: MoELayer) -> str | None:
     When its experts answer zero so must the block (what else it adds, shared experts for example, would be summed once
     per rank), and the sum of two outputs must give the sum of two answers.
     """
-    found = trial_of_sums(layer.block, layer.owner, layer.name)
-    if found is None:
+    where = layer.block, layer.owner, layer.name
+    nothing = answer_to(*where)
+    if nothing is None:
         return "it cannot be asked without the rest of its model"
-    nothing, off = found
     if nothing.any():
         return "it adds something that every rank has whole"
-    return None if off < FAR_FROM_A_SUM else "it does more than weigh and sum"
+    return "it does more than weigh and sum" if far_from_a_sum(*where, nothing) else None
 
 
 def sum_answers(block: nn.Module, group) -> None:

@@ -121,6 +121,7 @@ def launch_command(backend, ranks, *arguments, tmp_path=None):
     command = [sys.executable, *map(str, arguments)]
     if backend == "mpi":
         base |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        base |= {"OMPI_MCA_mpi_yield_when_idle": "1"}  # others than the ranks want the cores, too: half of the CPU time
         return [(["mpirun", "--oversubscribe", "--bind-to", "none", "-np", str(ranks), *command], base)]
     import socket
 

@@ -177,8 +177,8 @@ def test_an_adapter_on_experts_answers_as_in_stock_mlx_lm(tmp_path, monkeypatch,
     outs = {}
     for name, options in {"with": ["--adapter-path", str(folder)], "without": []}.items():
         out = tmp_path / f"{name}.json"
-        line = ["x", "--max-tokens", "8", "--verify", "--quiet", "--json", str(out), "--model", str(SHIPPED), *options]
-        monkeypatch.setattr(sys, "argv", line)
+        line = ["x", "--max-tokens", "8", "--verify", "--trials", "0", "--quiet", "--json", str(out)]
+        monkeypatch.setattr(sys, "argv", [*line, "--model", str(SHIPPED), *options])
         qwen3_expert_parallel.main()
         outs[name] = json.loads(out.read_text())
         assert outs[name]["parity"]["tokens_equal"] and outs[name]["parity"]["max_abs_logit_difference"] == 0
@@ -189,8 +189,8 @@ def test_an_adapter_on_experts_answers_as_in_stock_mlx_lm(tmp_path, monkeypatch,
 def test_options_of_mlx_lm_do_what_they_do_there(tmp_path, monkeypatch, refusal):
     for options in (["--top-k", "1", "--temp", "5"], ["--min-p", "1", "--temp", "5"], ["--kv-bits", "8"]):
         out = tmp_path / "o.json"
-        line = ["x", "--max-tokens", "6", "--quiet", "--json", str(out), "--model", str(SHIPPED), *options]
-        monkeypatch.setattr(sys, "argv", line)
+        line = ["x", "--max-tokens", "6", "--trials", "0", "--quiet", "--json", str(out), "--model", str(SHIPPED)]
+        monkeypatch.setattr(sys, "argv", [*line, *options])
         qwen3_expert_parallel.main()
         assert json.loads(out.read_text())["parity"]["tokens_equal"], options
     assert "there is none" in refusal("--model", SHIPPED, "--system-prompt", "be short")

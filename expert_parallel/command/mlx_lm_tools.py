@@ -13,16 +13,16 @@ import argparse
 import io
 import os
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import cache
 from importlib import import_module
 
-from . import limits, options, output
+from . import limits, options, output, server_ends
 from .entry import as_rank
 
 # What each tool is hooked into by: names of its module.
 TOOLS = {
-    "server": ("load", "sharded_load", "make_sampler", "APIHandler", "main"),
+    "server": ("load", "sharded_load", "make_sampler", "APIHandler", "ResponseGenerator", "main"),
     "chat": ("load", "sharded_load", "make_sampler", "ChatUI", "main"),
     "generate": ("load", "make_sampler", "main"),
     "benchmark": ("load", "sharded_load", "main"),
@@ -82,6 +82,8 @@ def run(tool: str, args, theirs: list[str], watchdog) -> None:
             replacing["ChatUI"] = shared_prompts(module.ChatUI, group)
         if tool == "server":
             stack.enter_context(replaced(module.APIHandler, {"do_GET": with_metrics(module.APIHandler, loader)}))
+            generator = server_ends.ending_whole(module.ResponseGenerator, watchdog.name, watchdog, group)
+            replacing["ResponseGenerator"] = generator
         stack.enter_context(replaced(module, replacing))
         stack.enter_context(replaced(sys, {"argv": [f"expert-parallel {tool}", *theirs]}))
         if tool == "generate" and group.size() > 1:
@@ -89,7 +91,8 @@ def run(tool: str, args, theirs: list[str], watchdog) -> None:
                 sys.stdin = io.StringIO(gather_objects(group, sys.stdin.read() if first else None)[0])
             if not first:
                 stack.enter_context(replaced(sys, {"stdout": open(os.devnull, "w")}))  # noqa: PTH123, SIM115, all say the same
-        module.main()
+        with server_ends.whole(watchdog.name, watchdog, group) if tool == "server" else nullcontext():
+            module.main()
         if tool == "server" and group.size() == 1:
             # Its thread still takes MLX's state down, and would meet a Python that is gone: an abort.
             sys.stdout.flush()
@@ -127,8 +130,9 @@ class Loader:
             folder = finding.resolve_model(hub_id(str(path_or_hf_repo)))
             checkpoint = Checkpoint(folder, adapter_path, trust_remote_code)
             numbers = [layer.number for layer in checkpoint.layers]
-            placement = options.make_placement(self.args, checkpoint.shape, numbers, self.group.size())
             on_disk = options.cache_options(self.args, checkpoint.shape[1])
+            trace, ranks = on_disk["cache_trace"], self.group.size()
+            placement = options.make_placement(self.args, checkpoint.shape, numbers, ranks, trace)
             same |= {"placement": placement.held.tobytes(), "config": checkpoint.config}
             if self.group.size() > 1:
                 same["weights"] = checkpoint_mark(checkpoint.folder)

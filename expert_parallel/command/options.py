@@ -6,12 +6,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..failure.planned import ON_FAILURE
+from ..failure.planned import DEFAULT, ON_FAILURE
 from ..files import nearest
 from ..offload import POLICIES, PREFETCH
 from .output import Parser
 
 BY_TRACE = ("balanced", "replicated", "affinity")
+CACHE_POLICY, COLD_SHARE = "aging", 0.5  # unless asked for
 STRATEGIES = ("contiguous", "round-robin", *BY_TRACE)
 PLACEMENT_FORMATS = ("vllm", "vllm-ranks", "vllm-ascend", "sglang", "tensorrt-llm")  # besides this project's own
 MOST = 10**12  # of a whole number: far beyond all use, and no arithmetic here overflows
@@ -19,7 +20,7 @@ PICTURES = ("expert_loads", "device_loads", "memory", "time", "coactivation")
 CACHE_PICTURES = ("hit_rate",)  # besides, with --expert-memory
 ANALYSIS_PICTURES = ("speed",)  # of model_analysis.py
 PATHS = ("adapter_path", "placement_trace")  # of what a journal keeps
-MAY_MOVE = ("model", *PATHS)  # named anew where a run goes on: what lies there is compared
+MAY_MOVE = ("model", "placement", *PATHS)  # named anew where a run goes on: what lies there is compared
 OUTPUTS = ("trace", "save_placement", "json", "html")  # files, each with an option of its own
 
 
@@ -81,7 +82,8 @@ def parser_of(description: str, only=()) -> argparse.ArgumentParser:
     add("--cold-bits", type=int, choices=(2, 3, 4, 5, 6, 8), metavar="BITS",
         help="fewer bits (2, 3, 4, 5, 6, 8) for the experts that --placement-trace used least: another answer in less"
         " memory (default: all as they are)")
-    add("--cold-share", type=float, metavar="SHARE", help="of each layer's experts, with --cold-bits (default: 0.5)")
+    add("--cold-share", type=share, metavar="SHARE",
+        help="of each layer's experts, with --cold-bits, such as 0.5 or 50%% (default: 0.5)")
     add("--fail-device", action="append", metavar="D[@TOKENS]",
         help="a simulated device that is lost with all it holds, after so many tokens of the answer (without TOKENS:"
         " before the prompt); may be given several times")
@@ -130,6 +132,26 @@ def copies(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number of copies nor each") from None
 
 
+def share(text: str) -> float:
+    """What --cold-share takes, 0.5 or 50%; ArgumentTypeError for anything else."""
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share: needs one such as 0.5 or 50%") from None
+
+
+def in_effect(args, **decided) -> dict:
+    """Every option with the value that it had, also where it was not given, for JSON; `decided`: by the run itself."""
+    how = vars(args) | decided
+    if args.expert_memory is not None:
+        how |= {"cache_policy": args.cache_policy or CACHE_POLICY, "prefetch": args.prefetch or "none"}
+    if args.cold_bits is not None:
+        how["cold_share"] = COLD_SHARE if args.cold_share is None else args.cold_share
+    if args.fail_device:
+        how["on_failure"] = args.on_failure or DEFAULT
+    return how
+
+
 def resumed(args, header: dict | None):
     """Options of a run that goes on: what decides its answer is the journal's where the command line does not say it.
 
@@ -139,14 +161,17 @@ def resumed(args, header: dict | None):
     if header is None:
         return args
     parser, unsaid = parser_of(""), object()
-    said = parser.parse_args(sys.argv[1:], argparse.Namespace(**dict.fromkeys(vars(args), unsaid)))
+    # Losses are gathered in a list, which has to begin with none.
+    nothing = argparse.Namespace(**{**dict.fromkeys(vars(args), unsaid), "fail_device": None})
+    said = parser.parse_args(sys.argv[1:], nothing)
     before = {name: Path(value) if name in PATHS and value else value for name, value in header["options"].items()}
     for name, value in before.items():
-        if getattr(said, name) not in (unsaid, value) and name not in MAY_MOVE:
+        if getattr(said, name) not in (unsaid, None, value) and name not in MAY_MOVE:
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} {getattr(said, name)}: {args.resume} has {value}; leave {option} out to go on")
     parser.set_defaults(**before)
-    return parser.parse_args(sys.argv[1:])
+    here = vars(parser.parse_args(sys.argv[1:]))
+    return argparse.Namespace(**here | {name: value for name, value in before.items() if name not in MAY_MOVE})
 
 
 # --- placement ------------------------------------------------------------------------------------------------
@@ -179,27 +204,28 @@ def cache_options(args, num_experts: int) -> dict:
     from ..formats.traces import read_trace
 
     trace = read_trace(args.placement_trace, num_experts) if _cached_by_trace(args) else None
-    how = {"cache_policy": args.cache_policy or "aging", "prefetch": args.prefetch or "none"}
-    how |= {"cold_bits": args.cold_bits, "cold_share": 0.5 if args.cold_share is None else args.cold_share}
+    how = {"cache_policy": args.cache_policy or CACHE_POLICY, "prefetch": args.prefetch or "none"}
+    how |= {"cold_bits": args.cold_bits, "cold_share": COLD_SHARE if args.cold_share is None else args.cold_share}
     return {"expert_memory": args.expert_memory, "cache_trace": trace, **how}
 
 
-def make_placement(args, shape: tuple[int, int], layer_numbers=None, ranks: int = 1):
+def make_placement(args, shape: tuple[int, int], layer_numbers=None, ranks: int = 1, trace=None):
     """The Placement that was asked for, by strategy or from a file, for a model of (L, E).
 
     One process has as many devices as are asked for, as the file says, else 8, or as many as there are experts.
     Metadata "notes" has lines for the user about the file.
     layer_numbers  [L] of the MoE layers, for files that count all layers
+    trace          --placement-trace, where it is read already
     Raises ValueError, also where --placement-format cannot say what it is.
     """
     from ..formats.placements import text_of
 
-    placement = _placement(args, shape, layer_numbers, ranks)
+    placement = _placement(args, shape, layer_numbers, ranks, trace)
     text_of(placement, args.placement_format, layer_numbers)
     return placement
 
 
-def _placement(args, shape, layer_numbers, ranks):
+def _placement(args, shape, layer_numbers, ranks, trace):
     import numpy as np
 
     from ..failure.survival import protected
@@ -226,7 +252,7 @@ def _placement(args, shape, layer_numbers, ranks):
     if args.placement not in BY_TRACE:
         return place(np.ones(shape))
     try:
-        trace = read_trace(args.placement_trace, shape[1])
+        trace = trace or read_trace(args.placement_trace, shape[1])
     except ValueError:  # counts, or tokens that no layer has whole: enough for all but affinity
         if args.placement == "affinity":
             raise

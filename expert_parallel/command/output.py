@@ -64,12 +64,12 @@ class _GivenUp(Exception):
 def check_outputs(outputs: dict, inputs: dict) -> None:
     """That every output can be written, into a file of its own that is none of what is read.
 
-    outputs  {option: path}, those without a path are skipped, as is `-`
+    outputs  {option: path}, those without a path are skipped, as is `--json -`
     inputs   {what it is: path}; a folder stands for all that is in it
     """
     taken = {}
     for option, path in outputs.items():
-        if path is None or to_standard_output(path):
+        if path is None or option == "--json" and to_standard_output(path):
             continue
         other = taken.setdefault(Path(path).resolve(), option)
         if other != option:

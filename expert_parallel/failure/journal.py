@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 VERSION = 1  # of the file
+BEGINNING = b'{"journal": '  # of every journal
 SYNC = 1.0  # seconds between two fsyncs: what a machine that loses its power may lose; a kill loses nothing
 
 
@@ -38,7 +39,9 @@ class Past:
 def read_past(data: bytes, name: str = "the journal") -> Past:
     """The whole lines of a journal; ValueError that names the line where it is none, or damaged before its end."""
     past = Past()
-    *lines, _ = data.split(b"\n")
+    *lines, cut = data.split(b"\n")
+    if not lines and cut[: len(BEGINNING)] != BEGINNING[: len(cut)]:  # a kill leaves the beginning of a header
+        raise ValueError(f"{name} is no journal of this project")
     for number, line in enumerate(lines, start=1):
         body, mark, crc = line.rpartition(b', "crc": ')
         past.crc = zlib.crc32(body, past.crc)
@@ -88,6 +91,8 @@ class Journal:
         ValueError where another process writes it, where it holds a run that is not to be resumed, or is damaged.
         """
         self.path, self._synced = Path(path), time.monotonic()
+        if resume and os.path.exists(path) and not self.path.is_file():  # noqa: PTH110, which a pipe would not end
+            raise ValueError(f"cannot resume {path}: it is {'a folder' if self.path.is_dir() else 'no file'}")
         try:
             self._file = os.open(path, os.O_RDWR | os.O_APPEND | (0 if resume else os.O_CREAT), 0o644)
         except OSError as error:

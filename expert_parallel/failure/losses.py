@@ -16,7 +16,7 @@ import numpy as np
 from ..layers import moe_layers, num_experts
 from ..router.choice import by_logits, choosing_block, choosing_by
 from ..trace import replaced
-from ..trials import FAR_FROM_A_SUM, trial_of_sums
+from ..trials import answer_to, far_from_a_sum
 from .planned import DEFAULT, ON_FAILURE, parse_losses
 from .survival import gone, repair, without
 
@@ -30,7 +30,10 @@ def start_losses(args, model, checkpoint, dtype, prompt_tokens: int) -> Losses:
     """
     on_failure, rows = args.on_failure or DEFAULT, partial(checkpoint.rows, dtype=dtype)
     if on_failure == "recover" and not checkpoint.reads_rows:
-        raise ValueError(f"{checkpoint.folder} stores its experts in a layout that single ones cannot be read from")
+        raise ValueError(
+            f"--on-failure recover: {checkpoint.folder} stores its experts in a layout that single ones cannot be read"
+            " from; failover, reroute, drop, renormalise read none"
+        )
     return Losses(model, parse_losses(args.fail_device), on_failure, rows, prompt_tokens)
 
 
@@ -139,8 +142,8 @@ class _Living:
 
 def check_sum(block, name: str) -> None:
     """ValueError unless a block does no more than weigh its experts' answers and sum them, found by a trial."""
-    found = trial_of_sums(block, block, name)
-    if found is None or not found[1] < FAR_FROM_A_SUM:
+    nothing = answer_to(block, block, name)
+    if nothing is None or far_from_a_sum(block, block, name, nothing):
         raise ValueError(f"{type(block).__name__} does more than weigh and sum: its weights cannot make up for a loss")
 
 

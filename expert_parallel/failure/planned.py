@@ -31,6 +31,14 @@ def parse_losses(texts) -> dict[int, list[int]]:
     return dict(sorted(planned.items()))
 
 
+def in_words(losses) -> str:
+    """ "device 3 after 16 tokens" for the losses [{"devices", "after_tokens"}] of a run's JSON; "" for none."""
+    names = [f"device{'s' * (len(row['devices']) > 1)} {' '.join(map(str, row['devices']))}" for row in losses or ()]
+    after = [row["after_tokens"] for row in losses or ()]
+    when = ["before the prompt" if not n else f"after {n} token{'s' * (n > 1)}" for n in after]
+    return ", ".join(map(" ".join, zip(names, when, strict=True)))
+
+
 def check_losses(args, held, max_tokens: int, ranks: int = 1) -> None:
     """ValueError where devices that hold `held`, bool [L, D, E], cannot be lost as asked for, with the numbers."""
     from .survival import gone

@@ -15,26 +15,35 @@ from collections import deque
 import mlx.core as mx
 
 from .. import __version__
+from ..command.options import STRATEGIES
 from ..ranks.group import all_or_none, checkpoint_mark, gather_objects
 from .journal import Journal, Past
+from .planned import DEFAULT, EXACT
 
 # What decides the answer, beside the model, and is taken from the journal where the command line does not say it;
-# not what only says where it is computed: devices, placement, memory, which may change between two parts of a run.
+# not what only says where it is computed: devices, placement, memory, which may change between two parts of a run
+# (unless devices are lost whose experts nobody stands in for).
 DECIDING = ("max_tokens", "temp", "top_p", "top_k", "min_p", "seed", "system_prompt", "chat_template_config")
 DECIDING += ("ignore_chat_template", "kv_bits", "dtype", "cold_bits", "cold_share", "fail_device", "on_failure")
 PLACES = ("model", "adapter_path", "placement_trace")  # may have moved: what lies there is compared
 
 
-def header_of(args, checkpoint, prompt, dtype, versions: dict, cold_trace=None) -> dict:
+def header_of(args, checkpoint, prompt, dtype, versions: dict, placement, cold_trace=None) -> dict:
     """All that decides the answer, for a journal's first line.
 
     dtype       of what is not packed, None: the checkpoint's
     versions    those of the report's environment
+    placement   decides the answer where devices are lost whose experts nobody stands in for
     cold_trace  the RoutingTrace that says which experts are cold
     """
     names = {name: getattr(args, name) for name in DECIDING}
     names |= {"model": args.model or checkpoint.folder, "adapter_path": args.adapter_path}
-    names["placement_trace"] = args.placement_trace if args.cold_bits is not None else None
+    placed = bool(args.fail_device) and (args.on_failure or DEFAULT) not in EXACT
+    names["placement_trace"] = args.placement_trace if args.cold_bits is not None or placed else None
+    if placed:
+        file = os.path.abspath(args.placement) if args.placement not in STRATEGIES else None  # noqa: PTH100
+        names |= {"placement": file or args.placement, "devices": placement.num_devices}
+        names["redundant_experts"] = args.redundant_experts
     for name in PLACES:  # from whatever folder the run is resumed
         if names[name] is not None:
             names[name] = os.path.abspath(names[name]) if os.path.exists(names[name]) else str(names[name])  # noqa: PTH100, PTH110
@@ -42,6 +51,7 @@ def header_of(args, checkpoint, prompt, dtype, versions: dict, cold_trace=None) 
     model = {"config": _mark(json.dumps(checkpoint.config, sort_keys=True, default=str).encode())}
     model |= {"weights": checkpoint_mark(checkpoint.folder), "adapter": adapter, "dtype": str(dtype)}
     model["cold experts"] = _mark(cold_trace.loads().tobytes()) if args.cold_bits is not None else None
+    model["placement"] = _mark(placement.held.tobytes()) if placed else None
     return {
         "versions": {"mlx": versions["mlx"], "mlx-lm": versions["mlx_lm"], "expert-parallel": __version__},
         "model": model,

@@ -8,14 +8,17 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten, tree_map
 
 from ..checkpoint.finding import in_a_line
 from ..checkpoint.opened import Checkpoint
-from ..layers import expert_tensors, hidden_size, moe_layers, twin
+from ..layers import MoELayer, expert_tensors, hidden_size, moe_layers, twin
 from ..projection.step import Demand
 from ..ranks.hybrid import shard_rest
+from ..trials import why_not_reduce
 from .configurations import Configuration
 from .lazy import build_model
 from .memory import ModelBytes, array_bytes, dtype_name, model_bytes, stored_as
@@ -26,7 +29,7 @@ from .parts import CacheEntry, Part, attention_of, cache_entries, parts_of, try_
 class Layer:
     """One decoder layer.
 
-    attention  its kind, e.g. "full, 32 heads, 4 of keys and values"
+    attention  its kind, e.g. "full, 32 heads (4 kv)"
     width      query heads times head size, 0 where the layer does not attend
     parts      {"attention", "router", "experts", "shared experts", "dense", "other": Part}
     """
@@ -51,6 +54,7 @@ class Architecture:
     expert_shapes  {"gate_proj.weight": ("[128, 768, 256]", "uint32"), ...} of the first MoE layer
     chosen         k
     model          the lazy model itself
+    gathers        MoE layers whose blocks cannot sum their answers over ranks: k times the traffic; found by trial
     """
 
     name: str
@@ -64,6 +68,7 @@ class Architecture:
     expert_shapes: dict[str, tuple[str, str]]
     cache: list[CacheEntry]
     model: nn.Module = field(repr=False)
+    gathers: int = 0
 
     @property
     def num_experts(self) -> int:
@@ -115,6 +120,7 @@ class Architecture:
             cache_per_token=self.cache_per_token,
             windows=tuple((entry.per_token, entry.limit) for entry in self.cache if entry.limit),
             attention=tuple((l.width, l.cache[0].limit if l.cache else None) for l in self.layers if l.width),
+            gathers=self.gathers,
         )
 
     def cache_bytes_at(self, tokens: int) -> int:
@@ -162,7 +168,26 @@ def describe_model(model: nn.Module, name: str = "") -> Architecture:
         expert_shapes={n: (str(list(a.shape)), dtype_name(a)) for n, a in expert_tensors(moe[0].experts).items()},
         cache=[entry for one in token.cache for entry in cache_entries(one)],
         model=model,
+        gathers=layers_that_gather(moe),
     )
+
+
+def layers_that_gather(moe: list[MoELayer]) -> int:
+    """How many of these layers ranks could not `reduce`; blocks of one kind and shape are tried once.
+
+    Weights are not asked for: a copy of the block has 0.01 in all places, for what it adds and how shows so, too.
+    """
+    found, count = {}, 0
+    for layer in moe:
+        kind = type(layer.block), tuple((name, a.shape) for name, a in tree_flatten(layer.block.parameters()))
+        if kind not in found:
+            copy = twin(layer.block)
+            filled = tree_map(lambda a: mx.full(a.shape, 0.01 if mx.issubdtype(a.dtype, mx.floating) else 3, a.dtype),
+                              copy.parameters())  # fmt: skip
+            copy.update(filled)
+            found[kind] = why_not_reduce(moe_layers(copy)[0]) is not None
+        count += found[kind]
+    return count
 
 
 # --- over devices -----------------------------------------------------------------------------------------

@@ -171,7 +171,7 @@ def _summed(module, name_of) -> dict[str, Part]:
 def attention_of(layer, token: Token, number: int) -> tuple[str, int, tuple[CacheEntry, ...]]:
     """(kind, width, cache) of a layer's attention; width is query heads times head size, 0 where there are no scores.
 
-    kind  such as "full, 32 heads, 4 of keys and values", from its number of heads and from the cache it is handed
+    kind  such as "full, 32 heads (4 kv)", from its number of heads and from the cache it is handed
     """
     name, cache = token.attends.get(number, (None, None))
     if name is None:
@@ -189,7 +189,7 @@ def attention_of(layer, token: Token, number: int) -> tuple[str, int, tuple[Cach
     heads = next((value for attribute in names if (value := getattr(module, attribute, None))), None)
     if heads and getattr(cache, "keys", None) is not None:
         groups, latents = cache.keys.shape[1], cache.keys.shape[-1] != cache.values.shape[-1]
-        kind += f" on latents, {heads} heads" if latents else f", {heads} heads, {groups} of keys and values"
+        kind += f" on latents, {heads} heads" if latents else f", {heads} heads ({groups} kv)"
     # The last projection gives a token's width again; what it takes in is all heads side by side.
     last = [m for m in module.children().values() if isinstance(m, nn.Linear | nn.QuantizedLinear)][-1:]
     width = sum(m.scales.shape[1] * m.group_size if "scales" in m else m.weight.shape[1] for m in last)

@@ -7,20 +7,34 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
 from numba import njit
+from numba.core.caching import FunctionCache
 
 from .policies import GAIN, KEPT, NOBODY, NOWHERE, take_in, use
 
 
+class _Mending(FunctionCache):
+    """Numba's cache on disk, whose damaged files are as none and are written anew."""
+
+    def load_overload(self, *signature):
+        try:
+            return super().load_overload(*signature)
+        except Exception:  # whatever unpickling makes of them
+            with suppress(OSError):
+                self.flush()
+            return None
+
+
 def compiled(function):
     """By numba, once for all runs where there is a folder to keep it in."""
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # neither beside this file nor in the user's own folder
-        return njit(nogil=True)(function)
+    done = njit(nogil=True)(function)
+    with suppress(RuntimeError):  # neither beside this file nor in the user's own folder
+        done._cache = _Mending(function)  # as its enable_caching() does
+    return done
 
 
 _take_in, _use = compiled(take_in), compiled(use)

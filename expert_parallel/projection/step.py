@@ -5,7 +5,8 @@ Dimensions: T tokens, L MoE layers, E experts, k chosen, D devices, B sequences 
     a step =   fixed cost of every layer
              + all but the experts: bytes over memory bandwidth, or operations if those take longer
              + the experts of the fullest device, layer by layer, for all devices wait for it
-             + an all-sum per MoE layer (reduce: H values a token): latency + bytes over the link's bandwidth
+             + an all-sum per MoE layer: latency + bytes over the link's bandwidth; of H values a token (reduce), or of
+               k H where a block cannot sum its answers over ranks (gather)
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Demand:
     windows                          (bytes, limit) of the layers among these that keep so many tokens at most
     attention                        (width, limit) of each layer that attends: query heads times head
                                      size, and the most tokens it looks back on (None: all)
+    gathers                          MoE layers whose slots are all-summed, not their weighted sum
     """
 
     num_layers: int
@@ -53,6 +55,7 @@ class Demand:
     cache_per_token: int = 0
     windows: tuple[tuple[int, int], ...] = ()
     attention: tuple[tuple[int, int | None], ...] = ()
+    gathers: int = 0
 
     @property
     def num_moe_layers(self) -> int:
@@ -154,7 +157,7 @@ def estimate(
     load             None: perfect balance
     context, tokens  each sequence has so many tokens in its cache, and reads so many more; logits of the last
     rest_share       part of all but the experts that one device does: 1 where replicated, about 1 / D where
-                     mlx-lm shards it too (hybrid), which costs one more all-sum a layer
+                     mlx-lm shards it too (hybrid), which costs one more all-sum a layer, and no layer gathers
     """
     together, arithmetic = tokens * batch, machine.operations_per_second
     load = load or even_load(demand, devices, together)
@@ -168,13 +171,17 @@ def estimate(
     )
     all_sums = demand.num_moe_layers + (demand.num_layers if rest_share < 1 else 0)
     payload = together * demand.hidden * machine.value_bytes
-    latency, transfer = link.all_sum_parts(payload, devices) if devices > 1 else (0.0, 0.0)
+    gathers = demand.gathers if rest_share == 1 else 0
+    collectives = np.zeros(2)
+    if devices > 1:
+        for number, size in ((all_sums - gathers, payload), (gathers, payload * demand.chosen)):
+            collectives += number * np.array(link.all_sum_parts(size, devices))
     return Estimate(
         fixed=machine.layer_seconds * demand.num_layers,
         rest=max(read, operations / arithmetic) * rest_share,
         experts=float(experts.sum()),
-        latency=all_sums * latency,
-        transfer=all_sums * transfer,
+        latency=float(collectives[0]),
+        transfer=float(collectives[1]),
         tokens=together,
     )
 

@@ -29,6 +29,7 @@ import sys
 
 PATIENCE = 5  # seconds for a stranger to say the token, and for a join
 STRANGERS = 32  # at a time; one more sends the oldest away
+WORDS = 2  # seconds for a rank that says its last line itself
 LOOK = 1  # seconds between looks at the state of a rank that has no time limit
 TROUBLES = (OSError, EOFError, asyncio.TimeoutError)
 
@@ -143,13 +144,17 @@ class Watch:
             self.end("lost another rank: its process was ended or crashed")
 
     def end(self, why: str) -> None:
-        """One line, then the rank's end: in its own way first, by force where it cannot hear."""
+        """One line, then the rank's end: in its own way first, by force where it cannot hear.
+
+        A rank that has said "hush" is about to say its line and to go; ended in between it would leave none at all.
+        """
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one line is enough
         if not self.hushed:
             with contextlib.suppress(OSError):
                 if select.select([], [2], [], 1)[1]:  # perhaps nobody reads it
                     os.write(2, f"\n{self.name}{why}\n".encode())
-        for how, seconds in ((signal.SIGQUIT, 0), (signal.SIGCONT, 2), (signal.SIGKILL, 0)):
+        waits = [(0, WORDS)] if self.hushed else []  # signal 0 does nothing
+        for how, seconds in (*waits, (signal.SIGQUIT, 0), (signal.SIGCONT, 2), (signal.SIGKILL, 0)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.rank_pid, how)
             while select.select([0], [], [], seconds)[0]:

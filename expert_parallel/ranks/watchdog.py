@@ -78,6 +78,7 @@ class Watchdog:
     """
 
     def __init__(self, name: str = "error: "):
+        self.name = name.removesuffix("error: ")  # that other lines of this rank begin with
         self._name, self._ended, self._token = name, False, secrets.token_hex(16)
         # The signal's number is 3: as its handler, libc's _exit ends the rank with that status wherever it waits.
         libc = ctypes.CDLL(None)
@@ -133,6 +134,8 @@ class Watchdog:
 
 class NoWatchdog:
     """For a single process, which waits for nobody."""
+
+    name = ""
 
     def limit(self, seconds, message=""):
         pass

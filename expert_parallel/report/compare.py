@@ -67,7 +67,7 @@ def compare(a: dict, b: dict, names=("a", "b"), outputs=()) -> list[Table]:
 
     def table(title, key, paths, *more):
         columns = (
-            (lambda row: FIRST.get(row["name"], row["name"]), "figure"),
+            (lambda row: FIRST.get(row["name"]) or row["name"].replace(".", " "), "figure"),  # breaks between words
             ("a", names[0], _shown),
             ("b", names[1], _shown),
             *more,
@@ -77,6 +77,7 @@ def compare(a: dict, b: dict, names=("a", "b"), outputs=()) -> list[Table]:
     around = ("options", "environment", "model")
     apart = {f"options.{name}" for name in outputs if name != "trace" or "generation" in a}  # the others read a trace
     paths = [path for path in {**one, **other} if path not in apart and one.get(path) != other.get(path)]
+    paths = [path for path in paths if any(each.get(path, (None,))[0] is not None for each in (one, other))]
     # Rows without a name go by their place, #0, #1, ...: of no use where there are more of them in one report.
     unlike = [path for path in paths if path.endswith("#length") and path in one and path in other]
     differ = [path for path in paths if path in unlike or not path.startswith(tuple(each[:-6] for each in unlike))]
@@ -121,5 +122,10 @@ def _key_of(rows: list) -> str | None:
 
 
 def _shown(value) -> str:
-    text = f"{value:,}" if type(value) is int else f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        text = " ".join(value)
+    elif isinstance(value, bool):
+        text = "yes" if value else "no"
+    else:
+        text = f"{value:,}" if type(value) is int else f"{value:.4g}" if isinstance(value, float) else str(value)
     return cut(text, MOST_TEXT)

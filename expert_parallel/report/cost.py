@@ -37,7 +37,11 @@ def memory(whole: ModelBytes, placement: Placement, key_values: int, per_rank: l
     """Bytes per device, from live arrays, against the whole model on one; `key_values` of a device's cache."""
     experts = np.array(per_rank[0]["expert_bytes_per_device"])
     rest, source = np.full(len(experts), whole.rest), "experts measured; the rest, here once, modelled on each"
-    if len(per_rank) > 1:
+    lost = np.zeros(len(experts), bool)
+    if len(per_rank) == 1:
+        lost = (experts == 0) & placement.held.any(axis=(0, 2))
+        rest[lost] = 0
+    else:
         experts, rest = (np.array([each[key] for each in per_rank]) for key in ("expert_bytes", "rest_bytes"))
         source = "measured"
     together = experts + rest
@@ -49,6 +53,7 @@ def memory(whole: ModelBytes, placement: Placement, key_values: int, per_rank: l
     ]
     fullest, beside = int(together.max()), f"in memory, {size(whole.experts)} of it experts"
     peak = max(each["resident"]["peak"] for each in per_rank)
+    note = f"device {', '.join(map(str, np.flatnonzero(lost)))} is lost, with all it held" if lost.any() else ""
     of_experts = whole.experts / max(1, int(experts.max()))
     overall = [
         Figure("full_model_bytes", "whole model", whole.total, lambda total: f"{size(total)} {beside}"),
@@ -59,7 +64,7 @@ def memory(whole: ModelBytes, placement: Placement, key_values: int, per_rank: l
     ]
     also = {"experts_per_device_bytes_modelled": whole.per_device(placement), "full_model_expert_bytes": whole.experts}
     return [
-        Table("Memory per device", columns, "memory", source, first=-together, order="the fullest", detail=True),
+        Table("Memory per device", columns, "memory", source, note, first=-together, order="the fullest", detail=True),
         Table("Memory over all", overall, "memory", also=also, facts=True),
     ]
 

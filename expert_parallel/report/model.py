@@ -10,6 +10,7 @@ from ..models.architecture import Architecture, Part, fewest_devices, fullest_de
 from ..models.configurations import Configuration
 from .table import Figure, Table, facts, of_records, size
 
+KV = "kv: heads of keys and values"
 HYBRID = "hybrid: all but the experts split over devices (--attention sharded)"
 
 
@@ -44,6 +45,7 @@ def architecture(described: Architecture, configuration: Configuration, context:
             ("bytes_each", "bytes", size),
             (lambda row: size(row["expert_bytes_each"]) if row["expert_bytes_each"] else "", "expert bytes"),
             section="architecture",
+            note=KV if any("kv)" in layer.attention for layer in described.layers) else "",
         ),
         of_records(
             "Parts over all layers",

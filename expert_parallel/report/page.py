@@ -17,6 +17,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .12rem 1.1rem .12rem 0; text-align: right; vertical-align: top; white-space: pre-wrap; }
 th { font-weight: normal; opacity: .7; border-bottom: 1px solid; }
 th:first-child, td:first-child, .facts td { text-align: left; }
+.facts td:first-child { white-space: nowrap; }
 p { margin: .3rem 0; max-width: 46rem; opacity: .8; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; border-left: 3px solid #a59c74; padding-left: .8rem; }
 figure { margin: 1.2rem 0; overflow-x: auto; }

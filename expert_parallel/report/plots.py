@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ..failure.planned import in_words
 from ..files import written_whole
 from ..placing.affinity import coactivation
 
 COLOURS = ("#00224e", "#a59c74", "#fee838")  # the ends of cividis and its middle
+MARKERS = "os^Dv<>pXh"  # to be told where colours are not
 PATTERNS = ("", "//", "..")
 MOST_OVER_MEAN = {"expert": 4, "device": 2}  # of the colour scale
 
@@ -28,7 +30,8 @@ def of_run(document: dict, trace, placement) -> dict:
     """
     ran, memory = document["placement"], document["memory"]
     caption = f"{document['model']['name']}, {len(trace)} tokens, top-{trace.experts.shape[2]} of {trace.num_experts}"
-    on_devices = f"{caption}, {ran['devices']} devices, {ran['strategy']}"
+    lost = in_words((document["failures"] or {}).get("losses"))
+    on_devices = f"{caption}, {ran['devices']} devices, {ran['strategy']}{lost and f', lost: {lost}'}"
     ranks = document["ranks"] or [{"seconds": document["time"]}]
     figures = {
         "expert_loads": load_map(trace.loads(), "expert", on_devices, held=placement.held),
@@ -102,7 +105,8 @@ def pairs_map(experts, num_experts: int, caption: str = ""):
 def memory_bars(memory: dict, caption: str = ""):
     """Bytes of each device, experts, the rest and key-value cache, against the whole model; `memory` of the JSON."""
     parts = {"experts": memory["experts_per_device_bytes"], "the rest": memory["rest_per_device_bytes"]}
-    parts["key-value cache"] = [memory["kv_cache_bytes"]] * len(parts["experts"])
+    on_each = [memory["kv_cache_bytes"] * (rest > 0) for rest in parts["the rest"]]  # not on lost ones
+    parts["key-value cache"] = on_each
     largest = memory["full_model_bytes"]
     power, unit = next((p, u) for p, u in ((9, "GB"), (6, "MB"), (3, "kB"), (0, "B")) if largest >= 10**p or not p)
     axes = _axes("Memory of each device", f"{caption} ({memory['source']})", "device", unit)
@@ -157,6 +161,39 @@ def hit_lines(budgets: list[dict], caption: str = ""):
     axes.plot((0, 100), (0, 1), color="#bbbbbb", label="kept at random")
     axes.set(xlim=(0, 100), ylim=(0, 1), ylabel="hits / experts wanted")
     axes.figure.legend(loc="outside lower center", ncols=5)
+    return axes.figure
+
+
+def quality_lines(rows: list[dict], over: str, without: float, caption: str = ""):
+    """Perplexity over "balancedness" or over devices "lost", a line for each way; dashed what it is without any.
+
+    rows     [{"way", "perplexity", and balancedness or lost}]; what is "worst" besides ends a line upwards
+    without  perplexity of the model as it is
+    """
+    titles = {"balancedness": "What balance costs in quality", "lost": "What lost devices cost in quality"}
+    labels = {"balancedness": "balancedness, 1 is even", "lost": "devices lost"}
+    axes = _axes(titles[over], f"{caption} (measured)", labels[over], "perplexity, lower is better", rows=12)
+    axes.axhline(without, color="black", linestyle="--", linewidth=1, label="the model as it is")
+    ways = list(dict.fromkeys(row["way"] for row in rows))
+    for n, way in enumerate(ways):
+        mine = sorted((row for row in rows if row["way"] == way), key=lambda row: row[over])
+        x, y = ([row[key] for row in mine] for key in (over, "perplexity"))
+        higher = [row.get("worst", row["perplexity"]) - row["perplexity"] for row in mine]
+        colour, line = ("#00224e", "#7d7c78", "#a59c74", "black")[n % 4], ("-", ":", "-.")[n // 4 % 3]
+        line = line if len(mine) > 1 else ""
+        how = {"marker": MARKERS[n % len(MARKERS)], "linestyle": line, "color": colour, "capsize": 3 * any(higher)}
+        axes.errorbar(x, y, [[0] * len(y), higher] if any(higher) else None, label=way, **how)
+    axes.set_yscale("log")
+    ticks = [10 * n for n in (1, 2, 3, 5, 7, 10, 15, 20, 30, 50) if 10 * n >= without / 2]
+    axes.set_yticks(ticks, labels=map(str, ticks))
+    axes.minorticks_off()
+    axes.set_ylim(
+        0.95 * min(without, *(row["perplexity"] for row in rows)),
+        1.05 * max(row.get("worst", row["perplexity"]) for row in rows),
+    )
+    if over == "lost":
+        axes.set_xticks(sorted({row[over] for row in rows}))
+    axes.figure.legend(loc="outside lower center", ncols=3)
     return axes.figure
 
 

@@ -64,7 +64,7 @@ class Setting:
 
 def speed(tokens_per_second: float) -> str:
     """1754, 65.8 or 0.0123: as many digits as say something."""
-    digits = 0 if tokens_per_second >= 1000 else 1 if tokens_per_second >= 10 else 3
+    digits = next((n for n, least in enumerate((1000, 10, 1)) if tokens_per_second >= least), 3)
     return f"{tokens_per_second:.{digits}f}"
 
 
@@ -85,7 +85,7 @@ def projection(described: Architecture, setting: Setting, hybrid=None, section: 
     also = {"hardware": machine.name, "hardware_source": machine.source, "context": setting.context,
             "usable_bytes": usable, "best_devices": best, "speed_up_over": base and base["devices"],
             "bound_tokens_per_second": bound, "routing": setting.routing, "link": setting.link_name,
-            "link_source": setting.link_source}  # fmt: skip
+            "link_source": setting.link_source, "layers_that_gather": described.demand.gathers}  # fmt: skip
     table = of_records(
         f"Projection (modelled): {machine.name}, {setting.link_name}, {setting.routing} routing",
         "devices",
@@ -113,8 +113,19 @@ def projection(described: Architecture, setting: Setting, hybrid=None, section: 
         "memory": f"{size(usable)} of {size(machine.memory_bytes)} for weights and cache ({whose})",
         "device": machine.source,
         "link": setting.link_source,
+        "all-sums": all_sums_text(described.demand),
     }
     return [table, facts("What it rests on", items)]
+
+
+def all_sums_text(demand: step.Demand) -> str | None:
+    """Where layers gather, None where all of them reduce."""
+    if not demand.gathers:
+        return None
+    return (
+        f"{demand.gathers} of {demand.num_moe_layers} MoE layers send {demand.chosen} times the bytes: ranks cannot sum"
+        " their blocks' answers (found by a trial; hybrid aside)"
+    )
 
 
 def needed_bytes(described: Architecture, setting: Setting, count: int) -> int:
@@ -157,7 +168,8 @@ def one_sequence(described: Architecture, setting: Setting) -> list[Table]:
     if not rows:
         return []
     bound = ceiling(demand, machine, demand.num_experts, None, setting.context)
-    payload = demand.hidden * machine.value_bytes
+    gathered = 2 * demand.gathers > demand.num_moe_layers  # what most layers do
+    payload = demand.hidden * machine.value_bytes * (demand.chosen if gathered else 1)
     held = needed_bytes(described, setting, 1) <= machine.usable[0]
     all_sum = sum(link.all_sum_parts(payload, rows[0]["devices"]))
     table = of_records(

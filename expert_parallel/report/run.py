@@ -23,7 +23,7 @@ from ..placement import Placement
 from ..serving import devices_of_trace
 from ..study.chance import expected_fan_out, uniform_routing
 from ..trace import RoutingTrace
-from .table import Figure, Table, facts, of_records, shades, size
+from .table import SHADES_MEAN, Figure, Table, facts, of_records, shades, size
 
 MOST_OF_PROMPT = 120  # characters that are printed
 PHASES = ("prefill", "decode")
@@ -208,17 +208,23 @@ def balance(trace: RoutingTrace, changes: list, layer_numbers: list[int], first:
     note = "A device's load: the slots, (token, chosen expert) pairs, that it answered."
     wide = "three characters" if len(shades(loads[0])) > first.num_devices else "a character"
     least_balanced = {"first": per_layer[1].value, "order": "the least balanced", "detail": True}
-    return [
+    tables = [
         Table("Balance over devices", per_layer, "balance", "measured", note, **least_balanced),
         Table("Balance over all layers", whole, "balance", "measured", BALANCEDNESSES, {"phases": phases}, facts=True),
         Table(
             "Load per device",
             [Figure(None, "layer", layer_numbers), Figure("device_loads", "devices", loads, shades)],
             "balance",
-            note=f"{wide} a device; blank: under 1/4 of the layer's mean, █: over 7/4",
+            "measured",
+            f"{wide} a device; of the layer's mean {SHADES_MEAN}.",
             **least_balanced,
         ),
     ]
+    if first.num_devices == 1:  # for programs alone: in print it says nothing
+        return [replace(table, title="") for table in tables]
+    lost = np.flatnonzero(changes[0][1].any(axis=(0, 2)) & ~changes[-1][1].any(axis=(0, 2))).tolist()
+    on_the_way = f" Lost on the way: {', '.join(map(str, lost))}, with the load from before." if lost else ""
+    return [replace(table, note=table.note + on_the_way) for table in tables]
 
 
 def _fitted(metadata: dict, top_k: int) -> list[Figure]:

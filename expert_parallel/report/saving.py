@@ -7,10 +7,10 @@ from .table import sections
 MAY_BE_MISSING = ("parity", "not_a_number", "rebalancing", "ranks", "cache", "journal", "failures")  # then null
 
 
-def document_of(tables, about: dict, args) -> dict:
-    """The run's JSON: the tables' sections, with the model's name, config and environment, and the options."""
+def document_of(tables, about: dict, options: dict) -> dict:
+    """The run's JSON: the tables' sections, the model's name, config and environment, and the options in effect."""
     missing = dict.fromkeys(MAY_BE_MISSING)
-    return sections(tables, model=about, environment=about["environment"], options=vars(args), **missing)
+    return sections(tables, model=about, environment=about["environment"], options=options, **missing)
 
 
 def write_files(args, tables, document: dict, trace, placement, layer_numbers, tell) -> None:

@@ -20,7 +20,8 @@ from ..files import plain
 
 MOST_ROWS = 16  # that are printed; JSON has all
 SHADES = " ░▒▓█"  # of a row's mean under 1/4, 3/4, 5/4, 7/4, and over
-COLOURS = {"░": "#0072b2", "▓": "#e69f00", "█": "#d55e00"}  # below and above it; Okabe and Ito's, for every eye
+SHADES_MEAN = "blank is under 1/4, ░ under 3/4, ▒ under 5/4, ▓ under 7/4, █ more"
+COLOURS = {"░": "#56b4e9", "▓": "#e69f00", "█": "#d55e00"}  # below and above it; Okabe and Ito's, for every eye
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,10 @@ class Table:
             justify = "left" if n == 0 or self.facts else "right"
             grid.add_column(Text(label), justify=justify, header_style="dim", overflow="fold")
         for row in self.cells():
-            grid.add_row(*(Text.assemble(*((letter, COLOURS.get(letter, "")) for letter in cell)) for cell in row))
+            grid.add_row(*map(_coloured, row))
         lines = console.render_lines(grid, options, pad=False) if grid.row_count else []
         rows = (Text.assemble(*((segment.text, segment.style or "") for segment in line)) for line in lines)
-        for text in (Text(self.heading(), style="bold"), *rows, Text(self.notes())):
+        for text in (Text(self.heading(), style="bold"), *rows, _coloured(self.notes())):
             for line in text.wrap(console, options.max_width) if text else ():
                 line.rstrip()  # rich fills lines with blanks
                 yield line
@@ -148,6 +149,12 @@ class Table:
         ]
         body = "".join(f"<tr>{row}</tr>" for row in rows)
         return f"<h4>{html.escape(self.heading())}</h4><table>{body}</table><p>{html.escape(self.notes())}</p>"
+
+
+def _coloured(text: str):
+    from rich.text import Text
+
+    return Text.assemble(*((letter, COLOURS.get(letter, "")) for letter in text))
 
 
 def of_rows(title: str, *labels: str, rows) -> Table:
@@ -178,7 +185,7 @@ def facts(title: str, items: dict, **more) -> Table:
 def on_a_screen(tables: list[Table], full: bool = False) -> list[Table]:
     """The tables to print, and what is said of those that are left out; `full`: all that have a title."""
     shown = [table for table in tables if table.title and (full or not table.detail)]
-    left_out = [table.title.partition(" (")[0] for table in tables if table.detail and not full]
+    left_out = [table.title.partition(" (")[0] for table in tables if table.title and table.detail and not full]
     names = facts("More", {"--full": ", ".join(left_out)})
     return [*shown, names] if left_out else shown
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from math import ceil, floor, log10
+
+from ..failure.planned import in_words
 from .table import Table, facts, size
 
 CLEAR = 0.05  # of balancedness below chance level, from which on routing and not the number of tokens is the reason
@@ -19,7 +22,7 @@ def verdict(document: dict) -> Table:
         "lost": _lost(document["failures"]),
         "memory": _memory(document["memory"]),
         "disk": _disk(document["cache"]),
-        "balance": _balance(document["balance"], document["placement"]),
+        "balance": _balance(document["balance"], document["placement"], document["failures"]),
         "speed": _speed(document),
         "real ranks": _ranks(document),
     }
@@ -32,26 +35,34 @@ def _answer(parity: dict | None, broken: dict | None) -> str:
     if parity is None:
         return "not compared with stock mlx-lm (--verify compares every token and logit)"
     off = parity["max_abs_logit_difference"]
-    logits = f"{parity['logits_compared']:,} logits {'to the bit' if off == 0 else f'within {off:.1g}'}"
+    logits = f"{parity['logits_compared']:,} logits {'to the bit' if off == 0 else f'within {_up(off)}'}"
+    differ = f"logits differ by up to {_up(off, 2)}"
     if parity["tokens_equal"] and off > ROUNDING:
-        return f"the same {parity['tokens_compared']} tokens as stock mlx-lm's, but logits differ by up to {off:.2g}"
+        return f"the same {parity['tokens_compared']} tokens as stock mlx-lm's, but {differ}"
     if parity["tokens_equal"]:
         return f"the same as stock mlx-lm's: {parity['tokens_compared']} tokens, {logits}"
     if parity["tokens_equal"] is None:
         return f"no tokens as stock mlx-lm's; {logits}"
     first, count = parity["tokens_equal_at_first"], parity["tokens_compared"]
-    return f"NOT the same tokens as stock mlx-lm's after the first {first} of {count}; {logits}"
+    return f"NOT the same tokens as stock mlx-lm's after the first {first} of {count}; {differ}"
+
+
+def _up(value: float, digits: int = 1) -> str:
+    """Rounded up to so many digits: a bound stays one."""
+    step = 10.0 ** (floor(log10(value)) + 1 - digits) if value else 1.0
+    return f"{step * ceil(value / step * (1 - 1e-9)):.{digits}g}"
 
 
 def _lost(failures: dict | None) -> str | None:
     if not failures or not failures["losses"]:
         return None
     losses, how = failures["losses"], failures["on_failure"]
-    names = [f"device{'s' * (len(row['devices']) > 1)} {' '.join(map(str, row['devices']))}" for row in losses]
-    when = ", ".join(f"{name} after {row['after_tokens']} tokens" for name, row in zip(names, losses, strict=True))
+    when = in_words(losses)
     if how == "failover":
         return f"{when}: copies took over, the answer stays"
-    gone = f"{when}: {losses[-1]['experts_gone']} experts had no other copy"
+    # What was read again can be lost again: each loss counts its own then, else what is gone since the first.
+    count = sum(row["experts_gone"] for row in losses) if how == "recover" else losses[-1]["experts_gone"]
+    gone = f"{when}: {count} experts had no other copy"
     if how == "recover":
         pause = sum(row["pause_seconds_measured"] for row in losses)
         return f"{gone} and were read again in {pause:.2f} s, the answer stays"
@@ -71,10 +82,14 @@ def _disk(cache: dict | None) -> str | None:
     return f"{known} ({cache['policy']}); {size(cache['bytes_read_per_token'])} read a token, {waited}"
 
 
-def _balance(balance: dict, placement: dict) -> str | None:
+def _balance(balance: dict, placement: dict, failures: dict | None) -> str | None:
     even, chance = balance["balancedness_layers"], balance["balancedness_if_uniform_simulated"]
     if placement["devices"] == 1 or even is None:
         return None
+    if losses := (failures or {}).get("losses"):
+        times = {"before the loss": losses[0]["balancedness_before"], "since": losses[-1]["balancedness_since"]}
+        known = ", ".join(f"{value:.2f} {when}" for when, value in times.items() if value is not None)
+        return f"balancedness {known}: of the devices that live, mean load over the fullest one's" if known else None
     text = f"balancedness {even:.2f}, the devices' mean load over the fullest one's: 1 is even"
     text += f", and a router that chose at random would give {chance:.2f}"
     if even > chance - CLEAR:

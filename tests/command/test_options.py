@@ -5,7 +5,7 @@ import pytest
 
 from expert_parallel import RoutingTrace, place_experts
 from expert_parallel.command.limits import check_numbers, check_study
-from expert_parallel.command.options import check_placement, make_placement, parser_of
+from expert_parallel.command.options import cache_options, check_placement, in_effect, make_placement, parser_of
 from expert_parallel.command.output import write_json
 from expert_parallel.command.prompts import read_prompt, titled
 from expert_parallel_poc import SCENARIOS, setup_arg_parser
@@ -244,3 +244,38 @@ def test_a_title_is_a_short_name_before_a_text():
 def test_json_is_written_a_line_a_figure_and_what_is_no_number_as_null(tmp_path):
     write_json(tmp_path / "o.json", {"a": [1, float("nan")], "b": {}})
     assert (tmp_path / "o.json").read_text() == '{\n "a": [\n  1,\n  null\n ],\n "b": {}\n}\n'
+
+
+@pytest.mark.parametrize(("text", "value"), [("0.5", 0.5), ("50%", 0.5), ("0", 0), ("100%", 1), ("12.5%", 0.125)])
+def test_a_share_may_be_a_percentage(text, value):
+    assert arguments("--cold-share", text).cold_share == value
+
+
+@pytest.mark.parametrize("text", ["half", "%", "5%%"])
+def test_what_is_no_share_is_refused_in_one_line(text, capsys):
+    with pytest.raises(SystemExit):
+        arguments("--cold-share", text)
+    assert f"argument --cold-share: '{text}' is no share" in capsys.readouterr().err
+
+
+def test_options_in_effect_are_those_that_were_not_given_too():
+    args = arguments("--expert-memory", "25%", "--cold-bits", 3, "--fail-device", 1)
+    before = dict(vars(args))
+    found = in_effect(args, devices=8, verify=False)
+    defaults = {"cache_policy": "aging", "prefetch": "none", "cold_share": 0.5, "on_failure": "recover"}
+    assert found == before | defaults | {"devices": 8, "verify": False} and vars(args) == before
+    given = ("--cache-policy", "lru", "--prefetch", "next-layer", "--cold-share", 0, "--on-failure", "drop")
+    args = arguments("--expert-memory", "25%", "--cold-bits", 3, "--fail-device", 1, *given)
+    assert in_effect(args) == vars(args)
+    assert in_effect(arguments()) == vars(arguments())  # of no use, and null
+
+
+def test_a_trace_that_the_cache_wants_too_is_read_once(tmp_path, monkeypatch):
+    path = tmp_path / "r.npz"
+    RoutingTrace(np.random.default_rng(0).integers(0, 16, (40, 2, 2)), 16).save(path)
+    args = arguments("--placement", "balanced", "--placement-trace", path, "--expert-memory", "25%",
+                     "--cache-policy", "pinned")  # fmt: skip
+    trace = cache_options(args, 16)["cache_trace"]
+    alone = make_placement(args, (2, 16))
+    monkeypatch.setattr("expert_parallel.formats.traces.read_trace", None)
+    assert (make_placement(args, (2, 16), trace=trace).held == alone.held).all()

@@ -57,6 +57,8 @@ def test_a_link_stays_and_its_target_is_written(tmp_path):
 def test_names_that_cannot_be_written(tmp_path):
     with pytest.raises(ValueError, match="only --json - goes to standard output"):
         output.check_writable("-")
+    with pytest.raises(ValueError, match="only --json - goes to standard output"):
+        output.check_outputs({"--json": "-", "--journal": "-"}, {})
     with pytest.raises(ValueError, match="is a folder"):
         output.check_writable(tmp_path)
     with pytest.raises(ValueError, match="does not exist"):

@@ -25,7 +25,8 @@ def here(run_here):
     return functools.partial(run_here, SCRIPT)
 
 
-QUICK = ("--model", SHIPPED, "--max-tokens", 2, "--no-verify", "--quiet")
+BRIEF = ("--model", SHIPPED, "--trials", 0)  # where no speed is looked at: of this model three more runs are timed
+QUICK = (*BRIEF, "--max-tokens", 2, "--no-verify", "--quiet")
 
 
 def refused(result, *words):
@@ -66,7 +67,7 @@ def test_main_script_answers_reports_and_writes(here, tmp_path):
     assert sum(map(sum, figures["balance"]["device_loads"])) == (prompt + 8) * layers * top_k
     assert {p.name for p in (tmp_path / "plots").iterdir()} == {f"{name}.png" for name in PICTURES}
     again = here(
-        "--model", SHIPPED, "--prompt", "import os\n", "--max-tokens", 8, "--devices", 3, "--quiet",
+        *BRIEF, "--prompt", "import os\n", "--max-tokens", 8, "--devices", 3, "--quiet",
         "--placement", files["placement"],
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
@@ -75,7 +76,7 @@ def test_main_script_answers_reports_and_writes(here, tmp_path):
 
 def test_prompts_from_file_and_standard_input(here, tmp_path):
     (tmp_path / "prompt.txt").write_text("import sys\n")
-    common = ("--model", SHIPPED, "--max-tokens", 4, "--quiet", "--no-verify")
+    common = (*BRIEF, "--max-tokens", 4, "--quiet", "--no-verify")
     answers = [here(*common, "--prompt", prompt).stdout for prompt in ("import sys\n", tmp_path / "prompt.txt")]
     answers.append(run_script(SCRIPT, *common, "--prompt", "-", stdin="import sys\n").stdout)
     assert answers[0]
@@ -83,7 +84,7 @@ def test_prompts_from_file_and_standard_input(here, tmp_path):
 
 
 def test_sampling_with_a_seed_is_repeatable(here):
-    common = ("--model", SHIPPED, "--max-tokens", 12, "--quiet", "--temp", 1, "--no-verify")
+    common = (*BRIEF, "--max-tokens", 12, "--quiet", "--temp", 1, "--no-verify")
     one, two, other = (here(*common, "--seed", seed).stdout for seed in (7, 7, 8))
     assert one == two
     assert one != other
@@ -247,14 +248,14 @@ def test_help_begins_with_the_words_of_the_script_line_by_line(run_here, script)
 def test_the_tokens_that_are_timed_go_on_after_the_answer(here, tmp_path):
     """252 of prompt, 2 of answer, and 4 that are timed no longer fit into the 256 that a cache begins with."""
     options = ("--no-verify", "--max-tokens", 2, "--prompt", "x = 1\n" * 63, "--json", tmp_path / "o.json")
-    assert here(*QUICK[:2], *options).returncode == 0
+    assert here(*BRIEF, *options).returncode == 0
     figures = json.loads((tmp_path / "o.json").read_text())
     assert (figures["generation"]["prompt_tokens"], figures["time"]["tokens"]) == (252, 4)
     assert figures["memory"]["kv_cache_bytes"] == 512 * 4 * 2 * 2 * 64 * 4  # layers, keys and values, heads of 64
 
 
 def test_a_long_prompt_is_no_file_name(here):
-    result = here("--model", SHIPPED, "--max-tokens", 1, "--quiet", "--no-verify", "--prompt", "x = 1; " * 60)
+    result = here(*BRIEF, "--max-tokens", 1, "--quiet", "--no-verify", "--prompt", "x = 1; " * 60)
     assert result.returncode == 0, result.stderr
 
 
@@ -348,7 +349,7 @@ def test_closed_standard_input_is_an_empty_prompt():
 @pytest.mark.slow
 def test_more_tokens_than_the_context_holds_are_cut_and_that_is_said(here, tmp_path):
     prompt = "x = 1\n" * 126
-    result = here(*QUICK[:2], "--no-verify", "--prompt", prompt, "--max-tokens", 600, "--json", tmp_path / "o.json")
+    result = here(*BRIEF, "--no-verify", "--prompt", prompt, "--max-tokens", 600, "--json", tmp_path / "o.json")
     figures = json.loads((tmp_path / "o.json").read_text())["generation"]
     assert figures["prompt_tokens"] + len(figures["tokens"]) == 512
     assert f"--max-tokens 600 is cut to {len(figures['tokens'])}" in " ".join(result.stdout.split())
@@ -397,7 +398,7 @@ def test_a_placement_file_says_how_many_devices(here, tmp_path):
 
 def test_one_copy_of_each_expert(here):
     """Twice the experts on each device, and the answer of stock mlx-lm."""
-    printed = here(*QUICK[:4], "--redundant-experts", "each", "--trials", 0).stdout
+    printed = here(*BRIEF, "--max-tokens", 2, "--redundant-experts", "each").stdout
     assert "contiguous, 32 of 128 experts on each device, 128 copies a layer" in " ".join(printed.split())
     assert "the same as stock mlx-lm's: 2 tokens" in printed and "Parity" in printed
 
@@ -431,7 +432,7 @@ def test_an_interrupt_in_mid_answer_leaves_one_line_and_no_file(tmp_path):
 @pytest.mark.parametrize(("dtype", "value"), [("float32", 4), ("float16", 2), ("keep", 2)])
 def test_communication_follows_the_dtype_of_the_run(here, tmp_path, dtype, value):
     """The report counted 4 bytes a value on every CPU, whatever --dtype said; the shipped model is bfloat16."""
-    result = here(*QUICK[:2], "--prompt", "a", "--max-tokens", 2, "--dtype", dtype, "--json", tmp_path / "o.json")
+    result = here(*BRIEF, "--prompt", "a", "--max-tokens", 2, "--dtype", dtype, "--json", tmp_path / "o.json")
     figures = json.loads((tmp_path / "o.json").read_text())
     assert figures["communication"]["value_bytes"] == value
     assert figures["communication"]["bytes_per_token"] == 4 * 256 * value  # layers, hidden

@@ -76,7 +76,7 @@ def test_another_version_and_other_files_are_refused(tmp_path):
     body = whole.split(b"\n")[0].rpartition(b', "crc')[0].replace(b'"journal": 1', b'"journal": 2')
     with pytest.raises(ValueError, match="x is a journal of version 2, this can read version 1"):
         read_past(body + b', "crc": %d}\n' % zlib.crc32(body), "x")
-    for other in (b'{"a": 1}\n', b"\x89PNG\n\n", b"\n", b'[1]\n{"n": 0}\n'):
+    for other in (b'{"a": 1}\n', b"\x89PNG\n\n", b"\n", b'[1]\n{"n": 0}\n', b"without an end", b'{"a": 1}'):
         with pytest.raises(ValueError, match="x is no journal of this project"):
             read_past(other, "x")
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -183,6 +184,20 @@ def test_options_that_are_given_again_are_no_others(seeded, here, tmp_path):
     assert path.read_bytes() == data
 
 
+def test_a_loss_that_changes_the_answer_goes_on_with_the_same_devices(uninterrupted, here, tmp_path):
+    options, data, _, _ = uninterrupted("--fail-device", "1@4", "--on-failure", "drop")
+    path, line = tmp_path / "run.jsonl", ("--no-verify", "--trials", 0, "--quiet")
+    for again in ((), ("--devices", 3, *options)):  # without a word of them three are lost from, not eight
+        path.write_bytes(after(data, 7))
+        assert here("--resume", path, *line, *again).returncode == 0
+        assert path.read_bytes() == data
+    path.write_bytes(after(data, 7))
+    refused(here("--resume", path, *line, "--devices", 4), "--devices 4: ", "has 3; leave --devices out")
+    refused(here("--resume", path, *line, "--fail-device", 2), "--fail-device ['2']: ", "has ['1@4']; leave")
+    refused(here("--resume", path, *line, "--placement", "round-robin"), "with other the model's placement (")
+    assert path.read_bytes() == after(data, 7)
+
+
 def changed(path, data, **places):
     """A journal with another header."""
     past = read_past(data)
@@ -241,6 +256,13 @@ def test_where_a_journal_cannot_be(here, tmp_path):
     refused(here(*line, "--journal", "/proc/run.jsonl"), "cannot write /proc/run.jsonl")  # read-only, even to root
     refused(here(*line, "--resume", tmp_path / "none"), "cannot resume", "--journal FILE begins one")
     refused(here(*line, "--resume", SHIPPED / "config.json"), "is no journal of this project")
+    (tmp_path / "note").write_text("a line that has no end")
+    refused(here(*line, "--resume", tmp_path / "note"), "is no journal of this project")
+    assert (tmp_path / "note").read_text() == "a line that has no end"
+    os.mkfifo(tmp_path / "pipe")  # would be waited for without end
+    refused(here(*line, "--resume", tmp_path / "pipe"), "cannot resume", "it is no file")
+    refused(here(*line, "--resume", "/dev/null"), "cannot resume /dev/null: it is no file")
+    refused(here(*line, "--resume", tmp_path / "folder"), "cannot resume", "it is a folder")
     assert not (SHIPPED / "run.jsonl").exists() and (tmp_path / "p.txt").read_text() == "import os\n"
 
 

@@ -107,7 +107,7 @@ def test_the_reader_leaves_warm_up_out(files):
 
 @pytest.mark.parametrize("strategy", ["balanced", "affinity"])
 def test_placements_do_not_see_warm_up(strategy, files, tmp_path, run_here):
-    line = ("--model", SHIPPED, "--max-tokens", 1, "--no-verify", "--placement", strategy)
+    line = ("--model", SHIPPED, "--max-tokens", 1, "--no-verify", "--trials", 0, "--placement", strategy)
     found = {}
     for name in ("warm", "clean"):
         saved = ("--save-placement", tmp_path / "p.json", "--json", tmp_path / "o.json")

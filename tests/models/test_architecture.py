@@ -4,21 +4,27 @@ import functools
 import json
 
 import mlx.core as mx
+import numpy as np
 import pytest
+from blocks import DEEPSEEK, KINDS, small_model
 from conftest import CONFIG, SHIPPED
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
+from expert_parallel.layers import moe_layers
 from expert_parallel.models.architecture import (
     describe,
+    describe_model,
     fewest_devices,
     fullest_device_bytes,
     hybrid_rest_bytes,
+    layers_that_gather,
 )
 from expert_parallel.models.configurations import Configuration, bundled_names, hub_id, load_configuration
 from expert_parallel.models.lazy import build_model, fill_randomly
 from expert_parallel.models.parts import CacheEntry
+from expert_parallel.trials import why_not_reduce
 
 CODER = "qwen3-coder-30b"
 
@@ -127,11 +133,11 @@ def test_width_is_that_of_all_query_heads_side_by_side():
 @pytest.mark.parametrize(
     ("name", "layer", "words"),
     [
-        (CODER, 0, "full, 32 heads, 4 of keys and values"),
+        (CODER, 0, "full, 32 heads (4 kv)"),
         ("deepseek-v3", 0, "full on latents, 128 heads"),
-        ("gpt-oss-20b", 0, "window of 128, 64 heads, 8 of keys and values"),
+        ("gpt-oss-20b", 0, "window of 128, 64 heads (8 kv)"),
         ("qwen3-next-80b", 0, "linear or state space"),
-        ("qwen3-next-80b", 3, "full, 16 heads, 2 of keys and values"),
+        ("qwen3-next-80b", 3, "full, 16 heads (2 kv)"),
     ],
 )
 def test_attention_in_words(name, layer, words):
@@ -266,3 +272,16 @@ def test_a_configuration_file_alone_is_enough(tmp_path):
         found = load_configuration(str(path))
         assert describe(found).num_experts == 16 and not found.has_weights
         assert found.file == tmp_path / "config.json"
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "granitemoe", "minimax", "qwen3_next", "deepseek_v3"])
+def test_layers_that_gather_are_those_that_ranks_would_have_gather(kind):
+    """A copy without weights says what the blocks themselves say with theirs, and leaves the model as it was."""
+    more = DEEPSEEK if kind == "deepseek_v3" else {"num_hidden_layers": 4} if kind == "qwen3_next" else {}
+    model = small_model(kind, **more)
+    layers, text = moe_layers(model), mx.array([[1, 2, 3]])
+    before = np.array(model(text))
+    found = layers_that_gather(layers)
+    assert found == sum(why_not_reduce(layer) is not None for layer in layers)
+    assert found == describe_model(model).demand.gathers and np.array_equal(np.array(model(text)), before)
+    assert (found == 0) == (kind in ("qwen3_moe", "mixtral", "olmoe", "gpt_oss", "minimax", "granitemoe"))

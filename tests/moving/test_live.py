@@ -246,7 +246,7 @@ def test_shipped_model_under_every_placement_and_moved_while_it_writes(shipped):
 
 def test_a_run_that_rebalances_says_the_same(run_here, tmp_path):
     out = tmp_path / "o.json"
-    options = ("--max-tokens", 50, "--rebalance-every", 16, "--rebalance-horizon", 10**8, "--devices", 4)
+    options = ("--max-tokens", 50, "--rebalance-every", 16, "--rebalance-horizon", 10**8, "--devices", 4, "--trials", 0)
     result = run_here("qwen3_expert_parallel.py", "--model", SHIPPED, *options, "--verify", "--json", out)
     assert result.returncode == 0, result.stderr
     figures = json.loads(out.read_text())
@@ -258,7 +258,7 @@ def test_a_run_that_rebalances_says_the_same(run_here, tmp_path):
 
 def test_nothing_moves_where_it_would_not_repay_the_pause(run_here, tmp_path):
     out = tmp_path / "o.json"
-    options = ("--max-tokens", 20, "--rebalance-every", 8, "--rebalance-horizon", 1, "--devices", 4)
+    options = ("--max-tokens", 20, "--rebalance-every", 8, "--rebalance-horizon", 1, "--devices", 4, "--trials", 0)
     result = run_here("qwen3_expert_parallel.py", "--model", SHIPPED, *options, "--no-verify", "--json", out)
     assert result.returncode == 0, result.stderr
     looks = json.loads(out.read_text())["rebalancing"]["looks"]
@@ -267,8 +267,8 @@ def test_nothing_moves_where_it_would_not_repay_the_pause(run_here, tmp_path):
 
 def test_ranks_read_only_what_moves_to_them_and_say_the_same(tmp_path):
     out = tmp_path / "o.json"
-    options = ("--max-tokens", 26, "--rebalance-every", 8, "--rebalance-horizon", 10**8, "--verify", "--json", out)
-    command = ("qwen3_expert_parallel.py", "--model", SHIPPED, *options)
+    options = ("--max-tokens", 26, "--rebalance-every", 8, "--rebalance-horizon", 10**8, "--trials", 1)
+    command = ("qwen3_expert_parallel.py", "--model", SHIPPED, *options, "--verify", "--json", out)
     results = launch("ring", 2, *command, tmp_path=tmp_path)
     assert all(status == 0 for status, _, _ in results), results
     figures = json.loads(out.read_text())

@@ -218,3 +218,17 @@ def test_uniform_experts_are_different_ones_of_all():
     assert found.shape == (500, 2, 4)
     assert (np.diff(np.sort(found, axis=-1)) > 0).all()
     assert set(found.ravel()) == set(range(16))
+
+
+def test_layers_that_gather_send_the_slots_of_a_token():
+    """By hand: k times the payload for these layers alone, nothing where the rest is sharded too, nothing alone."""
+    some = replace(DEMAND, gathers=1)
+    link = Link(1e-5, 1e9)
+    plain, gathered = (estimate(demand, MACHINE, 4, link) for demand in (DEMAND, some))
+    payload = DEMAND.hidden * MACHINE.value_bytes
+    more = (DEMAND.chosen - 1) * payload * 2 * 3 / 4 / 1e9  # a ring of four sends 2 (n - 1) / n of it
+    assert gathered.transfer - plain.transfer == pytest.approx(more)
+    assert gathered.latency == pytest.approx(plain.latency) and gathered.experts == plain.experts
+    for how in ({"rest_share": 0.5}, {}):
+        both = [estimate(demand, MACHINE, 4 if how else 1, link, **how) for demand in (DEMAND, some)]
+        assert both[0] == both[1]

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, SHIPPED, launch, launch_command
 
 SCRIPT = "qwen3_expert_parallel.py"
-RUN = ("--model", SHIPPED, "--prompt", "import os\n", "--no-verify", "--quiet")
+RUN = ("--model", SHIPPED, "--prompt", "import os\n", "--no-verify", "--trials", 0, "--quiet")
 LONG = (*RUN, "--max-tokens", 480)
 NEEDS_MPI = pytest.mark.skipif(not shutil.which("mpirun"), reason="no mpirun on this machine")
 BACKENDS = ["ring", pytest.param("mpi", marks=NEEDS_MPI)]

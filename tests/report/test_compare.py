@@ -87,6 +87,13 @@ def test_nothing_differs_a_figure_is_missing_or_nought():
         **dict.fromkeys(("list.length", "list.most", "list.sum")),
         "list": [1, None, "x"],
     }
+    nothing = compare(report(), report(options={"new": None}, balance={"newer": None}))
+    assert [table.title for table in nothing] == ["Compared", "Figures"]  # not there, and null: neither says anything
+    worded = str(compare(report(), report(options={"fail_device": ["3@16", "4"], "streams": True}, looks=[]))[1])
+    assert "3@16 4" in worded and " yes" in worded and "[" not in worded
+    deep = {"results": {"skewed": {"a_name_so_long_that_a_line_is": {"not_enough_for_all_of_its_path_in_one": 2.0}}}}
+    text = str(compare(report(), report() | deep)[-1])
+    assert all(f"{word} " in text or f"{word}\n" in text for word in ("skewed", *deep["results"]["skewed"]))
     long = str(compare(report(), report(generation={"text": "y" * 25}))[-1])
     assert f"{'y' * 21}..." in long and "y" * 22 not in long
     assert "y" * 24 in str(compare(report(), report(generation={"text": "y" * 24}))[-1])

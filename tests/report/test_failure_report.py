@@ -96,6 +96,7 @@ def test_dropped_experts_slot_by_slot(run_here, tmp_path):
     lost = "device 3 after 4 tokens, device 5 after 9 tokens: 128 experts had no other copy (drop), which changes the"
     assert facts_of(text, "In short")["lost"].startswith(lost)
     assert [n for n, size in enumerate(document["memory"]["experts_per_device_bytes"]) if not size] == [3, 5]
+    assert [n for n, size in enumerate(document["memory"]["per_device_bytes"]) if not size] == [3, 5]  # nor the rest
     first = document["parity"]["tokens_equal_at_first"]
     assert first >= 4 and document["parity"]["tokens_equal"] is False
 

@@ -114,6 +114,8 @@ def test_memory_in_bars_against_the_whole_model():
     }
     assert axes.get_ylabel() == "MB" and axes.lines[0].get_ydata() == [6, 6]
     assert axes.lines[0].get_label() == "the whole model"
+    lost = plots.memory_bars({**memory, "experts_per_device_bytes": [2e6, 0], "rest_per_device_bytes": [1e6, 0]})
+    assert [parts[1][2] for parts in bars(lost.axes[0]).values()] == [0, 0, 0]  # nor has it a cache
     small = plots.memory_bars({**memory, "full_model_bytes": 6e3})
     large = plots.memory_bars({**memory, "full_model_bytes": 17e9})
     assert [figure.axes[0].get_ylabel() for figure in (small, large)] == ["kB", "GB"]
@@ -160,6 +162,7 @@ def test_the_pictures_of_a_run_are_those_that_its_options_name():
     placement, seconds = place_experts(np.ones((2, 8)), 2), {"tokens": 1, "total": 1, "experts": 1, "collectives": 0}
     document = {
         "model": {"name": "m"}, "placement": {"devices": 2, "strategy": "contiguous"}, "ranks": None, "cache": None,
+        "failures": None,
         "balance": {"device_loads": [[4, 8], [6, 6]]}, "time": {**seconds, "waiting": 0},
         "memory": {"experts_per_device_bytes": [1, 2], "rest_per_device_bytes": [1, 1], "kv_cache_bytes": 0,
                    "full_model_bytes": 5, "source": "measured"},
@@ -175,6 +178,9 @@ def test_the_pictures_of_a_run_are_those_that_its_options_name():
     top_1 = RoutingTrace(trace.experts[..., :1], 8)
     assert tuple(plots.of_run(document, top_1, placement)) == PICTURES[:-1]  # it has no pairs
     ranks = [{"seconds": {**document["time"], "experts": share}} for share in (0.25, 0.5)]
+    loss = {"devices": [1], "after_tokens": 16}
+    lossy = plots.of_run({**document, "failures": {"losses": [loss]}}, trace, placement)
+    assert "2 devices, contiguous, lost: device 1 after 16 tokens" in lossy["device_loads"].axes[0].get_title()
     several = plots.of_run({**document, "ranks": ranks}, trace, placement)["time"]
     assert [bar[2] for bar in bars(several.axes[0])["experts"]] == [250, 500]
 
@@ -215,3 +221,28 @@ def test_hit_rates_are_lines_over_the_share_in_memory():
     assert axes.get_title() == "Hit rate of a cache of experts for each layer\nm (simulated)"
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("experts in memory, %", "hits / experts wanted")
     assert axes.get_xlim() == (0, 100) and axes.get_ylim() == (0, 1)
+
+
+@pytest.mark.parametrize(("over", "places"), [("lost", (1, 2, 4)), ("balancedness", (0.7, 0.8, 0.95))])
+def test_quality_is_a_line_for_each_way_with_the_worst_above(over, places):
+    rows = [
+        {"way": way, over: x, "perplexity": 20.0 + n, "worst": 30.0 + n} for way in "ab" for n, x in enumerate(places)
+    ]
+    rows = [*rows[::-1], {"way": "c", over: places[0], "perplexity": 25.0}]
+    figure = plots.quality_lines(rows, over, 19.5, "a model")
+    axes = figure.axes[0]
+    lines = {each.get_label(): each for each in axes.containers}
+    assert set(lines) == {"a", "b", "c"} and axes.lines[0].get_ydata() == [19.5, 19.5]
+    for way in "ab":
+        line, caps, (bars,) = lines[way]
+        assert [tuple(line.get_xdata()), tuple(line.get_ydata())] == [places, (20, 21, 22)]
+        assert [segment.tolist() for segment in bars.get_segments()] == [
+            [[x, 20.0 + n], [x, 30.0 + n]] for n, x in enumerate(places)
+        ]
+    looks = {(lines[way][0].get_color(), lines[way][0].get_marker(), lines[way][0].get_linestyle()) for way in "abc"}
+    assert len(looks) == len({marker for _, marker, _ in looks}) == 3  # told apart without colour
+    assert axes.get_title().endswith("\na model (measured)") and axes.get_ylabel() == "perplexity, lower is better"
+    assert axes.get_xlabel() == {"lost": "devices lost", "balancedness": "balancedness, 1 is even"}[over]
+    assert (
+        axes.get_ylim()[0] < 19.5 and axes.get_ylim()[1] > 32 and "20" in [t.get_text() for t in axes.get_yticklabels()]
+    )

@@ -88,9 +88,9 @@ def commands():
     """(script, words) of every line in the README's blocks that starts one of the scripts."""
     for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL):
         for line in block.splitlines():
-            found = re.search(r"(\w+)\.py\b(.*)", line.partition("#")[0].partition(" | ")[0])
+            found = re.search(r"((?:tools/)?\w+)\.py\b(.*)", line.partition("#")[0].partition(" | ")[0])
             if found and not line.startswith("pip"):
-                yield found[1], shlex.split(found[2])
+                yield found[1].replace("/", "."), shlex.split(found[2])
 
 
 @pytest.mark.parametrize(("script", "words"), commands())
@@ -107,12 +107,15 @@ def test_commands_are_understood(script, words):
 
 
 def test_snippets_run_one_after_the_other(tmp_path, monkeypatch, capsys):
-    """As pasted into a notebook, from a folder that has the models beside it."""
+    """As pasted into a notebook, from a folder that has the models beside it; of the text a quarter."""
     (tmp_path / "models").symlink_to(ROOT / "models")
     monkeypatch.chdir(tmp_path)
     names, blocks = {"__name__": "__main__"}, re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    whole, quarter = "[:2048]).reshape(2, 4, 256)", "[:512]).reshape(2, 1, 256)"
+    assert sum(whole in block for block in blocks) == 1
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+        exec(compile(block.replace(whole, quarter), "README.md", "exec"), names)
+    assert len(names["tokenizer"].encode(names["text"], verbose=False)) >= 2048
     recorded, own = RoutingTrace.load("run.npz"), names["mine"]
     even = balancedness(names["placement"].device_loads(recorded.loads()))
     assert len(blocks) == 3 and f"\n{even}\n" in capsys.readouterr().out

@@ -523,3 +523,15 @@ def test_the_whole_report_prints_what_json_says(whole):
     ]
     slots = (generation["prompt_tokens"] + len(generation["tokens"])) * 4 * 8
     assert sum(map(sum, figures["balance"]["device_loads"])) == pytest.approx(slots)
+
+
+def test_balance_of_one_device_is_for_programs_alone_and_that_of_lost_ones_says_so():
+    trace, one = a_trace(layers=2), np.ones((2, 1, E), bool)
+    tables = run.balance(trace, [(0, one)], [0, 1], Placement(one))
+    assert not any(table.title for table in tables) and sections(tables)["balance"]["fan_out"] == 1
+    held = np.zeros((2, 2, E), bool)
+    held[:, 0, ::2] = held[:, 1, 1::2] = True
+    left = held & np.array([True, False])[:, None]
+    lossy = run.balance(trace, [(0, held), (1, left)], [0, 1], Placement(held))
+    assert all(table.notes().count("Lost on the way: 1, with the load from before.") == 1 for table in lossy)
+    assert not any("Lost" in table.notes() for table in run.balance(trace, [(0, held)], [0, 1], Placement(held)))

@@ -145,7 +145,7 @@ def test_shades_hold_each_row_against_its_own_mean():
 def test_loads_below_the_mean_are_blue_and_above_it_orange_where_the_terminal_has_colours(monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     figures = [Figure(None, "layer", [0]), Figure("device_loads", "devices", [[1, 2, 3, 4, 0]], shades)]
-    table = Table("Load per device", figures)
+    table = Table("Load per device", figures, note="█ more")
 
     def printed(**how):
         to = Console(width=80, file=io.StringIO(), **{"force_terminal": True, "color_system": "truecolor", **how})
@@ -154,15 +154,15 @@ def test_loads_below_the_mean_are_blue_and_above_it_orange_where_the_terminal_ha
 
     letters = re.findall("\x1b\\[38;2;([0-9;]+)m(.)", printed())
     assert "▒▒▒" in printed()
-    assert letters == [("0;114;178", "░")] * 3 + [("230;159;0", "▓")] * 3 + [("213;94;0", "█")] * 3
+    assert letters == [("86;180;233", "░")] * 3 + [("230;159;0", "▓")] * 3 + [("213;94;0", "█")] * 4
     monkeypatch.setenv("NO_COLOR", "1")
     assert not re.search("\x1b\\[[349]", printed())
     assert printed(force_terminal=False, color_system="auto") == str(table)
-    assert [line.split() for line in str(table).splitlines()[1:]] == [["layer", "devices"], ["0", "░░░▒▒▒▓▓▓███"]]
+    assert [line.split() for line in str(table).splitlines()[1:-1]] == [["layer", "devices"], ["0", "░░░▒▒▒▓▓▓███"]]
 
 
 def test_details_are_named_in_place_of_being_printed():
-    short, untitled = facts("Short", {"a": "1"}), facts("", {"b": "2"})
+    short, untitled = facts("Short", {"a": "1"}), facts("", {"b": "2"}, detail=True)
     long, longer = facts("Long (measured)", {"c": "3"}, detail=True), facts("Longer", {"d": "4"}, detail=True)
     *shown, last = on_a_screen([long, short, untitled, longer])
     assert shown == [short] and str(last) == "More\n--full  Long, Longer\n"

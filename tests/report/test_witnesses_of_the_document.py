@@ -184,11 +184,11 @@ def test_communication(run):
 def collectives(run, of_experts):
     """{kind: [calls, bytes that a rank hands in]}; mlx-lm reads a prompt but for its last token, then one at a time."""
     tokens, answers, steps = len(run.chosen), run.asked["max_tokens"], 2 + run.asked["max_tokens"]
-    agreed = answers + 1  # tokens that rank 0 tells, in 4 bytes each
+    agreed = answers + 1  # tokens that rank 0 tells, 4 bytes each, and as many by which all prove that they took part
     if run.asked.get("attention") != "sharded":
-        return {"all_sum": [steps * L + agreed, tokens * of_experts + 4 * agreed]}
+        return {"all_sum": [steps * L + agreed, tokens * of_experts + 8 * agreed]}
     attention, head = tokens * L * HIDDEN * 4, tokens * VOCABULARY // 2 * 4
-    sums = [steps * 2 * L + agreed, tokens * of_experts + attention + 4 * agreed]
+    sums = [steps * 2 * L + agreed, tokens * of_experts + attention + 8 * agreed]
     return {"all_sum": sums, "all_gather": [steps, head]}
 
 
