@@ -65,6 +65,7 @@ class Hit:
     phase: str
     tokens: int
     at: float
+    starts: int  # before it
     seconds: float | None = None
 
 
@@ -135,6 +136,10 @@ class Run:
         with self.journal.with_suffix(".out").open("wb") as out, self.journal.with_suffix(".log").open("ab") as log:
             return subprocess.Popen(line, env={**os.environ, MARK: self.mark}, stdin=-3, stdout=out, stderr=log)
 
+    def started(self) -> int:
+        """How often so far, by the supervisor's own words."""
+        return self.starts + self.journal.with_suffix(".log").read_text("utf-8", "replace").count(": restart ")
+
     def moment(self, tokens: int) -> tuple[float, int]:
         """(seconds from the last start or hit, tokens) that a hit waits for."""
         if self.chance.random() < 0.5 or tokens >= TOKENS:
@@ -149,8 +154,11 @@ class Run:
             if self.journal.exists() and self.journal.stat().st_size != size:
                 size, past = self.journal.stat().st_size, past_of(self.journal)
             for hit in [hit for hit in open_hits if len(past.tokens) > hit.tokens]:
-                hit.seconds = now - hit.at
-                open_hits.remove(hit)
+                if self.started() == hit.starts:  # a token that was on its way
+                    hit.tokens = len(past.tokens)
+                else:
+                    hit.seconds = now - hit.at
+                    open_hits.remove(hit)
             # 1. The next hit, where it is time for it and there is somebody.
             if faults and now - since >= wait and len(past.tokens) >= token and self.strike(faults[0], past, open_hits):
                 faults.pop(0)
@@ -160,6 +168,7 @@ class Run:
             if status == 2 and any(hit.fault == FULL for hit in self.hits) and self.starts <= len(self.hits):
                 for hit in [hit for hit in self.hits if hit.fault == FULL][-1:]:
                     hit.at, hit.seconds, hit.tokens = now, None, len(past_of(self.journal).tokens)
+                    hit.starts = self.started()
                     open_hits[:] = [*(other for other in open_hits if other is not hit), hit]
                 process = self.start()
             elif status is not None:
@@ -199,7 +208,7 @@ class Run:
             return False
         began, answered, ended = past.header is not None, len(past.tokens), past.end is not None
         phase = PHASES[3 if ended else 2 if answered else 1 if began else 0]
-        self.hits.append(Hit(fault, phase, answered, time.monotonic()))
+        self.hits.append(Hit(fault, phase, answered, time.monotonic(), self.started()))
         open_hits.append(self.hits[-1])
         return True
 
