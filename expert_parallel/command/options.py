@@ -88,9 +88,10 @@ def parser_of(description: str, only=()) -> argparse.ArgumentParser:
         help="a simulated device that is lost with all it holds, after so many tokens of the answer (without TOKENS:"
         " before the prompt); may be given several times")
     add("--on-failure", choices=ON_FAILURE,
-        help="with --fail-device: failover: copies take over; recover: the same, and what nobody holds is read again;"
-        " reroute: the router takes the next best living experts; drop: lost experts give nothing; renormalise: the"
-        " same, and the others' weights make up for it; the last three change the answer (default: recover)")
+        help="with --fail-device: failover: copies take over, which all experts need; recover: copies, and what nobody"
+        " holds is read again; reroute: the router takes the next best living experts; drop: lost experts give nothing;"
+        " renormalise: the same, and the others' weights make up for it; the last three change the answer"
+        " (default: recover)")
     add("--combine", choices=("auto", "reduce", "gather"), default="auto",
         help="how ranks bring outputs together: reduce sums weighted outputs, gather sums every chosen expert's, top-k"
         " times the bytes; auto takes reduce where the model allows it (default: auto)")
@@ -104,7 +105,7 @@ def parser_of(description: str, only=()) -> argparse.ArgumentParser:
     add("--trials", type=int, metavar="N",
         help="runs after the first that speeds are medians of, stock's in turn (default: 3 with the shipped model)")
     add("--timeout", type=float, default=300, metavar="SECONDS",
-        help="with several ranks: until one that waits for others gives up (default: 300)")
+        help="with several ranks: seconds until one that waits for others gives up (default: 300)")
     add("--journal", type=Path, metavar="FILE",
         help="keep the run in FILE, every token as it is produced, so that it can go on after it was killed")
     add("--resume", type=Path, metavar="FILE",

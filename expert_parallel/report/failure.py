@@ -63,10 +63,12 @@ def lost(losses, trace: RoutingTrace, layer_numbers: list[int], whole: ModelByte
         return [
             facts("Lost devices", {"none": "the answer ended before"}, section="failures", also={**also, "losses": []})
         ]
+    also["answer_stays"] |= not any(row["experts_gone"] for row in rows)
     also["source"] = "measured; names with modelled or simulated in them are not"
     share = also["slots_rerouted_share"]
-    rerouted = "" if share is None else f"; {share:.1%} of all slots went to another than the router's first choices"
+    rerouted = "" if share is None else f"; {share:.1%} of all choices were not the router's first"
     recovers = losses.on_failure == "recover"
+    read = "what survivors read" if recovers else "what survivors would read"
     took = "the pause, measured" if recovers else f"seconds modelled, at the {size(rate)}/s of loading"
     went = of_records(
         f"Lost devices ({losses.on_failure}: {'the same answer' if also['answer_stays'] else 'another answer'})",
@@ -79,22 +81,22 @@ def lost(losses, trace: RoutingTrace, layer_numbers: list[int], whole: ModelByte
         ("repair_bytes", "bytes", size),
         ("pause_seconds_measured" if recovers else "repair_seconds_modelled", "seconds", "{:.3f}"),
         section="failures",
-        note=f"gone: no living device holds them; to read: for survivors to hold them ({took})",
+        note=f"gone: no living device holds them; to read: {read} to hold them ({took})",
         also=also,
     )
     since = of_records(
-        "Since then (measured; uniform: simulated)",
+        "Since each loss, until the next (measured; uniform: simulated)",
         None,
         rows,
         (lambda row: " ".join(map(str, row["devices"])), "device"),
         ("tokens_since", "tokens"),
         ("slots_unserved_share", "unserved", "{:.1%}"),
-        ("experts_unserved_share", "by chance", "{:.1%}"),
-        ("balancedness_before", "balanced before", "{:.3f}"),
+        ("experts_unserved_share", "still gone", "{:.1%}"),
+        ("balancedness_before", "balance before", "{:.3f}"),
         ("balancedness_since", "since", "{:.3f}"),
         ("balancedness_since_if_uniform_simulated", "uniform", "{:.3f}"),
-        note="unserved: slots that nobody answered, by chance as many as experts that nobody holds; balanced:"
-        " balancedness over the living devices" + rerouted,
+        note="unserved: choices of an expert that nobody answered; still gone: experts that nobody holds; balance:"
+        " balancedness over the living devices, uniform: of a router that chooses at random" + rerouted,
     )
     return [went, since]
 

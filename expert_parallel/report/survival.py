@@ -48,7 +48,8 @@ def of_placements(
         ("repair_seconds_modelled", "s", "{:.3f}"),
         section="failures",
         note=f"gone: of {fit.num_experts} experts, mean over layers (computed); if uniform, {even[0]:.3f} before and"
-        f" {even[1]:.3f} since; s: survivors read side by side, experts of {size(one)} at {disk:g} GB/s (assumed)",
+        f" {even[1]:.3f} since; s: seconds, survivors read side by side, experts of {size(one)} at {disk:g} GB/s"
+        " (assumed)",
         also={"lost": sorted(lost), "expert_bytes": one, "bytes_per_second": rate,
               "balancedness_if_uniform_simulated": dict(zip(("before", "since"), even, strict=True))},
     )  # fmt: skip
@@ -103,7 +104,7 @@ def _any_losses(placed: dict) -> Table:
         (lambda row: f"{row[two]['layers_unhurt']:.0%}", "a layer"),
         (gone_of, "gone (worst)"),
         section="failures",
-        note="held: slots over experts; survives: share of the sets after which no expert is gone; at random: were"
-        " holders drawn; a layer: two lost, of one layer; gone: of all experts, two lost, on average, which the number"
-        " of copies alone decides",
+        note="held: over the number of experts; survives: share of the sets after which no expert is gone, at random:"
+        " had holders been drawn; a layer: two lost, of one layer; gone: experts, two lost, mean of the sets, which the"
+        " number of copies alone decides",
     )

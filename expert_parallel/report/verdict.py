@@ -58,7 +58,7 @@ def _lost(failures: dict | None) -> str | None:
         return None
     losses, how = failures["losses"], failures["on_failure"]
     when = in_words(losses)
-    if how == "failover":
+    if not any(row["experts_gone"] for row in losses):
         return f"{when}: copies took over, the answer stays"
     # What was read again can be lost again: each loss counts its own then, else what is gone since the first.
     count = sum(row["experts_gone"] for row in losses) if how == "recover" else losses[-1]["experts_gone"]
@@ -66,7 +66,7 @@ def _lost(failures: dict | None) -> str | None:
     if how == "recover":
         pause = sum(row["pause_seconds_measured"] for row in losses)
         return f"{gone} and were read again in {pause:.2f} s, the answer stays"
-    return f"{gone} ({how}), which changes the answer"
+    return f"{gone}; {how} changes the answer"
 
 
 def _memory(memory: dict) -> str:
@@ -87,8 +87,9 @@ def _balance(balance: dict, placement: dict, failures: dict | None) -> str | Non
     if placement["devices"] == 1 or even is None:
         return None
     if losses := (failures or {}).get("losses"):
-        times = {"before the loss": losses[0]["balancedness_before"], "since": losses[-1]["balancedness_since"]}
+        times = {"before": losses[0]["balancedness_before"], "after": losses[-1]["balancedness_since"]}
         known = ", ".join(f"{value:.2f} {when}" for when, value in times.items() if value is not None)
+        known += f" the loss{'es' * (len(losses) > 1)}" if known else ""
         return f"balancedness {known}: of the devices that live, mean load over the fullest one's" if known else None
     text = f"balancedness {even:.2f}, the devices' mean load over the fullest one's: 1 is even"
     text += f", and a router that chose at random would give {chance:.2f}"

@@ -81,15 +81,16 @@ def a_loss(after, *devices, gone=64, pause=None, before=0.7, since=0.6):
         (
             "drop",
             [a_loss(0, 3), a_loss(16, 1, gone=128)],
-            "device 3 before the prompt, device 1 after 16 tokens: 128 experts had no other copy (drop), which changes"
+            "device 3 before the prompt, device 1 after 16 tokens: 128 experts had no other copy; drop changes"
             " the answer",
         ),
         ("failover", [a_loss(16, 3, gone=0)], "device 3 after 16 tokens: copies took over, the answer stays"),
         (
             "reroute",
             [a_loss(1, 3)],
-            "device 3 after 1 token: 64 experts had no other copy (reroute), which changes the answer",
+            "device 3 after 1 token: 64 experts had no other copy; reroute changes the answer",
         ),
+        ("drop", [a_loss(16, 3, gone=0)], "device 3 after 16 tokens: copies took over, the answer stays"),
         ("drop", [], None),
     ],
 )
@@ -101,9 +102,9 @@ def test_what_was_lost(how, losses, line):
 @pytest.mark.parametrize(
     ("before", "since", "line"),
     [
-        (0.671, 0.618, "balancedness 0.67 before the loss, 0.55 since: of the devices that live, mean load over the"),
-        (None, 0.618, "balancedness 0.55 since: of"),
-        (0.671, None, "balancedness 0.67 before the loss, 0.55 since: of"),
+        (0.671, 0.618, "balancedness 0.67 before, 0.55 after the losses: of the devices that live, mean load over the"),
+        (None, 0.618, "balancedness 0.55 after the losses: of"),
+        (0.671, None, "balancedness 0.67 before, 0.55 after the losses: of"),
     ],
 )
 def test_balance_before_a_loss_and_since(before, since, line):
