@@ -10,6 +10,7 @@ Dimensions: T tokens, k experts chosen per token, S = T k slots, E experts, D de
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 
 import mlx.core as mx
@@ -30,7 +31,6 @@ class ShardedExperts(StandIn):
     held     bool [D, E]
     group    ranks over which slot outputs are summed ("gather"); None where the block sums, or nothing is to sum
     combine  reduce or gather: what ranks do at this layer, and in one process would do
-    streams  one mx.Stream per device that is here: they run side by side
 
     (x [..., H], indices [..., k]) -> [..., k, H]. Slots of others are skipped in one of two ways:
     compact  the slot list is read on the host and only slots that are served here are computed
@@ -40,11 +40,12 @@ class ShardedExperts(StandIn):
 
     holds_experts = True
 
-    def __init__(self, stores: dict[int, nn.Module], held: np.ndarray, group=None, streams=None):
+    def __init__(self, stores: dict[int, nn.Module], held: np.ndarray, group=None):
         nn.Module.__init__(self)
         self["stores"] = list(stores.values())  # first of all: other attributes are looked for behind them
         self.devices, self.num_experts = np.array(list(stores)), held.shape[1]
-        self.group, self.combine, self._streams = group, "reduce", streams
+        self.group, self.combine = group, "reduce"
+        self.lanes, self.side_by_side_from = None, math.inf  # slots of a step; see cpu/trials.py
         self.slots_served = np.zeros(len(stores), np.int64)
         self.masked_up_to = 0  # slots
         self._serve(held)
@@ -75,7 +76,7 @@ class ShardedExperts(StandIn):
         parts, places = [], []
         for n, here in enumerate(self.devices):
             if mine := slots[here]:
-                with self._stream(n):
+                with self._lane(n, ids.size):
                     at = np.array(mine)
                     parts.append(self.stores[n](flat, at // k, experts[at]))
                 places += mine
@@ -98,7 +99,7 @@ class ShardedExperts(StandIn):
         parts = []
         for n, (store, table) in enumerate(zip(self.stores, self._tables, strict=True)):
             self.slots_served[n] += indices.size
-            with self._stream(n):
+            with self._lane(n, indices.size):
                 parts.append(store.experts(x, table[indices]))
         return sum(parts[1:], parts[0])
 
@@ -108,8 +109,8 @@ class ShardedExperts(StandIn):
         spare = len(self.stores[n].ids)
         return mx.array(np.where(self.serving.turns == self.devices[n], rows, spare).reshape(-1).astype(np.uint32))
 
-    def _stream(self, n):
-        return mx.stream(self._streams[n]) if self._streams else nullcontext()
+    def _lane(self, n, slots):
+        return self.lanes(n) if slots >= self.side_by_side_from else nullcontext()
 
     def rows(self, ids) -> dict[str, mx.array]:
         """Source of the experts that devices here hold, see stores.py."""
@@ -141,7 +142,6 @@ class ShardedExperts(StandIn):
         held[list(devices)] = False
         self["stores"] = [self.stores[n] for n in stay]
         self.devices, self.slots_served = self.devices[stay], self.slots_served[stay]
-        self._streams = self._streams and [self._streams[n] for n in stay]
         self._serve(held)
 
 
@@ -154,12 +154,12 @@ def shard_model(
     group=None,
     combine: str = "auto",
     attention: str = "replicated",
-    streams: bool = False,
+    streams: str = "auto",
 ) -> nn.Module:
     """Spread the experts of every MoE layer over devices, in place; returns the model.
 
     One process (`group` None or of size 1): D simulated devices; logits stay bit-identical on the CPU.
-    streams    gives every simulated device a stream of its own
+    streams    auto, on or off: what the CPU's cores share, see cpu/trials.py
     N ranks: each keeps the experts of device number `group.rank()`.
     combine    reduce  the block weighs its own slots, then its sum runs over all ranks: H values a token
                gather  all ranks sum slot outputs, then the block weighs them: k H values, right for any block
@@ -168,21 +168,23 @@ def shard_model(
     Before old experts are let go, the new ones must give the same answers for random tokens over all of them.
     Raises ValueError for what does not fit, and where the answers differ.
     """
+    from .cpu.trials import quicken
+
     layers, devices = check_request(model, placement, group, combine, attention)
     whole = [layer.experts for layer in layers]
     if attention == "sharded" and is_rank(group):
         from .ranks.hybrid import shard_rest
 
         shard_rest(model, layers, group)
-    lanes = [mx.new_stream(mx.default_device()) for _ in devices] if streams else None
     for layer, held in zip(layers, placement.held, strict=True):
         experts = whole.pop(0)
         stores = {d: InMemory(experts, held.shape[1], np.flatnonzero(held[d]), rows_of(experts)) for d in devices}
-        sharded = ShardedExperts(stores, held, streams=lanes)
+        sharded = ShardedExperts(stores, held)
         prove(layer.path, experts, sharded)
         install(layer, sharded, group, combine)
         del experts, stores, sharded
     measure_masked(layers, group)
+    quicken(model, streams)
     return model
 
 

@@ -116,17 +116,23 @@ def measure_masked(layers: list[MoELayer], group=None) -> int:
 
 def _measured_on(sharded) -> int:
     """Slots of the largest step that masked answered quicker, of growing ones; 0: none."""
-    k, most = min(8, sharded.num_experts), 0
-    for tokens in (1, 4, 8, 16, 32, 64):
-        x = mx.random.normal((1, tokens, hidden_size(sharded)), key=mx.random.key(tokens))
-        x = x.astype(activation_type(expert_tensors(sharded.replaced_module())))
-        ids = mx.array(np.random.default_rng(tokens).random((1, tokens, sharded.num_experts)).argsort(-1)[..., :k])
-        mx.eval(x, ids)
+    most = 0
+    for x, ids in random_steps(sharded, (1, 4, 8, 16, 32, 64)):
         if _quickest(sharded.compact, x, ids) < MASKED_GAIN * _quickest(sharded.masked, x, ids):
             break
-        most = tokens * k
+        most = ids.size
     sharded.slots_served[:] = 0
     return most
+
+
+def random_steps(sharded, counts):
+    """(x [1, T, H], indices [1, T, k]) for these T, every expert as likely as another."""
+    k, dtype = min(8, sharded.num_experts), activation_type(expert_tensors(sharded.replaced_module()))
+    for tokens in counts:
+        x = mx.random.normal((1, tokens, hidden_size(sharded)), key=mx.random.key(tokens)).astype(dtype)
+        ids = mx.array(np.random.default_rng(tokens).random((1, tokens, sharded.num_experts)).argsort(-1)[..., :k])
+        mx.eval(x, ids)
+        yield x, ids
 
 
 def _quickest(way, x, ids) -> float:

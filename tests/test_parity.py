@@ -87,7 +87,7 @@ def test_bfloat16_activations_are_bit_identical():
 def test_devices_on_streams_of_their_own_are_bit_identical(stock):
     model, _ = load(str(SHIPPED))
     model.set_dtype(mx.float32)
-    shard_model(model, placed(model, 2), streams=True)
+    shard_model(model, placed(model, 2), streams="on")
     assert_identical(prefill_and_decode(model), stock)
 
 

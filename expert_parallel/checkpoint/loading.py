@@ -15,6 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from ..cpu.trials import quicken
 from ..experts import ShardedExperts, check_request, install, is_rank
 from ..layers import MoELayer, activation_type, cast, expert_tensors, hidden_size, with_tensors
 from ..offload.compress import compress_cold
@@ -85,7 +86,7 @@ def load_sharded(
     dtype=None,
     combine: str = "auto",
     attention: str = "replicated",
-    streams: bool = False,
+    streams: str = "auto",
     progress=None,
     tokenizer_config: dict | None = None,
     return_report: bool = False,
@@ -146,7 +147,6 @@ def load_sharded(
     _read_rest(model, paths, dtype, report)
     report.bytes_read_rest = opened.rest_bytes
     # 2. Layer by layer the rows of the devices that are here.
-    lanes = [mx.new_stream(mx.default_device()) for _ in devices] if streams else None
     files = OpenFiles()
     for n, (layer, ids) in enumerate(zip(layers, wanted, strict=True)):
         rows = opened.rows(n, dtype)
@@ -158,7 +158,7 @@ def load_sharded(
                 stores[device] = InMemory(like, len(held[n, device]), mine, _of(rows, ids))
             else:
                 stores[device] = OnDisk(like, mine, rows, caches[n][device])
-        install(layer, ShardedExperts(stores, held[n], streams=lanes), group, combine)
+        install(layer, ShardedExperts(stores, held[n]), group, combine)
         report.add(experts=opened.bytes_to_read(n, ids))
         del rows, like, stores
     if dtype is not None:
@@ -170,6 +170,7 @@ def load_sharded(
         read_ahead(layers, prefetch, cache_trace)
     if cold_bits is not None:
         compress_cold(model, cache_trace.loads(), cold_share, cold_bits)
+    quicken(model, streams)
     return (model, tokenizer, report) if return_report else (model, tokenizer)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from .. import balance as metrics
 from ..checkpoint.finding import cut
+from ..cpu.trials import in_words
 from ..layers import moe_layers
 from ..models.memory import stored_as
 from ..placement import Placement
@@ -58,6 +59,7 @@ def what_runs_where(name, model, prompt, placement: Placement, ranks: int, readi
         ),
         Figure(None, "expert memory", budget, lambda size: f"{size} a device: {_in_memory(model)}"),
         Figure(None, "running on", "{device}, {device_name}, {cores} cores, {system}".format(**versions)),
+        Figure(None, "products", in_words(model)),
         Figure(None, "read", f"{read} of files in {reading.seconds:.1f} s"),
         Figure(None, "versions", "mlx {mlx}, mlx-lm {mlx_lm}, Python {python}".format(**versions)),
     ]

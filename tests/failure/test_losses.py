@@ -111,7 +111,7 @@ def test_one_device_has_to_stay(how, stock):
 
 
 def test_devices_with_streams_of_their_own_go_with_them(stock):
-    model = shard_model(random_model(), protected(place_experts(np.ones((L, E)), D)), streams=True)
+    model = shard_model(random_model(), protected(place_experts(np.ones((L, E)), D)), streams="on")
     assert answer(model, Losses(model, {2: [1]}, "failover")) == (stock[0], pytest.approx(stock[1], abs=0))
 
 

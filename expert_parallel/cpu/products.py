@@ -1,0 +1,168 @@
+"""Products of linear layers and of experts in less time, each sum still added in the same order.
+
+MLX's CPU kernels for packed weights go through the tokens one by one and add up each output's products one after the
+other. Two ways around that leave the order of every sum, and so every bit, as it is:
+
+    split     parts of a weight's rows on streams, which have a thread each; no copy of a weight
+    together  dense rows times tokens as columns: the sums of many tokens grow side by side in vector registers.
+              Unpacking the rows costs as much as ten tokens or so
+
+Dimensions: T tokens, K inputs, O outputs (rows of a weight), S slots in the order of their experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+from ..layers import twin
+from .lanes import Lanes
+
+ROWS = 2048  # of a weight that are dense at a time
+
+
+@dataclass(frozen=True)
+class Plan:
+    """From how many tokens on a product goes which way; inf: never. `dtype` of the activations it was tried with."""
+
+    split_from: float
+    together_from: float
+    dtype: mx.Dtype
+
+
+def dense(module: nn.Module, at) -> mx.array:
+    """Weights [..., K] at this place of axis 0, unpacked where they are packed."""
+    weight, biases = module["weight"][at], module.get("biases")
+    if "scales" not in module:
+        return weight
+    biases = None if biases is None else biases[at]
+    packing = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
+    return mx.dequantize(weight, module["scales"][at], biases, **packing)
+
+
+def together(module: nn.Module, at, columns: mx.array) -> mx.array:
+    """[O, T]: outputs of these rows (a range of them, or an expert's) for tokens as columns [K, T]."""
+    y = dense(module, at) @ columns
+    return y + module["bias"][at][:, None] if "bias" in module else y
+
+
+def rows(module: nn.Module, at: slice):
+    """These rows of a linear layer, or of an embedding that is the head, as a product; they share its memory."""
+    part = twin(module)
+    part.__class__ = next(kind for kind in (*LINEAR, *HEAD) if isinstance(module, kind))  # as mlx's own
+    part.update({name: array[at] for name, array in module.items() if isinstance(array, mx.array)})
+    return part.as_linear if hasattr(part, "as_linear") else part
+
+
+def equal_parts(count: int, parts: int) -> list[slice]:
+    """Ranges of `count` rows, none of them empty: mlx divides by the rows of a product."""
+    parts = min(parts, count)
+    return [slice(count * n // parts, count * (n + 1) // parts) for n in range(parts)]
+
+
+def split(parts: list, lanes: Lanes, x: mx.array) -> mx.array:
+    """[..., O]: outputs of parts of a layer's rows, each in a lane of its own."""
+    outputs = []
+    for n, part in enumerate(parts):
+        with lanes(n):
+            outputs.append(part(x))
+    return mx.concatenate(outputs, axis=-1)
+
+
+class Product:
+    """How a linear layer computes by a plan, in parts of its rows, one for each lane."""
+
+    def __init__(self, plan: Plan, lanes: Lanes):
+        self.plan, self.lanes, self.arrays = plan, lanes, []
+
+    def __call__(self, module: nn.Module, x: mx.array, whole) -> mx.array:
+        tokens = x.size // x.shape[-1]
+        at_once = tokens >= self.plan.together_from and x.dtype == self.plan.dtype
+        side_by_side = tokens >= self.plan.split_from
+        if not at_once and not side_by_side:
+            return whole(x)
+        self._follow(module)
+        if not at_once:
+            return split(self.parts, self.lanes, x)
+        columns, outputs = mx.contiguous(x.reshape(-1, x.shape[-1]).T), []
+        for n, at in enumerate(self.places):
+            with self.lanes(n if side_by_side else 0):
+                for start in range(at.start, at.stop, ROWS):
+                    outputs.append(together(module, slice(start, min(start + ROWS, at.stop)), columns))
+        return mx.contiguous(mx.concatenate(outputs).T).reshape(*x.shape[:-1], -1)
+
+    def _follow(self, module):
+        """Cut the rows anew where the layer has other arrays than it had."""
+        arrays = [array for array in module.values() if isinstance(array, mx.array)]
+        if len(arrays) != len(self.arrays) or any(a is not b for a, b in zip(arrays, self.arrays, strict=True)):
+            self.arrays, self.places = arrays, equal_parts(len(module["weight"]), self.lanes.count)
+            self.parts = [rows(module, at) for at in self.places]
+
+
+class ProductOfExperts:
+    """How the stacked weights of many experts compute by a plan: an expert with enough slots takes them together."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+
+    def __call__(self, module: nn.Module, x: mx.array, indices: mx.array, whole) -> mx.array:
+        """x [S, 1, K] in the order of indices [S], as mlx-lm sorts them from 64 slots on -> [S, 1, O]."""
+        if len(x) < self.plan.together_from or x.dtype != self.plan.dtype:
+            return whole(x, indices)
+        experts = np.array(indices)
+        cuts = [0, *(np.flatnonzero(np.diff(experts)) + 1).tolist(), len(experts)]
+        parts, done = [], 0
+        for begin, end in zip(cuts, cuts[1:], strict=False):
+            if end - begin >= self.plan.together_from:
+                if done < begin:
+                    parts.append(whole(x[done:begin], indices[done:begin])[:, 0])
+                columns = mx.contiguous(x[begin:end, 0].T)
+                parts.append(together(module, int(experts[begin]), columns).T)
+                done = end
+        if done < len(experts):
+            parts.append(whole(x[done:], indices[done:])[:, 0])
+        return mx.contiguous(mx.concatenate(parts))[:, None]
+
+
+# mlx's layers that compute by a product: their class is changed, so that every name and parameter stays.
+
+
+class QuickLinear(nn.Linear):
+    def __call__(self, x):
+        return self._product(self, x, super().__call__)
+
+
+class QuickQuantizedLinear(nn.QuantizedLinear):
+    def __call__(self, x):
+        return self._product(self, x, super().__call__)
+
+
+class QuickEmbedding(nn.Embedding):
+    def as_linear(self, x):
+        return self._product(self, x, super().as_linear)
+
+
+class QuickQuantizedEmbedding(nn.QuantizedEmbedding):
+    def as_linear(self, x):
+        return self._product(self, x, super().as_linear)
+
+
+class QuickSwitchLinear(SwitchLinear):
+    def __call__(self, x, indices, sorted_indices=False):
+        whole = lambda x, ids: super(QuickSwitchLinear, self).__call__(x, ids, sorted_indices)  # noqa: E731
+        return self._product(self, x, indices, whole) if sorted_indices else whole(x, indices)
+
+
+class QuickQuantizedSwitchLinear(QuantizedSwitchLinear):
+    def __call__(self, x, indices, sorted_indices=False):
+        whole = lambda x, ids: super(QuickQuantizedSwitchLinear, self).__call__(x, ids, sorted_indices)  # noqa: E731
+        return self._product(self, x, indices, whole) if sorted_indices else whole(x, indices)
+
+
+LINEAR = {kind.__bases__[0]: kind for kind in (QuickLinear, QuickQuantizedLinear)}
+HEAD = {kind.__bases__[0]: kind for kind in (QuickEmbedding, QuickQuantizedEmbedding)}  # where it is the embedding
+EXPERTS = {kind.__bases__[0]: kind for kind in (QuickSwitchLinear, QuickQuantizedSwitchLinear)}

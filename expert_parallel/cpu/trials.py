@@ -1,0 +1,178 @@
+"""Which way a product goes, and from how many tokens on: measured here, and taken only where its bits are the same.
+
+Dimensions: T tokens, K inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import math
+import timeit
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..layers import activation_type, moe_layers, projections, twin
+from ..trials import random_steps
+from .lanes import Lanes, useful_lanes
+from .products import EXPERTS, HEAD, LINEAR, ROWS, Plan, Product, ProductOfExperts, equal_parts, rows, split, together
+
+TOKENS = (1, 8, 16, 32, 64)
+GAIN = 1.2  # how much quicker a way must be, for timings are noisy
+BRIEF, LONG = 1e-4, 5e-3  # seconds of a product: no time to save; more tokens would not change what is quicker
+FEW = 256  # rows that are enough for timing
+SHAPES = ((slice(0, FEW), (1, 3, 67)), (slice(0, ROWS), (2, 17)))  # rows and tokens whose bits are compared
+_plans = {}  # by kind of product: a model's layers are a few kinds again and again
+
+
+def quicken(model: nn.Module, streams: str = "auto") -> None:
+    """Let the products of a sharded model go the quicker ways, and its devices side by side; on a GPU nothing changes.
+
+    streams  auto  what is found quicker by trial
+             on    split whatever the size, and for the rest as auto
+             off   nothing
+    """
+    if streams == "off" or mx.default_device().type != mx.cpu:
+        return
+    layers = moe_layers(model)
+    lanes = Lanes(useful_lanes(len(layers[0].experts.stores)))
+    quicken_products(model, lanes, streams == "on")
+    if lanes.count > 1:
+        slots = 0 if streams == "on" else slots_from(layers[0].experts, lanes)
+        for layer in layers:
+            layer.experts.lanes, layer.experts.side_by_side_from = lanes, slots
+
+
+def quicken_products(model: nn.Module, lanes: Lanes, split_anyway: bool = False) -> None:
+    """The same for linear layers and experts of any model of mlx-lm, whose memory does not change."""
+    modules = [module for module in model.modules() if not hasattr(module, "_product")]
+    linear = [module for module in modules if type(module) in LINEAR]
+    lengths = {len(module["weight"]) for module in linear}
+    linear += [m for m in modules if type(m) in HEAD and len(m["weight"]) not in lengths]  # it is the head, too
+    for module in linear:
+        _install(module, Product(plan_of_linear(module, lanes, split_anyway), lanes))
+    read_when_asked_for = {
+        id(stack)
+        for store in modules
+        if not getattr(store, "all_here", True)
+        for _, stack in projections(store.experts)
+    }
+    for stack in modules:
+        if type(stack) in EXPERTS and id(stack) not in read_when_asked_for:
+            _install(stack, ProductOfExperts(plan_of_experts(stack)))
+
+
+def in_words(model: nn.Module) -> str | None:
+    """What goes which way in a model; None where all is as mlx-lm has it."""
+    modules, words = list(model.modules()), []
+    for what, kinds in (("linear layers", {**LINEAR, **HEAD}), ("experts' stacks", EXPERTS)):
+        quick = [module._product.plan for module in modules if isinstance(module, tuple(kinds.values()))]
+        count = len(quick) + sum(type(module) in kinds for module in modules)
+        for way, did in (("split_from", "split over streams"), ("together_from", "take a prompt's tokens at once")):
+            tokens = [getattr(plan, way) for plan in quick if getattr(plan, way) < math.inf]
+            if tokens:
+                words.append(
+                    f"{len(tokens)} of {count} {what} {did}, from {min(tokens)} token{'s'[: min(tokens) > 1]} on"
+                )
+    if any(layer.experts.side_by_side_from < math.inf for layer in moe_layers(model)):
+        words.append("devices side by side")
+    return "; ".join(words) or None
+
+
+def _install(module, product):
+    if min(product.plan.split_from, product.plan.together_from) < math.inf:
+        module._product = product
+        module.__class__ = {**LINEAR, **HEAD, **EXPERTS}[type(module)]
+
+
+def plan_of_linear(module: nn.Module, lanes: Lanes, split_anyway: bool = False) -> Plan:
+    """By trial with its first rows."""
+    kind = (_kind(module), module["weight"].shape, lanes.count, split_anyway)
+    if kind not in _plans:
+        most, dtype = min(len(module["weight"]), ROWS * lanes.count), activation_type(module)
+        plain, parts = rows(module, slice(0, most)), [rows(module, at) for at in equal_parts(most, lanes.count)]
+        split_from, beside = math.inf, lambda x: split(parts, lanes, x)
+        if lanes.count > 1 and _all_same(plain, beside, module, (1, 3, 17)):
+            split_from = 1 if split_anyway else from_tokens(plain, beside, module)
+        together_from = math.inf
+        if all(_all_same(rows(module, at), _at_once(module, at), module, counts) for at, counts in SHAPES):
+            few = slice(0, FEW)
+            together_from = from_tokens(rows(module, few), _at_once(module, few), module)
+        _plans[kind] = Plan(split_from, together_from, dtype)
+    return _plans[kind]
+
+
+def plan_of_experts(stack: nn.Module) -> Plan:
+    """By trial with the first expert."""
+    kind = (_kind(stack), stack["weight"].shape[1:])
+    if kind not in _plans:
+        few = twin(stack)
+        few.update({name: array[:1, :FEW] for name, array in stack.items() if isinstance(array, mx.array)})
+        sorted_slots = lambda part: lambda x: part(x[:, None], mx.zeros(len(x), mx.uint32), sorted_indices=True)[:, 0]  # noqa: E731
+        at_once = lambda part: lambda x: together(part, 0, mx.contiguous(x.T)).T  # noqa: E731
+        together_from = math.inf
+        if all(
+            _all_same(sorted_slots(part), at_once(part), stack, SHAPES[n][1]) for n, part in enumerate((few, stack))
+        ):
+            together_from = from_tokens(sorted_slots(few), at_once(few), stack)
+        _plans[kind] = Plan(math.inf, together_from, activation_type(stack))
+    return _plans[kind]
+
+
+def _at_once(module, at: slice):
+    return lambda x: together(module, at, mx.contiguous(x.T)).T
+
+
+def from_tokens(plain, quick, module: nn.Module) -> float:
+    """The fewest tokens of TOKENS from which `quick` is quicker; inf: none."""
+    for count in TOKENS:
+        x = _random(module, count)
+        slow = _seconds(plain, x)
+        if slow > BRIEF and slow > GAIN * _seconds(quick, x):
+            return count
+    return math.inf
+
+
+def slots_from(sharded, lanes: Lanes) -> float:
+    """The fewest slots of a step from which devices in lanes answer quicker than by turns; inf: none."""
+    if not all(store.all_here for store in sharded.stores):
+        return math.inf  # what is read as it is asked for is no measure
+    served = sharded.slots_served.copy()
+    found = math.inf
+    for x, ids in random_steps(sharded, TOKENS):
+        answer = lambda x: sharded.compact(x, ids)  # noqa: E731, B023
+        sharded.lanes, sharded.side_by_side_from = lanes, math.inf
+        slow = _seconds(answer, x)
+        sharded.side_by_side_from = 0
+        if slow > BRIEF and slow > GAIN * _seconds(answer, x):
+            found = ids.size
+        if found < math.inf or slow > LONG:
+            break
+    sharded.slots_served[:] = served
+    return found
+
+
+def _all_same(plain, quick, module, counts) -> bool:
+    """Whether every bit is, for random tokens; so is not where mlx has no such product of these types."""
+    try:
+        return all(mx.array_equal(plain(x), quick(x)).item() for x in (_random(module, n) for n in counts))
+    except (ValueError, RuntimeError):
+        return False
+
+
+def _random(module, tokens) -> mx.array:
+    K = module["weight"].shape[-1]
+    K = K * 32 // module.bits if "scales" in module else K
+    x = mx.random.normal((tokens, K), key=mx.random.key(tokens)).astype(activation_type(module))
+    mx.eval(x)
+    return x
+
+
+def _seconds(way, x) -> float:
+    """The least of a few, of more where they are brief."""
+    first = timeit.timeit(lambda: mx.eval(way(x)), number=1)
+    return min(first, *timeit.repeat(lambda: mx.eval(way(x)), number=1, repeat=9 if first < LONG else 2))
+
+
+def _kind(module) -> tuple:
+    types = tuple((name, array.dtype) for name, array in module.items() if isinstance(array, mx.array))
+    return type(module), types, *(getattr(module, name, None) for name in ("group_size", "bits", "mode"))
