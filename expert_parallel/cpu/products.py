@@ -17,6 +17,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.nn.layers.distributed import (
+    AllToShardedLinear,
+    QuantizedAllToShardedLinear,
+    QuantizedShardedToAllLinear,
+    ShardedToAllLinear,
+)  # fmt: skip
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from ..layers import twin
@@ -53,7 +59,7 @@ def together(module: nn.Module, at, columns: mx.array) -> mx.array:
 def rows(module: nn.Module, at: slice):
     """These rows of a linear layer, or of an embedding that is the head, as a product; they share its memory."""
     part = twin(module)
-    part.__class__ = next(kind for kind in (*LINEAR, *HEAD) if isinstance(module, kind))  # as mlx's own
+    part.__class__ = next(plain for kind, plain in PLAIN.items() if isinstance(module, kind))
     part.update({name: array[at] for name, array in module.items() if isinstance(array, mx.array)})
     return part.as_linear if hasattr(part, "as_linear") else part
 
@@ -141,6 +147,28 @@ class QuickQuantizedLinear(nn.QuantizedLinear):
         return self._product(self, x, super().__call__)
 
 
+class QuickAllToSharded(AllToShardedLinear):
+    def __call__(self, x):
+        return self._product(self, x, super().__call__)
+
+
+class QuickQuantizedAllToSharded(QuantizedAllToShardedLinear):
+    def __call__(self, x):
+        return self._product(self, x, super().__call__)
+
+
+class QuickShardedToAll(ShardedToAllLinear):
+    def __call__(self, x):
+        y = self._product(self, x, lambda x: None) if "bias" not in self else None
+        return super().__call__(x) if y is None else mx.distributed.all_sum(y, group=self.group)
+
+
+class QuickQuantizedShardedToAll(QuantizedShardedToAllLinear):
+    def __call__(self, x):
+        y = self._product(self, x, lambda x: None) if "bias" not in self else None
+        return super().__call__(x) if y is None else mx.distributed.all_sum(y, group=self.group)
+
+
 class QuickEmbedding(nn.Embedding):
     def as_linear(self, x):
         return self._product(self, x, super().as_linear)
@@ -163,6 +191,16 @@ class QuickQuantizedSwitchLinear(QuantizedSwitchLinear):
         return self._product(self, x, indices, whole) if sorted_indices else whole(x, indices)
 
 
-LINEAR = {kind.__bases__[0]: kind for kind in (QuickLinear, QuickQuantizedLinear)}
-HEAD = {kind.__bases__[0]: kind for kind in (QuickEmbedding, QuickQuantizedEmbedding)}  # where it is the embedding
-EXPERTS = {kind.__bases__[0]: kind for kind in (QuickSwitchLinear, QuickQuantizedSwitchLinear)}
+def _by_base(*kinds):
+    return {kind.__bases__[0]: kind for kind in kinds}
+
+
+LINEAR = _by_base(
+    QuickLinear, QuickQuantizedLinear, QuickAllToSharded, QuickQuantizedAllToSharded, QuickShardedToAll,
+    QuickQuantizedShardedToAll,
+)  # fmt: skip
+HEAD = _by_base(QuickEmbedding, QuickQuantizedEmbedding)  # where it is the embedding
+EXPERTS = _by_base(QuickSwitchLinear, QuickQuantizedSwitchLinear)
+PLAIN = {kind: kind for kind in (nn.Linear, nn.QuantizedLinear, *HEAD)}  # what computes rows of it, without a sum
+PLAIN |= dict.fromkeys((AllToShardedLinear, ShardedToAllLinear), nn.Linear)
+PLAIN |= dict.fromkeys((QuantizedAllToShardedLinear, QuantizedShardedToAllLinear), nn.QuantizedLinear)

@@ -63,6 +63,21 @@ def test_a_linear_layer_to_the_bit(bias, packing, plan, always):
         assert mx.array_equal(quick(columns_last), layer(columns_last))
 
 
+@pytest.mark.parametrize("sharding", ["all-to-sharded", "sharded-to-all"])
+@pytest.mark.parametrize("packing", PACKED[:2], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_of_tensor_parallelism_to_the_bit(bias, packing, sharding, always):
+    """Over a group of one, whose sum is what comes in; the sum is asked for once a call, whatever way it goes."""
+    group, x = mx.distributed.init(), mx.random.normal((2, 20, 128))
+    layer, quick = (nn.layers.distributed.shard_linear(linear(bias, packing), sharding, group=group) for _ in "ab")
+    quick.update(layer.parameters())
+    plan = trials.plan_of_linear(layer, Lanes(1))
+    assert plan.together_from == 1
+    trials._install(quick, products.Product(Plan(math.inf, 2, mx.float32), Lanes(1)))
+    assert type(quick) is LINEAR[type(layer)]
+    assert mx.array_equal(quick(x), layer(x)) and mx.array_equal(quick(x[:1, :1]), layer(x[:1, :1]))
+
+
 def test_other_bits_are_never_taken(monkeypatch):
     """What is off by one in the last place for one token of many is found, however quick it is."""
     layer, right = linear(False, {"bits": 4}), products.together
