@@ -22,7 +22,7 @@ Every figure says whether it is measured, simulated or modelled.
 from contextlib import nullcontext
 
 from expert_parallel.command import limits, options, output, prompts
-from expert_parallel.command.entry import as_rank
+from expert_parallel.command.entry import as_rank, without_torch
 
 # What ranks may have in places of their own; what is in the files is compared.
 OWN_OPTIONS = ("model", "adapter_path", "prompt", "placement", "placement_trace", "verify", "trials", "quiet", "full")
@@ -246,4 +246,5 @@ def main():
 
 
 if __name__ == "__main__":
+    without_torch()
     main()

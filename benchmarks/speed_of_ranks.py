@@ -7,6 +7,7 @@
     stock                     mlx-lm, one process
     2 simulated, 2 on streams one process, two devices by turns or side by side
     tensor parallel           mlx-lm's own, every expert is split
+    tensor, head split        the same, and the output head split as "rest split" has it
     rest whole, rest split    expert parallel, all that is no expert on every rank or sharded
     copies                    a quarter of the experts is held twice
 
@@ -16,8 +17,8 @@
 
 All processes are alive at once and idle but for those whose turn it is; every round goes through all
 variants, so that a noisy machine slows all of them alike. Printed: the median of each round's ratio
-to stock and to tensor parallelism on the same ranks, with the middle half of the ratios; then where a
-token's time goes on rank 0, taken with a stop after every part.
+to stock and to tensor parallelism on the same ranks, with the middle half of the ratios; how much of that
+the head's split is; then where a token's time goes on rank 0, taken with a stop after every part.
 """
 
 import argparse
@@ -44,14 +45,15 @@ from expert_parallel.checkpoint.loading import load_whole
 from expert_parallel.checkpoint.opened import Checkpoint
 from expert_parallel.command import output
 from expert_parallel.projection.constants import head_seconds, random_tokens, seconds_of_prompt, seconds_per_token
+from expert_parallel.ranks.hybrid import split_head
 from expert_parallel.ranks.launch import rank_commands
 from expert_parallel.report import table
 from expert_parallel.report.measuring import resident_bytes, time_parts
 
 CONTEXT = 8
-STOCK, TENSOR = "stock", "tensor parallel"
+STOCK, TENSOR, TENSOR_HEAD = "stock", "tensor parallel", "tensor, head split"
 ONE_PROCESS = (STOCK, "2 simulated", "2 on streams", "2 on streams, copies")
-ON_RANKS = (TENSOR, "rest whole", "rest split", "rest split, copies")
+ON_RANKS = (TENSOR, TENSOR_HEAD, "rest whole", "rest split", "rest split, copies")
 PARTS = ("total", "experts", "head", "collectives", "waiting")
 WORKS = {"decode": "ms/token", "prompt": "ms", "layers": "ms"}
 
@@ -63,9 +65,11 @@ def build(variant, args, group):
     """The model of a variant; ValueError where it cannot be split."""
     if variant == STOCK:
         return load_whole(args.model)[0]
-    if variant == TENSOR:
+    if variant in (TENSOR, TENSOR_HEAD):
         model = load_whole(args.model)[0]
         model.shard(group)
+        if variant == TENSOR_HEAD and not split_head(model, group):
+            raise ValueError("the output head is no product of its own without a bias, and stays whole")
         mx.eval(model.parameters())
         mx.clear_cache()
         return model
@@ -255,6 +259,17 @@ def run(args):
         what = f"{args.tokens} tokens" if work == "decode" else f"a prompt of {args.prompt_tokens}"
         title = f"{work} (measured, {name}, {what}, {args.rounds} rounds; speed as a ratio)"
         console.print(table.of_rows(title, "over", "variant", unit, "to stock", "to tensor", rows=cells))
+    pairs = [(TENSOR, TENSOR_HEAD), *((TENSOR_HEAD, ours) for ours in ON_RANKS[2:])]  # the quicker one second
+    speed = lambda backend, work, slow, quick: np.array(seconds[backend, slow, work]) / seconds[backend, quick, work]  # noqa: E731
+    cells = [
+        (work, backend, *(f"{np.median(speed(backend, work, *pair)):.2f}" for pair in pairs))
+        for work in WORKS
+        for backend in args.backends
+        if (backend, TENSOR_HEAD) in cases
+    ]
+    if cells:
+        title = "What splitting its head gives tensor parallelism, then ours to that (measured; speed as a ratio)"
+        console.print(table.of_rows(title, "work", "over", "head split", *ON_RANKS[2:], rows=cells))
     parts = [
         (backend, variant, *(f"{1e3 * profile[part]:.1f}" for part in PARTS))
         for (backend, variant), profile in profiles.items()

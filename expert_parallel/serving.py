@@ -71,26 +71,27 @@ class Serving:
     def _improve(self, given) -> None:
         """Slots by device and expert changed until the fullest device has as few as can be.
 
-        A slot of the fullest device goes to another holder, one of that holder's to a third, and so on to a device with
-        two slots fewer. Where no such chain is left the maximum is the least possible (cost-reducing paths: Harvey et
-        al., Semi-Matchings for Bipartite Graphs and Load Balancing, 2003).
+        Slots of the fullest device go to another holder, as many of that holder's to a third, and so on to a device
+        with two fewer at least: half of the difference at most. Where no such chain is left the maximum is the least
+        possible (cost-reducing paths: Harvey et al., Semi-Matchings for Bipartite Graphs and Load Balancing, 2003).
         """
         given, load = given[:-1], given[:-1].sum(axis=1)
         while chain := self._chain(given, load):
-            for giver, taker in pairwise(chain):
-                expert = np.argmax((given[giver] > 0) & self.held[taker])
-                given[giver, expert] -= 1
-                given[taker, expert] += 1
-            load[chain[0]] -= 1
-            load[chain[-1]] += 1
+            hops = [(a, b, int((given[a] * self.held[b]).argmax())) for a, b in pairwise(chain)]
+            count = min((load[chain[0]] - load[chain[-1]]) // 2, *(given[a, expert] for a, _, expert in hops))
+            for giver, taker, expert in hops:
+                given[giver, expert] -= count
+                given[taker, expert] += count
+            load[chain[0]] -= count
+            load[chain[-1]] += count
 
     def _chain(self, given, load) -> list[int]:
         """Devices from the fullest to one with two slots fewer, each with a slot for the next; [] if there is none."""
-        takes = (given > 0).astype(np.float32) @ self.held.T > 0  # [D, D]: giver, taker
         fullest = int(load.argmax())
         chains, reached = [[fullest]], {fullest}
         for chain in chains:  # nearest first
-            for taker in np.flatnonzero(takes[chain[-1]]).tolist():
+            takes = self.held[:, given[chain[-1]] > 0].any(axis=1)  # [D]
+            for taker in np.flatnonzero(takes).tolist():
                 if taker not in reached:
                     reached.add(taker)
                     chains.append([*chain, taker])

@@ -189,3 +189,15 @@ def test_steps_of_one_slot_are_dealt_out_like_all_others():
     experts, held = np.arange(8).reshape(8, 1, 1), np.ones((1, 2, 8), dtype=bool)
     expected = [int(Serving(held[0]).devices(np.array([expert]))[0]) for expert in range(8)]
     assert devices_of_trace(experts, held, range(8)).reshape(-1).tolist() == expected
+
+
+def test_long_steps_move_many_slots_at_once(monkeypatch):
+    """One slot a chain took seconds for a prompt over 64 devices with copies: so many chains as slots lay wrong."""
+    random, chains = np.random.default_rng(0), []
+    popular = random.lognormal(size=(1, 128))
+    serving = Serving(place_experts(popular, 64, "replicated", redundant=128).held[0])
+    ids = random.choice(128, 20_000, p=popular[0] / popular.sum())
+    found = Serving._chain
+    monkeypatch.setattr(Serving, "_chain", lambda *given: chains.append(0) or found(*given))
+    after, before = (loads(serving.devices(ids, greedy=greedy), 64) for greedy in (False, True))
+    assert len(chains) < 0.8 * np.maximum(0, before - after.max()).sum()

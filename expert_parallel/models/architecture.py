@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -101,7 +102,7 @@ class Architecture:
         table = self.outside["embeddings"] if "head" in self.outside else Part()
         return self.active + Part(-table.parameters, -table.bytes)
 
-    @property
+    @cached_property
     def demand(self) -> Demand:
         """For `projection`."""
         read, chosen = self.read_per_token, self.chosen

@@ -36,9 +36,15 @@ def shard_rest(model: nn.Module, layers: list[MoELayer], group) -> None:
         model.shard(group)
     except Exception as error:  # each architecture stumbles over other sizes in its own way
         raise ValueError(f"mlx-lm cannot shard the attention over {n} ranks: {error}") from None
+    split_head(model, group)
+
+
+def split_head(model: nn.Module, group) -> bool:
+    """Whether the output head is a plain product of its own, which is then split over ranks in place."""
     head = getattr(model, "lm_head", None)
-    if isinstance(head, nn.Linear | nn.QuantizedLinear) and "bias" not in head:
+    if plain := isinstance(head, nn.Linear | nn.QuantizedLinear) and "bias" not in head:
         model.lm_head = ShardedHead(head, group)
+    return plain
 
 
 class ShardedHead(nn.Module):

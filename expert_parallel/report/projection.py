@@ -6,6 +6,7 @@ Dimensions: T tokens, L MoE layers, E experts, k chosen per token, D devices.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from .table import Table, facts, of_records, size
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Setting:
     """What a model is projected onto, and with what routing.
 
@@ -48,6 +49,7 @@ class Setting:
     def copies(self, num_devices: int) -> int:
         return self.redundant if num_devices > 1 else 0
 
+    @cache  # noqa: B019 - a report has one or two settings, and asks for the same several times
     def load(self, demand: step.Demand, num_devices: int, tokens: int) -> step.Fullest:
         """What the fullest device does in a step of `tokens`, by the trace, or by uniform routing of one like it."""
         if self.trace is None:
