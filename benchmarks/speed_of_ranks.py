@@ -5,11 +5,13 @@
     python benchmarks/speed_of_ranks.py --model checkpoints/coder-4 --json speed.json
 
     stock                     mlx-lm, one process
-    2 simulated, 2 on streams one process, two devices by turns or side by side
+    2 simulated               one process, two devices by turns
     tensor parallel           mlx-lm's own, every expert is split
     tensor, head split        the same, and the output head split as "rest split" has it
     rest whole, rest split    expert parallel, all that is no expert on every rank or sharded
     copies                    a quarter of the experts is held twice
+    quick                     products go the quicker ways that a trial finds (expert_parallel/cpu), as they do by
+                              default: over two streams in one process, many tokens at once; else as mlx-lm has them
 
     decode   given tokens one by one
     prompt   filling the cache, as generation does: of the last layer stock computes keys and values alone
@@ -44,6 +46,8 @@ from expert_parallel.checkpoint.finding import SHIPPED
 from expert_parallel.checkpoint.loading import load_whole
 from expert_parallel.checkpoint.opened import Checkpoint
 from expert_parallel.command import output
+from expert_parallel.cpu.lanes import Lanes
+from expert_parallel.cpu.trials import quicken_products
 from expert_parallel.projection.constants import head_seconds, random_tokens, seconds_of_prompt, seconds_per_token
 from expert_parallel.ranks.hybrid import split_head
 from expert_parallel.ranks.launch import rank_commands
@@ -52,8 +56,11 @@ from expert_parallel.report.measuring import resident_bytes, time_parts
 
 CONTEXT = 8
 STOCK, TENSOR, TENSOR_HEAD = "stock", "tensor parallel", "tensor, head split"
-ONE_PROCESS = (STOCK, "2 simulated", "2 on streams", "2 on streams, copies")
-ON_RANKS = (TENSOR, TENSOR_HEAD, "rest whole", "rest split", "rest split, copies")
+ONE_PROCESS = (STOCK, "2 simulated", "2 simulated, quick", "2 simulated, copies, quick")
+ON_RANKS = (TENSOR, TENSOR_HEAD, "tensor, head split, quick",
+            "rest whole", "rest split", "rest split, quick", "rest split, copies, quick")  # fmt: skip
+COMPARED = ((TENSOR, TENSOR_HEAD), (TENSOR_HEAD, "rest split"), *(("tensor, head split, quick", ours)
+            for ours in ("rest split, quick", "rest split, copies, quick")))  # fmt: skip
 PARTS = ("total", "experts", "head", "collectives", "waiting")
 WORKS = {"decode": "ms/token", "prompt": "ms", "layers": "ms"}
 
@@ -65,19 +72,22 @@ def build(variant, args, group):
     """The model of a variant; ValueError where it cannot be split."""
     if variant == STOCK:
         return load_whole(args.model)[0]
-    if variant in (TENSOR, TENSOR_HEAD):
+    if variant.startswith("tensor"):
         model = load_whole(args.model)[0]
         model.shard(group)
-        if variant == TENSOR_HEAD and not split_head(model, group):
+        if "head split" in variant and not split_head(model, group):
             raise ValueError("the output head is no product of its own without a bias, and stays whole")
         mx.eval(model.parameters())
         mx.clear_cache()
+        if variant.endswith("quick"):
+            quicken_products(model, Lanes(1))
         return model
     if group.size() == 1:
-        options = {"num_devices": int(variant.split()[0]), "streams": "streams" in variant}
+        options = {"num_devices": int(variant.split()[0])}
     else:
         options = {"group": group, "attention": "sharded" if "split" in variant else "replicated"}
-    if variant.endswith("copies"):
+    options["streams"] = "auto" if variant.endswith("quick") else "off"
+    if "copies" in variant:
         shape = Checkpoint(args.model).shape
         devices = max(group.size(), 2)
         options["placement"] = place_experts(np.ones(shape), devices, "replicated", redundant=shape[1] // 4)
@@ -259,17 +269,17 @@ def run(args):
         what = f"{args.tokens} tokens" if work == "decode" else f"a prompt of {args.prompt_tokens}"
         title = f"{work} (measured, {name}, {what}, {args.rounds} rounds; speed as a ratio)"
         console.print(table.of_rows(title, "over", "variant", unit, "to stock", "to tensor", rows=cells))
-    pairs = [(TENSOR, TENSOR_HEAD), *((TENSOR_HEAD, ours) for ours in ON_RANKS[2:])]  # the quicker one second
     speed = lambda backend, work, slow, quick: np.array(seconds[backend, slow, work]) / seconds[backend, quick, work]  # noqa: E731
     cells = [
-        (work, backend, *(f"{np.median(speed(backend, work, *pair)):.2f}" for pair in pairs))
-        for work in WORKS
+        (work, backend, quick, slow, words(spread(speed(backend, work, slow, quick))))
         for backend in args.backends
-        if (backend, TENSOR_HEAD) in cases
+        for slow, quick in COMPARED
+        for work in WORKS
+        if {(backend, slow), (backend, quick)} <= set(cases)
     ]
     if cells:
-        title = "What splitting its head gives tensor parallelism, then ours to that (measured; speed as a ratio)"
-        console.print(table.of_rows(title, "work", "over", "head split", *ON_RANKS[2:], rows=cells))
+        console.print(table.of_rows("Like with like (measured; speed as a ratio)", "work", "over", "of", "to", "speed",
+                                    rows=cells))  # fmt: skip
     parts = [
         (backend, variant, *(f"{1e3 * profile[part]:.1f}" for part in PARTS))
         for (backend, variant), profile in profiles.items()
