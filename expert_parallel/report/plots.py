@@ -197,6 +197,28 @@ def quality_lines(rows: list[dict], over: str, without: float, caption: str = ""
     return axes.figure
 
 
+def growth_lines(found: list[tuple], against: list[str], names: list[str]):
+    """Time over size, a panel for each thing that grows; dotted: the work.
+
+    found  [(name, against what, sizes [n], seconds [n], work [n])]
+    """
+    figure = _figure_class()(figsize=(9, 7), layout="constrained")
+    for axes, grows in zip(figure.subplots(2, 2).flat, against, strict=True):
+        for name, over, sizes, seconds, work in found:
+            if over == grows:
+                n = names.index(name)
+                colour = ("#00224e", "#7d7c78", "#a59c74", "black")[n % 4]
+                axes.plot(sizes / sizes[0], seconds / seconds[0], f"{MARKERS[n]}-", color=colour, label=name)
+                axes.plot(sizes / sizes[0], work / work[0], ":", color=colour, linewidth=1)
+        axes.set(xlabel=f"{grows} over the fewest", ylabel="time over that of the fewest")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+    lines = {text: line for axes in figure.axes for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4)
+    figure.suptitle("Time over size; dotted: the work (measured, random layers of 128 experts)", fontsize="medium")
+    return figure
+
+
 def _axes(title: str, caption: str, x: str, y: str, rows: int = 8, width: float = 9):
     """Axes of a new Figure, as high as so many rows want."""
     figure = _figure_class()(figsize=(width, 1.8 + 0.25 * max(4, rows)), layout="constrained")

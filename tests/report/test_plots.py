@@ -246,3 +246,17 @@ def test_quality_is_a_line_for_each_way_with_the_worst_above(over, places):
     assert (
         axes.get_ylim()[0] < 19.5 and axes.get_ylim()[1] > 32 and "20" in [t.get_text() for t in axes.get_yticklabels()]
     )
+
+
+def test_growth_has_a_panel_for_what_grows_and_the_work_dotted():
+    sizes, one = np.array([2, 4, 8]), np.array([3.0, 6.0, 24.0])
+    found = [("save", "tokens", sizes, one, sizes * 5), ("read", "tokens", sizes, 2 * one, sizes)]
+    found.append(("read", "layers", sizes, one, sizes))
+    figure = plots.growth_lines(found, ["devices", "tokens", "layers", "copies"], ["save", "read"])
+    assert [len(axes.lines) for axes in figure.axes] == [0, 4, 2, 0]
+    time, work, other, _ = figure.axes[1].lines
+    assert time.get_xdata().tolist() == [1, 2, 4] and time.get_ydata().tolist() == [1, 2, 8]
+    assert work.get_linestyle() == ":" and work.get_ydata().tolist() == [1, 2, 4]
+    assert time.get_marker() != other.get_marker() and time.get_color() == work.get_color() != other.get_color()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["save", "read"]
+    assert figure.axes[1].get_xlabel() == "tokens over the fewest"
