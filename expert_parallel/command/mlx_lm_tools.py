@@ -31,8 +31,6 @@ OURS = ("--devices", "--placement", "--placement-trace", "--redundant-experts", 
         "--prefetch", "--cold-bits", "--cold-share", "--combine", "--attention", "--dtype", "--streams", "--timeout",
         "--rebalance-every", "--rebalance-threshold", "--rebalance-horizon")  # fmt: skip
 OWN = ("placement", "placement_trace", "report_every")  # ranks may have them in places of their own
-# Where a model has no chat template: what was said, a line each.
-PLAIN = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 
 def main(tool: str, line: list[str]) -> None:
@@ -144,9 +142,7 @@ class Loader:
                 tokenizer_config=tokenizer_config, **on_disk,
             )  # fmt: skip
         if self.tool == "chat" and not tokenizer.has_chat_template:
-            if first:
-                print("this model has no chat template: it reads what you write as it is", file=sys.stderr)
-            tokenizer.chat_template = PLAIN
+            raise ValueError(f"{folder} has no chat template, which chat needs: take generate, or server's completions")
         self._watch(model, placement, checkpoint, dtype)
         self.watchdog.limit(None)  # from here on one waits for people; who is lost is noticed all the same
         return (model, tokenizer, checkpoint.config) if return_config else (model, tokenizer)

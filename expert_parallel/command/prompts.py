@@ -53,10 +53,11 @@ def read_prompt(args, tokenizer, context: int | None, standard_input=None, befor
         if args.prompt not in (None, "-") and text_of(args.prompt) != before["text"]:
             raise ValueError("--prompt is not that of the journal: leave it out to go on, or begin another journal")
         return Prompt(**before)
-    if args.prompt is None:
-        text = CHAT_PROMPT if tokenizer.has_chat_template and not args.ignore_chat_template else CODE_PROMPT
-    else:
+    if args.prompt is not None:
         text = text_of(args.prompt, standard_input)
+    else:  # a base model's template, where it has one, hands a text over as it is
+        plain = _token_ids(CODE_PROMPT, tokenizer, args) == list(tokenizer.encode(CODE_PROMPT, verbose=False))
+        text = CODE_PROMPT if plain else CHAT_PROMPT
     return _prompt_of(text, args, tokenizer, context)
 
 

@@ -101,11 +101,38 @@ def test_benchmark_and_a_batch_of_it(in_float32):
         assert re.search(r"Averages: prompt_tps=[\d.]+, generation_tps=[\d.]+", out) and f"batch_size={batch}" in out
 
 
-def test_chat_reads_what_is_written_where_there_is_no_template(in_float32, expected):
-    line = ("--model", in_float32, "--max-tokens", TOKENS, "--devices", 2)
-    out, err = tool("chat", *line, stdin="class Parser:\nq\n")
-    assert expected["class Parser:\n"] in out and "bye" in out
-    assert "this model has no chat template: it reads what you write as it is" in err
+def test_chat_reads_what_is_written(in_float32, expected, tmp_path):
+    """By the shipped model's template; another base model may have none, which is said."""
+    line = ("--max-tokens", TOKENS, "--devices", 2)
+    out, err = tool("chat", "--model", in_float32, *line, stdin=f"{PROMPTS[3]}\nq\n")
+    assert expected[PROMPTS[3]] in out and "bye" in out and not err
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in in_float32.iterdir():
+        (base / file.name).symlink_to(file)
+    about = json.loads((in_float32 / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").unlink()
+    (base / "tokenizer_config.json").write_text(json.dumps({**about, "chat_template": None}))
+    _, err = tool("chat", "--model", base, *line, stdin="x\n")
+    assert err == f"error: {base} has no chat template, which chat needs: take generate, or server's completions\n"
+
+
+def test_the_shipped_template_adds_no_word_and_is_the_recipe_s():
+    """A text alone stays as it is, token by token; of more each begins a line, but an answer."""
+    _, tokenizer = load(str(SHIPPED), lazy=True)
+    assert json.dumps(tokenizer.chat_template)[1:-1] in recipe_s_template()
+    for text in (*PROMPTS, "\n  x\n"):
+        said = [{"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(said, add_generation_prompt=True)
+        assert list(ids) == tokenizer.encode(text)
+    said = [{"role": role, "content": text} for role, text in (("system", "# x"), ("user", "a = "), ("assistant", "1"))]
+    text = tokenizer.apply_chat_template([*said, {"role": "user", "content": "b"}], tokenize=False)
+    assert text == "# x\na = 1\nb"
+
+
+def recipe_s_template():
+    source = (ROOT / "tools" / "train_tiny_model.py").read_text().partition("CHAT_TEMPLATE = (")[2].partition("\n)")[0]
+    return "".join(line.strip()[1:-1] for line in source.splitlines())
 
 
 def test_without_a_model_the_shipped_one_is_taken_and_named():
@@ -256,8 +283,9 @@ def check_server(backend, folder, tmp_path, expected):
         client.completions.create(prompt="x " * 700, **{**asked, "max_tokens": 1})  # longer than its context
         # 3. Answers go on; a chat, too.
         assert complete(PROMPTS[0], False) == expected[PROMPTS[0]]
-        messages = [{"role": "user", "content": "def f(x):"}]
-        assert client.chat.completions.create(messages=messages, **asked).choices[0].message.content
+        messages = [{"role": "user", "content": PROMPTS[1]}]
+        answer = client.chat.completions.create(messages=messages, **asked).choices[0].message.content
+        assert answer == expected[PROMPTS[1]]
         # 4. What the devices did.
         with urllib.request.urlopen(f"{address}/metrics") as page:
             text = page.read().decode()
@@ -318,9 +346,9 @@ def test_chat_at_a_terminal(in_float32, expected):
 
     try:
         until(b"\xe2\x80\xba")
-        os.write(master, b"class Parser:\n")
+        os.write(master, f"{PROMPTS[3]}\n".encode())
         until(b"12 tokens")
-        assert expected["class Parser:\n"].strip().split("\n")[0].encode() in seen
+        assert expected[PROMPTS[3]].strip().split("\n")[0].encode() in seen
         os.write(master, b"q\n")
         until(b"bye")
         assert chat.wait(20) == 0
