@@ -32,7 +32,8 @@ def start_rebalancing(args, model: nn.Module, placement: Placement, checkpoint, 
     ValueError where the checkpoint's layout holds no single experts.
     """
     if not checkpoint.reads_rows:
-        raise ValueError(f"{checkpoint.folder} stores its experts in a layout that single ones cannot be read from")
+        where = f"{checkpoint.folder} stores its experts in a layout that single ones cannot be read from"
+        raise ValueError(f"--rebalance-every {args.rebalance_every}: {where}; leave it out, or take another checkpoint")
     rows, every = partial(checkpoint.rows, dtype=dtype), args.rebalance_every
     costs = measured_costs(model, rows, group)
     rebalancer = Rebalancer(placement, costs, every, args.rebalance_threshold, every, args.rebalance_horizon)

@@ -89,8 +89,9 @@ class Monitor:
     def metrics(self) -> str:
         """All of it in the text format of Prometheus."""
         hits, misses = self._cache()
+        counted = f"tokens through the experts, padding included, when last counted: every {CHECK} forward passes"
         lines = [
-            _of("tokens_total", "counter", "tokens through the experts, padding included", {"": self.tokens}),
+            _of("tokens_total", "counter", counted, {"": self.tokens}),
             _of("device_slots_total", "counter", "slots of each device, all layers, copies share equally",
                 {f'{{device="{device}"}}': slots for device, slots in enumerate(self.slots.tolist())}),
             _of("balancedness", "gauge", "mean load over the fullest device's, last line", {"": self.balancedness}),

@@ -19,6 +19,7 @@ import urllib.request
 import mlx.core as mx
 import numpy as np
 import pytest
+from checkpoints import Rank
 from conftest import ROOT, SHIPPED, launch, launch_command, of_a_user, random_model
 from mlx_lm import batch_generate, load, stream_generate
 from mlx_lm.utils import save_model
@@ -153,6 +154,61 @@ def test_without_a_model_the_shipped_one_is_taken_and_named():
 def test_what_is_refused_in_a_line(line, words):
     out, err = tool("benchmark", "--model", SHIPPED, *line)
     assert words in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", sorted(mlx_lm_tools.TOOLS))
+def test_a_flag_that_nobody_knows_is_named_in_a_line(name):
+    out, err = tool(name, "--model", SHIPPED, "--nonsense", 3)
+    assert err == "error: unrecognized arguments: --nonsense 3 (--help explains)\n" and not out
+
+
+@pytest.mark.parametrize("content", [None, b"nothing", b"\x08\0\0\0\0\0\0\0{}      "])
+def test_a_prompt_cache_that_cannot_be_read_is_named_in_a_line(content, tmp_path):
+    path = tmp_path / "c.safetensors"
+    if content:
+        path.write_bytes(content)
+    _, err = tool("generate", "--model", SHIPPED, "--prompt", "x", "--prompt-cache-file", path)
+    assert err.startswith(f"error: --prompt-cache-file {path} cannot be read: ") and err.count("\n") == 1
+    assert err.endswith("; make one with mlx_lm.cache_prompt, or leave the option out\n")
+
+
+def test_ranks_hand_on_no_token_in_which_not_all_had_a_part(monkeypatch):
+    """MLX's ring lets a sum pass for done when a peer is gone: alone, and in a batch that others join and leave."""
+    module, lost = importlib.import_module("mlx_lm.generate"), []
+
+    def all_sum(values, group=None):  # of two ranks, the other of which sends zeros and its voice
+        other = mx.concatenate([mx.zeros(len(values) - 1, mx.int32), values[-1:]])
+        return values if lost else values + other
+
+    monkeypatch.setattr(mx.distributed, "all_sum", all_sum)
+    more, of_batches = mlx_lm_tools.following(module, Rank(0, 2))
+    monkeypatch.setattr(module.GenerationBatch, "next", of_batches["next"])
+    model, tokenizer = random_model(), load(str(SHIPPED), lazy=True)[1]
+    sampler = more["make_sampler"](temp=0)
+    assert sampler is more["make_sampler"](temp=0)  # so that a batch is sampled at once
+    for _ in range(2):  # what one leaves behind is no harm to the next
+        stream = more["stream_generate"](model, tokenizer, [5, 6, 7], max_tokens=9, sampler=sampler)
+        expected = [part.token for part in stream_generate(model, tokenizer, [5, 6, 7], max_tokens=4)]
+        assert [next(stream).token for _ in range(4)] == expected
+        stream.close()
+    batch = module.BatchGenerator(model, sampler=sampler, prefill_batch_size=2)
+    batch.insert([[5, 6, 7], [8]], [20, 2])
+    assert [len(batch.next_generated()) for _ in range(4)] == [1, 2, 1, 1]
+    batch.insert([[5, 6, 7]], [20], samplers=[more["make_sampler"](temp=0.5)])
+    assert [len(batch.next_generated()) for _ in range(4)][-1] == 2
+    # One pass is under way and whole; what is sampled from now on is not.
+    lost.append(True)
+    assert len(batch.next_generated()) == 2
+    with pytest.raises(RuntimeError, match="the connection to a peer was lost"):
+        batch.next_generated()
+    lost.clear()
+    more, _ = mlx_lm_tools.following(module, Rank(0, 2))
+    stream = more["stream_generate"](model, tokenizer, [5, 6], max_tokens=9, sampler=more["make_sampler"](temp=0))
+    next(stream)
+    lost.append(True)
+    next(stream)
+    with pytest.raises(RuntimeError, match="the connection to a peer was lost"):
+        next(stream)
 
 
 def test_a_tool_that_moved_is_named(monkeypatch):
@@ -357,8 +413,12 @@ def test_chat_at_a_terminal(in_float32, expected):
         os.close(master)
 
 
-def test_a_server_ends_by_control_c(in_float32, tmp_path):
+def test_a_server_names_its_model_and_ends_by_control_c(in_float32, tmp_path, monkeypatch):
+    """Also where no model was ever downloaded: mlx-lm alone answers with a traceback there."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "nothing"))
     with serving("one", in_float32, tmp_path) as (address, (process,)):
+        with urllib.request.urlopen(f"{address}/v1/models") as page:
+            assert [model["id"] for model in json.load(page)["data"]] == [str(in_float32)]
         urllib.request.urlopen(f"{address}/v1/completions", data=b'{"prompt": "x", "max_tokens": 1}').close()
         process.send_signal(signal.SIGINT)
         assert process.wait(30) in (0, 130)

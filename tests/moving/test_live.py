@@ -304,5 +304,7 @@ def test_what_was_asked_for_is_what_is_watched(monkeypatch):
     assert (how.every_tokens, how.threshold, how.half_life, how.horizon_tokens) == (48, 0.7, 48, 999)
     assert how.placement is then and watched.model is model and watched.changes == [(0, then)]
     rows.reads_rows = False
-    with pytest.raises(ValueError, match="here stores its experts in a layout that single ones cannot be read from"):
+    with pytest.raises(
+        ValueError, match="^--rebalance-every 48: here stores its .* cannot be read from; leave it out, or"
+    ):
         live.start_rebalancing(asked, model, then, rows, None, None)
