@@ -40,6 +40,10 @@ def main(tool: str, line: list[str]) -> None:
     parser.add_argument("--report-every", type=int, default=1024, metavar="TOKENS",
                         help="server: a line on balance after so many tokens, 0 for none (default: 1024); these and"
                         " those of GET /metrics are counted every 16 forward passes")  # fmt: skip
+    parser.add_argument("--rebalance-pause", type=float, metavar="SECONDS",
+                        help="with --rebalance-every: a move that would hold the model up for longer is carried out in"
+                        " steps between tokens, each of so long as the costs measured at the start foretell (default:"
+                        " at once)")  # fmt: skip
     mine, theirs = parser.parse_known_args(line)
     if {"-h", "--help"} & {*theirs}:
         print(parser.format_help())
@@ -49,7 +53,9 @@ def main(tool: str, line: list[str]) -> None:
 
 def run(tool: str, args, theirs: list[str], watchdog) -> None:
     limits.check_numbers(args)
-    limits.check_limits(args, {"report_every": (0, options.MOST)})
+    limits.check_limits(args, {"report_every": (0, options.MOST), "rebalance_pause": (1e-6, 1e6)})
+    if args.rebalance_pause is not None and args.rebalance_every is None:
+        raise ValueError("--rebalance-pause is of no use without --rebalance-every TOKENS")
     if "--pipeline" in theirs:
         raise ValueError(
             f"--pipeline splits layers over ranks, this splits experts: leave it out, or use mlx_lm {tool}"

@@ -55,7 +55,7 @@ class Monitor:
 
     def _between_passes(self) -> None:
         self.passes += 1
-        if self.passes % CHECK:
+        if self.passes % CHECK and not (self.live and self.live.ahead):
             return
         # 1. Slots since the last time, by the placement that answered them.
         loads, tokens = self.counting.take()
@@ -104,7 +104,12 @@ class Monitor:
             lines += [
                 _of("moves_total", "counter", "times that experts moved", {"": sum(look["moved"] for look in looks)}),
                 _of("pause_seconds_total", "counter", "for which moves held the model up", {"": sum(pauses)}),
-                _of("longest_pause_seconds", "gauge", "of these", {"": max(pauses, default=0)}),
+                _of(
+                    "longest_pause_seconds",
+                    "gauge",
+                    "for which a move or its planning did at once",
+                    {"": self.live.longest_pause},
+                ),
             ]
         return "".join(lines)
 

@@ -148,6 +148,11 @@ def test_without_a_model_the_shipped_one_is_taken_and_named():
         (("--devices", 0), "--devices must be at least 1"),
         (("--devices", 500), "500 devices: needs 1 to 128"),
         (("--cache-policy", "lru"), "--cache-policy is of no use without --expert-memory"),
+        (("--rebalance-pause", 0.1), "--rebalance-pause is of no use without --rebalance-every"),
+        (
+            ("--rebalance-pause", 0, "--rebalance-every", 8),
+            "--rebalance-pause must be between 1e-06 and 1000000.0, got",
+        ),
         (("--quantize-activations",), "not possible with spread experts: quantize_activations"),
     ],
 )
