@@ -5,6 +5,8 @@ report what that does.
     python qwen3_expert_parallel.py --prompt text.txt --devices 4 --trace r.npz
         keep where the tokens of this run went, and place experts by it:
     python qwen3_expert_parallel.py --placement balanced --placement-trace r.npz
+    python qwen3_expert_parallel.py --prompts lines.txt
+        answer each line of a file, all of them together
     python qwen3_expert_parallel.py --max-tokens 400 --rebalance-every 64
         move experts between devices while it answers
     python qwen3_expert_parallel.py --fail-device 3@16 --on-failure reroute
@@ -22,50 +24,15 @@ Every figure says whether it is measured, simulated or modelled.
 from contextlib import nullcontext
 
 from expert_parallel.command import limits, options, output, prompts
+from expert_parallel.command.answering import generate, logits_of, sequences
 from expert_parallel.command.entry import as_rank, without_torch
 
 # What ranks may have in places of their own; what is in the files is compared.
-OWN_OPTIONS = ("model", "adapter_path", "prompt", "placement", "placement_trace", "verify", "trials", "quiet", "full")
+OWN_OPTIONS = (
+    "model", "adapter_path", "prompt", "prompts", "placement", "placement_trace", "verify", "trials", "quiet", "full",
+)  # fmt: skip
 OWN_OPTIONS += (*options.OUTPUTS, "plots", "journal", "resume")
 TIMED_TOKENS = 4  # extra ones, for where the time goes
-
-
-def generate(model, tokenizer, prompt, args, group, heard, out=False, chosen=lambda token: token, after_token=None):
-    """Stream the answer: (token ids, text, last response, prompt cache). `heard` is called after each token.
-
-    chosen       asked for the token of each forward pass, sampled [1], before the next one begins
-    after_token  called with each token, in order, when it is known; the next pass may have begun
-    """
-    import mlx.core as mx
-    from mlx_lm.generate import stream_generate
-    from mlx_lm.models.cache import make_prompt_cache
-    from mlx_lm.sample_utils import make_sampler
-
-    from expert_parallel.experts import is_rank
-    from expert_parallel.ranks.group import Agreed
-
-    mx.random.seed(args.seed)
-    sample = make_sampler(temp=args.temp, top_p=args.top_p, min_p=args.min_p, top_k=args.top_k)
-    agreed = Agreed(group) if is_rank(group) else None
-    cache, tokens, text, last = make_prompt_cache(model), [], "", None
-    # mlx-lm's own stream would run on while the next collective starts elsewhere: one stream keeps them in order.
-    sampler = lambda logprobs: chosen(agreed(sample(logprobs)) if agreed else sample(logprobs))  # noqa: E731
-    how = {"sampler": sampler, "prompt_cache": cache, "stream": mx.default_stream(mx.default_device())}
-    how |= {"kv_bits": args.kv_bits, "quantized_kv_start": 0} if args.kv_bits else {}
-    for last in stream_generate(model, tokenizer, prompt.ids, prompt.max_tokens, **how):
-        heard()
-        if agreed:
-            agreed.check()
-        if out:
-            print(last.text, end="", flush=True)
-        text += last.text
-        if last.finish_reason != "stop":
-            tokens.append(last.token)
-        if after_token:
-            after_token(last.token)
-    if out:
-        print()
-    return tokens, text, last, cache
 
 
 def run(args, watchdog, tell=lambda what=None: None):
@@ -84,7 +51,7 @@ def run(args, watchdog, tell=lambda what=None: None):
     from expert_parallel.models.memory import model_bytes
     from expert_parallel.moving.live import start_rebalancing
     from expert_parallel.ranks.group import all_or_none, checkpoint_mark, gather_objects, start_group
-    from expert_parallel.report import cost, disk, failure, run, saving, table
+    from expert_parallel.report import batch, cost, disk, failure, run, saving, table
     from expert_parallel.report.measuring import count_collectives, time_parts
     from expert_parallel.report.verdict import verdict
     from expert_parallel.trace import record_routing
@@ -110,7 +77,8 @@ def run(args, watchdog, tell=lambda what=None: None):
             limits.check_files(args, folder)
         checkpoint = Checkpoint(folder, args.adapter_path, args.trust_remote_code)
         tokenizer, config = checkpoint.tokenizer(), checkpoint.config
-        prompt = prompts.read_prompt(args, tokenizer, finding.context_of(config), typed, kept.prompt)
+        read = prompts.read_prompts if args.prompts else prompts.read_prompt
+        prompt = read(args, tokenizer, finding.context_of(config), typed, kept.prompt)
         numbers = [layer.number for layer in checkpoint.layers]
         tell(f"placing experts, {args.placement}")
         on_disk = options.cache_options(args, checkpoint.shape[1])
@@ -123,7 +91,11 @@ def run(args, watchdog, tell=lambda what=None: None):
         same |= {"mlx": versions["mlx"], "mlx-lm": versions["mlx_lm"], "config": config}
         same |= {"verify": verify, "trials": trials}
         same |= {limits.option(name): value for name, value in vars(args).items() if name not in OWN_OPTIONS}
-        same |= {"placement": placement.held.tobytes(), "prompt": prompt.ids, "trace": repr(on_disk["cache_trace"])}
+        same |= {
+            "placement": placement.held.tobytes(),
+            "prompt": prompt.each_ids(),
+            "trace": repr(on_disk["cache_trace"]),
+        }
         if ranks > 1:
             same["weights"] = checkpoint_mark(checkpoint.folder)
             same["adapter"] = checkpoint_mark(args.adapter_path, "adapters*") if args.adapter_path else ""
@@ -158,7 +130,7 @@ def run(args, watchdog, tell=lambda what=None: None):
     heard()
     tell(f"reading the prompt, {len(prompt.ids)} tokens")
     with (
-        record_routing(model, name=name, prompt_tokens=len(prompt.ids)) as trace,
+        record_routing(model, name=name, prompt_tokens=None if prompt.several else len(prompt.ids)) as trace,
         count_collectives() as counted,
         live or nullcontext(),
     ):
@@ -171,7 +143,7 @@ def run(args, watchdog, tell=lambda what=None: None):
     if first and kept.differing:
         output.warn(kept.unlike())
     changes = live.changes if live else [(0, placement)]
-    placement, cached = changes[-1][1], disk.counts(model)
+    placement, cached, rows = changes[-1][1], disk.counts(model), sequences(prompt, tokens, last)
     held = losses.changes if losses else [(before, each.held) for before, each in changes]
     lost = failure.lost(losses, trace, numbers, whole, reading) if losses else []
     console.rule(style="dim")
@@ -179,19 +151,18 @@ def run(args, watchdog, tell=lambda what=None: None):
     # 4. Where the time goes, on extra tokens; and the same run by stock mlx-lm, on rank 0 alone.
     heard()
     tell("timing its parts")
-    with time_parts(TIMED_TOKENS, group) as seconds:
+    with time_parts(TIMED_TOKENS * len(rows), group) as seconds:
         for _ in range(TIMED_TOKENS):
-            mx.eval(model(mx.array([tokens[-1:] or prompt.ids[-1:]]), cache=cache))
+            mx.eval(model(mx.array([row[-1:] for row in rows]), cache=cache))
     per_rank = gather_objects(group, cost.rank_figures(model, seconds) | {"cache": cached})
     broken = any(gather_objects(group, mx.isnan(last.logprobs).any().item()))
-    broken = run.not_a_number(first_not_a_number(model, prompt.ids + tokens)) if broken else None
-    sequence, parity, stock = mx.array([prompt.ids + tokens]), None, None
+    broken = run.not_a_number(first_not_a_number(model, rows[0])) if broken else None
+    parity, stock = None, None
     ours, theirs = [last], []  # mlx-lm's last response of each run
     if verify:
         heard()
         tell("comparing with stock mlx-lm")
-        logits = model(sequence)
-        mx.eval(logits)
+        mx.eval(logits := logits_of(model, rows))
     watchdog.limit(None)  # from here on the others wait for rank 0, which works alone
     if verify:
         if first:
@@ -199,7 +170,7 @@ def run(args, watchdog, tell=lambda what=None: None):
             stock, _ = load(str(checkpoint.folder), adapter_path=adapter, lazy=True)
             stock.set_dtype(dtype) if dtype is not None else None
             expected, _, answer, _ = generate(stock, tokenizer, prompt, args, None, lambda: None)
-            parity = run.parity(logits, tokens, stock(sequence), expected)
+            parity = run.parity(logits, tokens, logits_of(stock, rows), expected)
             theirs.append(answer)
         gather_objects(group, None)  # nobody leaves while rank 0 still compares
     for n in range(trials):  # in turns: whatever else the machine does meets both
@@ -216,11 +187,12 @@ def run(args, watchdog, tell=lambda what=None: None):
         return
     tables = [table for table in (broken, parity) if table]
     tables += [*run.routing(trace, numbers), *run.balance(trace, held, numbers, changes[0][1], model)]
+    tables += batch.of_run(prompt, last, theirs, trace, placement, model) if prompt.several else []
     tables += [run.rebalancing(live.figures(), changes, trace, model)] if live else []
     tables += [*lost, *([failure.journal(kept.figures())] if kept.path else ())]
     tables += cost.memory(whole, placement, sum(entry.nbytes for entry in cache), per_rank)
     if any(caches := [device for rank in per_rank for device in rank.pop("cache") or ()]):
-        took = last.prompt_tokens / last.prompt_tps + last.generation_tokens / last.generation_tps
+        took = last.prompt_tokens / max(last.prompt_tps, 1e-9) + last.generation_tokens / last.generation_tps
         tables += disk.of_run(trace, placement.held, caches, numbers, took, ranks > 1)
     tables += [cost.communication(model, trace, seconds.value_bytes, counted, ranks)]
     tables += [cost.ranks_table(per_rank)] if ranks > 1 else []

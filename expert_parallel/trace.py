@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx_lm.generate import PromptProcessingBatch as Prompts
 
 from .files import written_whole
 from .layers import MoELayer, StandIn, moe_layers, num_experts
@@ -51,9 +52,7 @@ class RoutingTrace:
         if self.num_experts > 1 << 16:
             raise ValueError(f"a trace holds at most {1 << 16} experts, got {self.num_experts}")
         self.experts = np.asarray(experts, np.uint16)
-        if self.prefill is None:
-            self.prefill = np.zeros(len(experts), bool)
-        self.prefill = np.asarray(self.prefill, bool)
+        self.prefill = np.asarray(np.zeros(len(experts)) if self.prefill is None else self.prefill, bool)
         if self.prefill.shape != (len(experts),):
             raise ValueError(f"prefill marks {list(self.prefill.shape)} do not fit {len(experts)} tokens")
         if self.steps is None:
@@ -79,9 +78,8 @@ class RoutingTrace:
 
     def loads(self) -> np.ndarray:
         """Slots sent to each expert, int64 [L, E]."""
-        _, num_layers, _ = self.experts.shape
-        columns = (np.bincount(self.experts[:, l].ravel(), minlength=self.num_experts) for l in range(num_layers))
-        return np.stack(list(columns)).astype(np.int64)
+        layers = self.experts.swapaxes(0, 1)
+        return np.stack([np.bincount(ids.ravel(), minlength=self.num_experts) for ids in layers]).astype(np.int64)
 
     def save(self, path) -> None:
         """One .npz file: the arrays, and the rest as JSON in it. Small numbers take a byte: 7 times as fast."""
@@ -158,9 +156,9 @@ def record_routing(model: nn.Module, name: str = "", prompt_tokens: int | None =
                    positions is prefill and one over a single position is decode
     max_tokens     recording stops there (metadata "dropped_tokens" says how many came after)
 
-    Of a batch (metadata "sequences": the most in one pass) the padding of shorter prompts is among the tokens, for a
-    router routes it as well; a prompt's last token, which mlx-lm reads by itself, is one of decoding; and what a block
-    hands on is recorded: longcat_flash's zero experts, which it adds itself, as expert 0.
+    Of a batch (metadata "sequences": the most in one pass) mlx-lm's padding of shorter prompts is left out (metadata
+    "padding": so many tokens, which routers route as well); a prompt's last token, which it reads by itself, is one of
+    decoding; and what a block hands on is recorded: longcat_flash's zero experts, which it adds itself, as expert 0.
     ValueError where layers choose different numbers of experts. The host reads indices now and then: no wait per layer.
     """
     layers = moe_layers(model)
@@ -170,14 +168,15 @@ def record_routing(model: nn.Module, name: str = "", prompt_tokens: int | None =
         with (
             recorders(layers, [notes.taker(l) for l in range(len(layers))]),
             replaced(type(model), {"__call__": notes.watching(model)}),
+            replaced(Prompts, {"prompt": notes.reading(Prompts.prompt)}),
         ):
             yield trace
     finally:
         trace.experts, trace.prefill, trace.steps = notes.finish()
         if prompt_tokens is not None:
             trace.prefill = np.arange(len(trace)) < prompt_tokens
-        seen = {"dropped_tokens": notes.dropped, "sequences": notes.sequences if notes.sequences > 1 else 0}
-        trace.metadata |= {name: count for name, count in seen.items() if count}
+        seen = {"dropped_tokens": notes.dropped, "sequences": notes.sequences, "padding": notes.padding}
+        trace.metadata |= {name: count for name, count in seen.items() if count > (name == "sequences")}
 
 
 class _Notes:
@@ -191,9 +190,10 @@ class _Notes:
 
     def __init__(self, num_layers, max_tokens):
         self.num_layers, self.room = num_layers, max_tokens
-        self.passes = []  # that are not collected: (prefill, [indices of layer 0, of layer 1, ...])
+        self.passes = []  # that are not collected: (prefill, which are no padding, [indices of layer 0, ...])
         self.experts, self.prefill = [], []  # of each pass: [T, L, k], and whether it is one
         self.input_shape, self.sequences, self.dropped = None, 1, 0  # [B, T] of the pass under way, most B
+        self.left, self.padding = None, 0  # tokens [B, 1] of prompts under way, that are still to come
 
     def taker(self, layer):
         def take(indices):
@@ -201,8 +201,11 @@ class _Notes:
                 if len(self.passes) >= self.EVERY:
                     self.collect()
                 shape = self.input_shape or indices.shape[:-1]
-                self.passes.append((bool(shape) and shape[-1] > 1, []))
-            so_far = self.passes[-1][1] if self.passes else []
+                prefill, real = bool(shape) and shape[-1] > 1, None
+                if self.left is not None:
+                    real, self.left = (np.arange(shape[-1]) < self.left).ravel(), self.left - shape[-1]
+                self.passes.append((prefill or real is not None, real, []))
+            so_far = self.passes[-1][-1] if self.passes else []
             if so_far and indices.shape[-1] != so_far[0].shape[-1]:
                 counts = f"{so_far[0].shape[-1]} and {indices.shape[-1]}"
                 raise ValueError(f"layers that choose {counts} experts a token cannot be recorded: a trace has one k")
@@ -227,12 +230,24 @@ class _Notes:
 
         return call
 
+    def reading(self, original):
+        """A `prompt` for mlx-lm's batches of prompts [B], which pads the shorter ones at their ends."""
+
+        def prompt(this, tokens):
+            self.left = np.array([[len(each)] for each in tokens])
+            original(this, tokens)
+            self.left = None
+
+        return prompt
+
     def collect(self):
-        whole = [(prefill, ids) for prefill, ids in self.passes if len(ids) == self.num_layers]
+        whole = [of_pass for of_pass in self.passes if len(of_pass[-1]) == self.num_layers]
         self.passes.clear()
-        mx.eval([ids for _, ids in whole])
-        for prefill, ids in whole:
+        mx.eval([ids for *_, ids in whole])
+        for prefill, real, ids in whole:
             rows = np.stack([np.array(i).reshape(-1, i.shape[-1]).astype(np.uint16) for i in ids], axis=1)
+            if real is not None:
+                rows, self.padding = rows[real], self.padding + int((~real).sum())
             if room := min(len(rows), self.room):  # an empty slice would keep the whole pass in memory
                 self.experts.append(rows[:room].copy() if room < len(rows) else rows)
                 self.prefill.append(prefill)

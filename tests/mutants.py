@@ -53,6 +53,7 @@ TESTS = {
     "report": ["tests/report/test_table.py", "tests/report/test_*report.py", *WITNESSES, "tests/report/test_*.py"],
     "command": [
         "tests/command/test_o*.py",
+        "tests/command/test_answering.py",
         "tests/command/test_scripts*.py",
         "tests/report/test_model_analysis.py",
         "tests/study/test_workbench.py",

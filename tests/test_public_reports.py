@@ -193,4 +193,4 @@ def test_options_of_mlx_lm_do_what_they_do_there(tmp_path, monkeypatch, refusal)
         monkeypatch.setattr(sys, "argv", [*line, *options])
         qwen3_expert_parallel.main()
         assert json.loads(out.read_text())["parity"]["tokens_equal"], options
-    assert "there is none" in refusal("--model", SHIPPED, "--system-prompt", "be short")
+    assert "there is none" in refusal("--model", SHIPPED, "--system-prompt", "be short", "--ignore-chat-template")

@@ -2,11 +2,14 @@
 
 import inspect
 import json
+from collections import Counter
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import CONFIG, random_model
+from mlx_lm import batch_generate
+from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 
 from expert_parallel import RoutingTrace, place_experts, record_routing, shard_model
@@ -90,8 +93,8 @@ def test_a_batch_of_single_tokens_is_decode_where_blocks_flatten_their_tokens_to
     assert Model.__call__ is original
 
 
-def test_a_batch_is_said_where_padding_is_among_its_tokens():
-    """mlx-lm pads shorter prompts of a batch, and the router routes that, too."""
+def test_a_batch_is_said():
+    """Rows that somebody pads by hand cannot be told from tokens."""
     model = random_model()
     with record_routing(model) as trace:
         mx.eval(model(mx.array([[1, 2, 0], [1, 2, 3]])))
@@ -99,6 +102,60 @@ def test_a_batch_is_said_where_padding_is_among_its_tokens():
     with record_routing(model) as trace:
         mx.eval(model(mx.array([[1, 2, 3]])))
     assert trace.metadata == {}
+
+
+class PlainTokenizer:
+    """As much of a tokenizer as a batch needs."""
+
+    eos_token_ids, has_thinking = {3}, False
+    decode = staticmethod(str)
+
+
+BATCH = [[5, 6, 7, 22], [40], [8, 9, 1, 2, 60, 61, 62, 63, 64], [33, 4], list(range(11, 17))]
+
+
+def by_themselves(model, sequences):
+    """How often each choice [L, k] comes where every sequence is read alone."""
+    counts = Counter()
+    for sequence in sequences:
+        with record_routing(model) as alone:
+            mx.eval(model(mx.array([sequence])))
+        counts.update(choice.tobytes() for choice in np.sort(alone.experts))
+    return counts
+
+
+@pytest.mark.parametrize("step", [2048, 3])
+def test_a_batch_of_mlx_lm_is_recorded_without_its_padding(step):
+    """Prompts of other lengths, read whole or in parts; each token of each sequence once, and nothing else."""
+    model, most = random_model(), [5, 9, 3, 1, 7]
+    with record_routing(model) as trace:
+        answer = batch_generate(
+            model, PlainTokenizer(), BATCH, max_tokens=most, prefill_step_size=step, return_token_ids=True
+        )
+    sequences = [prompt + tokens for prompt, tokens in zip(BATCH, answer.token_ids, strict=True)]
+    assert [len(tokens) for tokens in answer.token_ids] == most  # nobody came to an end before
+    assert Counter(choice.tobytes() for choice in np.sort(trace.experts)) == by_themselves(model, sequences)
+    assert trace.prefill.sum() == sum(map(len, BATCH)) - len(BATCH)  # the last of each begins its answer
+    assert trace.metadata["padding"] > 0 and trace.metadata["sequences"] in (4, 5)
+
+
+def test_sequences_that_join_and_leave_are_recorded_token_by_token():
+    model, said = random_model(), {}
+    generator = BatchGenerator(model, stop_tokens=[[3]], prefill_batch_size=3, completion_batch_size=3)
+    with record_routing(model) as trace:
+        generator.insert(BATCH[:3], [6, 4, 5])
+
+        def until(no_more):
+            while not no_more() and (responses := generator.next_generated()):
+                for response in responses:
+                    said.setdefault(response.uid, []).append(response.token)
+
+        until(lambda: len(said.get(0, [])) == 3)
+        generator.insert(BATCH[3:], [3, 8])
+        until(lambda: False)
+    sequences = [prompt + said[uid] for uid, prompt in enumerate(BATCH)]
+    assert Counter(choice.tobytes() for choice in np.sort(trace.experts)) == by_themselves(model, sequences)
+    assert trace.metadata["padding"] > 0
 
 
 def test_layers_that_choose_different_numbers_are_refused_as_they_come():

@@ -32,6 +32,12 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 MIX = {"python": 0.50, "tests": 0.16, "docs": 0.09, "prose": 0.07, "go": 0.10, "json": 0.08}
 MIX_OF_LATER_ROUNDS = {"python": 0.64, "tests": 0.07, "docs": 0.09, "prose": 0.07, "go": 0.08, "json": 0.05}
 END = "<|endoftext|>"
+# It knows no roles: it goes on from what was said, where each but an answer begins a line.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if not loop.first and message['role'] != 'assistant' %}{{ '\\n' }}{% endif %}{{ message['content'] }}"
+    "{% endfor %}"
+)
 CONFIG = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
@@ -230,7 +236,8 @@ def main():
     (unquantised / "tokenizer_config.json").write_text(
         json.dumps(
             {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "bos_token": END,
-             "model_max_length": CONFIG["max_position_embeddings"], "clean_up_tokenization_spaces": False},
+             "model_max_length": CONFIG["max_position_embeddings"], "clean_up_tokenization_spaces": False,
+             "chat_template": CHAT_TEMPLATE},
             indent=2,
         )
         + "\n"

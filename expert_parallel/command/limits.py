@@ -29,6 +29,9 @@ def check_numbers(args) -> None:
     for name in ("rebalance_threshold", "rebalance_horizon"):
         if getattr(args, name) is not None and args.rebalance_every is None:
             raise ValueError(f"{option(name)} is of no use without --rebalance-every TOKENS")
+    for name in ("prompt", "journal", "resume", "fail_device", "rebalance_every", "kv_bits"):
+        if args.prompts is not None and getattr(args, name) is not None:
+            raise ValueError(f"--prompts decodes several sequences together: it does not go with {option(name)}")
     if args.cold_share is not None and args.cold_bits is None:
         raise ValueError("--cold-share is of no use without --cold-bits BITS")
     if args.cold_bits is not None and args.placement_trace is None:
@@ -117,7 +120,12 @@ def check_files(args, model_folder) -> None:
     outputs = {option(name): getattr(args, name) for name in (*OUTPUTS, "journal", "resume")}
     outputs |= picture_files(args.plots, PICTURES + CACHE_PICTURES)
     inputs = {"the model": model_folder} | ({"the adapter": args.adapter_path} if args.adapter_path else {})
-    named = {"the prompt": args.prompt, "the placement": args.placement, "the trace": args.placement_trace}
+    named = {
+        "the prompt": args.prompt,
+        "the prompts": args.prompts,
+        "the placement": args.placement,
+        "the trace": args.placement_trace,
+    }
     inputs |= {what: path for what, path in named.items() if path and os.path.isfile(path)}  # noqa: PTH113
     check_outputs(outputs, inputs)
     if args.journal:

@@ -14,7 +14,7 @@ import io
 import os
 import sys
 from contextlib import ExitStack, nullcontext
-from functools import cache
+from functools import lru_cache
 from importlib import import_module
 
 from . import limits, options, output, server_ends
@@ -22,24 +22,28 @@ from .entry import as_rank
 
 # What each tool is hooked into by: names of its module.
 TOOLS = {
-    "server": ("load", "sharded_load", "make_sampler", "APIHandler", "ResponseGenerator", "main"),
-    "chat": ("load", "sharded_load", "make_sampler", "ChatUI", "main"),
-    "generate": ("load", "make_sampler", "main"),
+    "server": ("load", "sharded_load", "make_sampler", "stream_generate", "scan_cache_dir", "APIHandler",
+               "ResponseGenerator", "main"),
+    "chat": ("load", "sharded_load", "make_sampler", "stream_generate", "ChatUI", "main"),
+    "generate": ("load", "make_sampler", "stream_generate", "load_prompt_cache", "main"),
     "benchmark": ("load", "sharded_load", "main"),
-}
+}  # fmt: skip
 OURS = ("--devices", "--placement", "--placement-trace", "--redundant-experts", "--expert-memory", "--cache-policy",
         "--prefetch", "--cold-bits", "--cold-share", "--combine", "--attention", "--dtype", "--streams", "--timeout",
         "--rebalance-every", "--rebalance-threshold", "--rebalance-horizon")  # fmt: skip
 OWN = ("placement", "placement_trace", "report_every")  # ranks may have them in places of their own
-# Where a model has no chat template: what was said, a line each.
-PLAIN = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 
 def main(tool: str, line: list[str]) -> None:
     """Run mlx-lm's tool with what stands behind its name on the command line."""
     parser = options.parser_of("of this project, before mlx-lm's own:", OURS)
     parser.add_argument("--report-every", type=int, default=1024, metavar="TOKENS",
-                        help="server: a line on balance after so many tokens, 0 for none (default: 1024)")  # fmt: skip
+                        help="server: a line on balance after so many tokens, 0 for none (default: 1024); these and"
+                        " those of GET /metrics are counted every 16 forward passes")  # fmt: skip
+    parser.add_argument("--rebalance-pause", type=float, metavar="SECONDS",
+                        help="with --rebalance-every: a move that would hold the model up for longer is carried out in"
+                        " steps between tokens, each of so long as the costs measured at the start foretell (default:"
+                        " at once)")  # fmt: skip
     mine, theirs = parser.parse_known_args(line)
     if {"-h", "--help"} & {*theirs}:
         print(parser.format_help())
@@ -49,11 +53,15 @@ def main(tool: str, line: list[str]) -> None:
 
 def run(tool: str, args, theirs: list[str], watchdog) -> None:
     limits.check_numbers(args)
-    limits.check_limits(args, {"report_every": (0, options.MOST)})
+    limits.check_limits(args, {"report_every": (0, options.MOST), "rebalance_pause": (1e-6, 1e6)})
+    if args.rebalance_pause is not None and args.rebalance_every is None:
+        raise ValueError("--rebalance-pause is of no use without --rebalance-every TOKENS")
     if "--pipeline" in theirs:
         raise ValueError(
             f"--pipeline splits layers over ranks, this splits experts: leave it out, or use mlx_lm {tool}"
         )
+    from mlx_lm.generate import GenerationBatch
+
     from ..ranks.group import all_or_none, gather_objects, start_group
     from ..trace import replaced
 
@@ -76,14 +84,19 @@ def run(tool: str, args, theirs: list[str], watchdog) -> None:
     with ExitStack() as stack:
         loader = Loader(tool, args, theirs, group, watchdog, stack)
         replacing = {name: loader for name in ("load", "sharded_load") if name in TOOLS[tool]}
-        if group.size() > 1 and hasattr(module, "make_sampler"):
-            replacing["make_sampler"] = following(module.make_sampler, group)
+        if group.size() > 1 and "make_sampler" in TOOLS[tool]:
+            more, of_batches = following(module, group)
+            replacing |= more
+            stack.enter_context(replaced(GenerationBatch, of_batches))
         if tool == "chat" and group.size() > 1:
             replacing["ChatUI"] = shared_prompts(module.ChatUI, group)
         if tool == "server":
             stack.enter_context(replaced(module.APIHandler, {"do_GET": with_metrics(module.APIHandler, loader)}))
             generator = server_ends.ending_whole(module.ResponseGenerator, watchdog.name, watchdog, group)
-            replacing["ResponseGenerator"] = generator
+            replacing |= {"ResponseGenerator": generator, "scan_cache_dir": server_ends.scanning(module.scan_cache_dir)}
+        if tool == "generate":
+            replacing["load_prompt_cache"] = of_a_file(module.load_prompt_cache)
+        stack.enter_context(replaced(argparse.ArgumentParser, {"error": output.Parser.error}))  # in a line
         stack.enter_context(replaced(module, replacing))
         stack.enter_context(replaced(sys, {"argv": [f"expert-parallel {tool}", *theirs]}))
         if tool == "generate" and group.size() > 1:
@@ -144,9 +157,7 @@ class Loader:
                 tokenizer_config=tokenizer_config, **on_disk,
             )  # fmt: skip
         if self.tool == "chat" and not tokenizer.has_chat_template:
-            if first:
-                print("this model has no chat template: it reads what you write as it is", file=sys.stderr)
-            tokenizer.chat_template = PLAIN
+            raise ValueError(f"{folder} has no chat template, which chat needs: take generate, or server's completions")
         self._watch(model, placement, checkpoint, dtype)
         self.watchdog.limit(None)  # from here on one waits for people; who is lost is noticed all the same
         return (model, tokenizer, checkpoint.config) if return_config else (model, tokenizer)
@@ -171,15 +182,53 @@ def print_nothing(line: str) -> None:
     pass
 
 
-def following(make_sampler, group):
-    """mlx-lm's `make_sampler` whose samplers give rank 0's tokens on every rank: no rounding can part the ranks."""
-    from ..ranks.group import follow_rank_0
+def of_a_file(load_prompt_cache):
+    """mlx-lm's `load_prompt_cache` that says in a line what is wrong with the file."""
+    from ..checkpoint.finding import in_a_line
 
-    @cache  # greedy samplers are one and the same, by which mlx-lm knows that a batch can be sampled at once
+    def load(path, **how):
+        try:
+            return load_prompt_cache(path, **how)
+        except Exception as error:  # of MLX, json and the caches' own classes
+            why = f"{in_a_line(error)}; make one with mlx_lm.cache_prompt, or leave the option out"
+            raise ValueError(f"--prompt-cache-file {path} cannot be read: {why}") from None
+
+    return load
+
+
+def following(module, group) -> tuple[dict, dict]:
+    """What stands in a tool and in mlx-lm's batches so that rank 0's tokens are every rank's, and proven to be.
+
+    Before a token is handed on it is checked that all ranks had a part in it, see `Agreed`.
+    """
+    from mlx_lm.generate import GenerationBatch
+
+    from ..ranks.group import Agreed
+
+    agreed, make_sampler, stream, step = (
+        Agreed(group),
+        module.make_sampler,
+        module.stream_generate,
+        GenerationBatch.next,
+    )
+
+    @lru_cache(64)  # greedy samplers are one and the same, by which mlx-lm knows that a batch can be sampled at once
     def followed(sampler):
-        return lambda logprobs: follow_rank_0(group, sampler(logprobs))
+        return lambda logprobs: agreed(sampler(logprobs))
 
-    return lambda *args, **kwargs: followed(make_sampler(*args, **kwargs))
+    def stream_generate(*args, **how):
+        for response in stream(*args, **how):
+            agreed.check(len(agreed) - 1)  # of the newest, the next pass, tokens are not known
+            yield response
+
+    def next_of_batch(this):
+        known = len(agreed)  # those that are sampled in this step are not
+        responses = step(this)
+        agreed.check(known)
+        return responses
+
+    samplers = {"make_sampler": lambda *args, **how: followed(make_sampler(*args, **how))}
+    return {**samplers, "stream_generate": stream_generate}, {"next": next_of_batch}
 
 
 def shared_prompts(chat_ui, group):

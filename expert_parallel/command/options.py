@@ -36,7 +36,9 @@ def parser_of(description: str, only=()) -> argparse.ArgumentParser:
     # fmt: off
     add("--model", help="folder or hub id (default: Qwen3-Coder-30B if it is in the hub cache, else the shipped model)")
     add("--prompt", help="a text, a file, or - for standard input (default: one that fits the model)")
-    add("--max-tokens", type=int, default=64, help="tokens to generate (default: 64)")
+    add("--prompts", type=Path, metavar="FILE",
+        help="several prompts, one a line, blank lines skipped, decoded together by mlx-lm's batch_generate")
+    add("--max-tokens", type=int, default=64, help="tokens to generate, of each prompt (default: 64)")
     add("--temp", type=float, default=0.0, help="sampling temperature, 0 takes the likeliest token (default: 0)")
     add("--top-p", type=float, default=1.0, metavar="P",
         help="sample from the likeliest tokens of this total probability (default: 1)")

@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+FIRST_WORDS = 60  # characters of a prompt that stand above its answer
 CHAT_PROMPT = "Write a Python function that returns the n-th Fibonacci number."
 # No end of line at its end: that would be one token with the indent of the next line.
 CODE_PROMPT = "class Parser:\n    def parse(self, text):\n        if not text:"
@@ -16,12 +17,24 @@ CODE_PROMPT = "class Parser:\n    def parse(self, text):\n        if not text:"
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids, the text they are of, and how many tokens may follow."""
+    """Token ids, the text they are of, and how many tokens may follow; of several prompts those of all in a row."""
 
     ids: list[int]
     text: str
     max_tokens: int
     note: str = ""
+    several: tuple[Prompt, ...] = ()
+
+    @property
+    def begins(self) -> str:
+        """Its first words, on a line."""
+        from ..checkpoint.finding import cut
+
+        return cut(" ".join(self.text.split()), FIRST_WORDS)
+
+    def each_ids(self) -> list[list[int]]:
+        """Of each prompt."""
+        return [each.ids for each in self.several or (self,)]
 
 
 def read_standard_input() -> str:
@@ -40,10 +53,30 @@ def read_prompt(args, tokenizer, context: int | None, standard_input=None, befor
         if args.prompt not in (None, "-") and text_of(args.prompt) != before["text"]:
             raise ValueError("--prompt is not that of the journal: leave it out to go on, or begin another journal")
         return Prompt(**before)
-    if args.prompt is None:
-        text = CHAT_PROMPT if tokenizer.has_chat_template and not args.ignore_chat_template else CODE_PROMPT
-    else:
+    if args.prompt is not None:
         text = text_of(args.prompt, standard_input)
+    else:  # a base model's template, where it has one, hands a text over as it is
+        plain = _token_ids(CODE_PROMPT, tokenizer, args) == list(tokenizer.encode(CODE_PROMPT, verbose=False))
+        text = CODE_PROMPT if plain else CHAT_PROMPT
+    return _prompt_of(text, args, tokenizer, context)
+
+
+def read_prompts(args, tokenizer, context: int | None, *of_one) -> Prompt:
+    """Those of --prompts FILE, one a line; ValueError as `read_prompt`, which names the line."""
+    if not args.prompts.is_file():
+        raise ValueError(f"--prompts {args.prompts}: no such file; give a text file with one prompt a line")
+    several = []
+    for number, line in enumerate(text_of(str(args.prompts)).split("\n"), start=1):
+        try:
+            several += [_prompt_of(line.rstrip("\r"), args, tokenizer, context)] if line.strip() else []
+        except ValueError as error:
+            raise ValueError(f"--prompts {args.prompts}, line {number}: {error}") from None
+    texts, ids = " | ".join(each.text for each in several), sum((each.ids for each in several), [])
+    note = next((each.note for each in several if each.note), "")
+    return Prompt(ids, f"{len(several)} together: {texts}", max(each.max_tokens for each in several), note, (*several,))
+
+
+def _prompt_of(text: str, args, tokenizer, context: int | None) -> Prompt:
     ids = _token_ids(text, tokenizer, args)
     if context and len(ids) >= context:
         raise ValueError(f"the prompt has {len(ids)} tokens, the model's context is {context}")

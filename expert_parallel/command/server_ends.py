@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 from . import output
 
@@ -38,6 +39,19 @@ def whole(name: str, watchdog, group):
 def _leave(status) -> None:
     sys.stdout.flush()
     os._exit(status if isinstance(status, int) else 0 if status is None else 1)
+
+
+def scanning(scan_cache_dir):
+    """huggingface_hub's function that finds no models where there is no cache: /v1/models then has the one served."""
+    from huggingface_hub.errors import CacheNotFound
+
+    def scan():
+        try:
+            return scan_cache_dir()
+        except CacheNotFound:
+            return SimpleNamespace(repos=())
+
+    return scan
 
 
 def ending_whole(generator, name: str, watchdog, group):

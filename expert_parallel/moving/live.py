@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import deque
+from dataclasses import replace
 from functools import partial
+from operator import add
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,9 +23,10 @@ from ..placement import Placement
 from ..ranks.group import follow_rank_0, gather_objects
 from ..stores import picked
 from ..trace import recorders
-from .plan import Costs, Rebalancer
+from .plan import Costs, Rebalancer, in_steps
 
 CHECK = 16  # calls after which loads are read for the Rebalancer, or fewer where it looks more often
+FIRST = 10.0  # times what is foretold, which a first move was seen to take on two cores with other work beside it
 TIMES = 5  # that a cost is measured; the median counts
 
 
@@ -32,11 +36,16 @@ def start_rebalancing(args, model: nn.Module, placement: Placement, checkpoint, 
     ValueError where the checkpoint's layout holds no single experts.
     """
     if not checkpoint.reads_rows:
-        raise ValueError(f"{checkpoint.folder} stores its experts in a layout that single ones cannot be read from")
+        where = f"{checkpoint.folder} stores its experts in a layout that single ones cannot be read from"
+        raise ValueError(f"--rebalance-every {args.rebalance_every}: {where}; leave it out, or take another checkpoint")
     rows, every = partial(checkpoint.rows, dtype=dtype), args.rebalance_every
     costs = measured_costs(model, rows, group)
     rebalancer = Rebalancer(placement, costs, every, args.rebalance_threshold, every, args.rebalance_horizon)
-    return LiveRebalancing(model, rebalancer, rows, group)
+    longest = vars(args).get("rebalance_pause")  # of mlx-lm's tools alone
+    if longest and longest < (least := costs.expert_bytes / costs.bytes_per_second + costs.seconds_per_layer):
+        took = f"an expert takes {least:.2g} s to move here, as measured"
+        raise ValueError(f"--rebalance-pause {longest:g}: {took}: give at least that, or leave it out")
+    return LiveRebalancing(model, rebalancer, rows, group, longest)
 
 
 def measured_costs(model: nn.Module, rows, group) -> Costs:
@@ -130,12 +139,17 @@ class LiveRebalancing(Counting):
             live.after_token()
     live.changes    # [(tokens seen before, Placement)], the first is (0, where it began)
     live.figures()  # looks, moves, bytes, pauses, gains
+
+    longest  seconds that a move may hold the model up at once (modelled): a longer one is carried out in steps, one at
+             each `look`, which is to come between any two passes while some are `ahead`
     """
 
-    def __init__(self, model: nn.Module, rebalancer: Rebalancer, rows=None, group=None):
+    def __init__(self, model: nn.Module, rebalancer: Rebalancer, rows=None, group=None, longest: float | None = None):
         super().__init__(model, group)
-        self.rebalancer, self.rows = rebalancer, rows
+        self.rebalancer, self.rows, self.longest = rebalancer, rows, longest
         self.changes, self.looks = [(0, rebalancer.placement)], []
+        self.ahead, self.longest_pause = deque(), 0.0  # steps [L, D, E]; what a look took at most, in seconds
+        self._slow = FIRST  # seconds of the last move over those that were foretold
         self._calls, self._tokens = 0, 0
 
     def after_token(self) -> None:
@@ -144,14 +158,37 @@ class LiveRebalancing(Counting):
             self.look(*self.take())
 
     def look(self, loads, tokens: int) -> None:
-        """Move experts if the slots [L, E] of so many tokens more make it worth while."""
+        """Move experts if the slots [L, E] of so many tokens more make it worth while, or the next step of a move."""
+        began = time.perf_counter()
         self._tokens += tokens
+        if self.ahead:  # nothing is decided before they are through
+            self.rebalancer.learn(loads, tokens)
+            self._step()
+        else:
+            self._decide(loads, tokens)
+        self.longest_pause = max(self.longest_pause, time.perf_counter() - began)
+
+    def _step(self) -> None:
+        held, last, look = self.ahead.popleft(), self.rebalancer.placement, self.looks[-1]
+        placement = replace(last, held=held) if self.ahead else last
+        read = move_experts(self.model, placement, self.rows)
+        self.changes.append((self._tokens, placement))
+        look |= {name: (max if name.startswith("longest") else add)(look[name], read[name]) for name in read}
+        if not self.ahead:  # the next ones are cut by what this one took, not by what was foretold
+            self._slow = look["pause_seconds"] / look["pause_seconds_modelled"]
+
+    def _decide(self, loads, tokens: int) -> None:
         # 1. The rebalancer's verdict, where it is time for one; the experts move.
+        before = self.rebalancer.placement.held
         plan = self.rebalancer.observe(loads, tokens)
         if len(self.rebalancer.looks) == len(self.looks):
             return
-        read = move_experts(self.model, self.rebalancer.placement, self.rows)
-        if plan:
+        if plan and self.longest:
+            slow = max(gather_objects(self.group, self._slow)) if is_rank(self.group) else self._slow
+            self.ahead.extend(in_steps(before, plan.placement.held, self.rebalancer.costs, self.longest / slow))
+        there = replace(self.rebalancer.placement, held=before) if self.ahead else self.rebalancer.placement
+        read = move_experts(self.model, there, self.rows)
+        if plan and not self.ahead:
             self.changes.append((self._tokens, plan.placement))
         # 2. What it came to, beside what the plan says.
         look = self.rebalancer.looks[-1]

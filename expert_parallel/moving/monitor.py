@@ -55,7 +55,7 @@ class Monitor:
 
     def _between_passes(self) -> None:
         self.passes += 1
-        if self.passes % CHECK:
+        if self.passes % CHECK and not (self.live and self.live.ahead):
             return
         # 1. Slots since the last time, by the placement that answered them.
         loads, tokens = self.counting.take()
@@ -89,8 +89,9 @@ class Monitor:
     def metrics(self) -> str:
         """All of it in the text format of Prometheus."""
         hits, misses = self._cache()
+        counted = f"tokens through the experts, padding included, when last counted: every {CHECK} forward passes"
         lines = [
-            _of("tokens_total", "counter", "tokens through the experts, padding included", {"": self.tokens}),
+            _of("tokens_total", "counter", counted, {"": self.tokens}),
             _of("device_slots_total", "counter", "slots of each device, all layers, copies share equally",
                 {f'{{device="{device}"}}': slots for device, slots in enumerate(self.slots.tolist())}),
             _of("balancedness", "gauge", "mean load over the fullest device's, last line", {"": self.balancedness}),
@@ -103,7 +104,12 @@ class Monitor:
             lines += [
                 _of("moves_total", "counter", "times that experts moved", {"": sum(look["moved"] for look in looks)}),
                 _of("pause_seconds_total", "counter", "for which moves held the model up", {"": sum(pauses)}),
-                _of("longest_pause_seconds", "gauge", "of these", {"": max(pauses, default=0)}),
+                _of(
+                    "longest_pause_seconds",
+                    "gauge",
+                    "for which a move or its planning did at once",
+                    {"": self.live.longest_pause},
+                ),
             ]
         return "".join(lines)
 

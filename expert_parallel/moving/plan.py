@@ -103,6 +103,26 @@ def propose(current: Placement, loads, fresh, fresh_tokens: float, costs: Costs,
     return Plan(placement, moves, len(moves) * costs.expert_bytes, pause, gain, *evenness)
 
 
+def in_steps(old, new, costs: Costs, longest: float) -> list[np.ndarray]:
+    """[S] of bool [L, D, E], which lead from old to new; each takes at most `longest` seconds (modelled), or moves one.
+
+    Before an expert leaves a device of a layer all that come there have come: every expert is on one all the time.
+    """
+    steps, spent, now, then = [], 0.0, old.copy(), old.copy()  # spent: seconds of layers that `then` has changed whole
+    for l in np.flatnonzero((old != new).any(axis=(1, 2))):
+        come = [(device, [expert]) for device, expert in np.argwhere(new[l] & ~old[l])]
+        leave = [(device, np.flatnonzero(gone)) for device, gone in enumerate(old[l] & ~new[l]) if gone.any()]
+        for device, experts in come + leave:
+            kept = then[l].copy()
+            then[l, device, experts] = new[l, device, experts]
+            if spent + costs.pause(now[[l]], then[[l]]).sum() > longest and (spent or (kept != now[l]).any()):
+                changed, then[l] = then[l].copy(), kept
+                steps.append(then.copy())
+                spent, now, then[l] = 0.0, then.copy(), changed
+        spent += costs.pause(now[[l]], then[[l]]).sum()
+    return [*steps, then]
+
+
 def copies_of_the_hot(loads, held) -> np.ndarray:
     """`held` bool [L, D, E] with copies of the experts that are hot now in place of copies of those that were.
 

@@ -123,7 +123,7 @@ def follow_rank_0(group, tokens: mx.array) -> mx.array:
 
 
 class Agreed:
-    """Rank 0's sampled token on every rank, one after the other, each with the proof that all ranks took part in it.
+    """Rank 0's sampled tokens on every rank, step by step, each with the proof that all ranks took part in it.
 
     MLX's ring lets a sum pass for done when a peer is gone, with whatever it had; what follows from it must neither be
     shown nor kept.
@@ -133,7 +133,7 @@ class Agreed:
         self._group, self._asked, self._voices = group, 0, deque()
 
     def __call__(self, token: mx.array) -> mx.array:
-        """For a sampled token [1]; a collective, which need not be evaluated for itself."""
+        """For the sampled tokens [B] of a step; a collective, which need not be evaluated for itself."""
         self._asked += 1
         voice = self._asked % 10**6  # another each time, for memory may still hold the last sum
         mine = token.astype(mx.int32) if self._group.rank() == 0 else mx.zeros(token.shape, mx.int32)
@@ -141,11 +141,16 @@ class Agreed:
         self._voices.append((both[-1:], voice * self._group.size()))
         return mx.depends(both[:-1].astype(token.dtype), both[-1:])
 
-    def check(self) -> None:
-        """Once for each token when it is known: RuntimeError where not all ranks had a part in it."""
-        found, expected = self._voices.popleft()
-        if found.item() != expected:
-            raise RuntimeError("the connection to a peer was lost")
+    def __len__(self) -> int:
+        """Steps that were not checked yet."""
+        return len(self._voices)
+
+    def check(self, steps: int = 1) -> None:
+        """Of the oldest steps, when their tokens are known: RuntimeError where not all ranks had a part in them."""
+        for _ in range(steps):
+            found, expected = self._voices.popleft()
+            if found.item() != expected:
+                raise RuntimeError("the connection to a peer was lost")
 
 
 def checkpoint_mark(folder, files: str = "model*.safetensors") -> str:

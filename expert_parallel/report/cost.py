@@ -130,8 +130,9 @@ def speed(text: str, tokens: list[int], prompt_tokens: int, ours: list, stock: l
     count, share = first.generation_tokens, seconds.experts / max(seconds.total, 1e-12)
     of_answer = f"{count} tokens" + (", the end token among them" if count > len(tokens) else "")
     prompt = speed_of("prompt_tokens_per_second", "prompt", f"{prompt_tokens} tokens")
+    began = None if hasattr(first, "answers") else prompt_tokens / prompt.value  # several do not begin at one time
     figures = [
-        Figure("seconds_to_first_token", "time to first token", prompt_tokens / prompt.value, "{:.3f} s"),
+        Figure("seconds_to_first_token", "time to first token", began, "{:.3f} s"),
         prompt,
         speed_of("tokens_per_second", "generation", of_answer),
         speed_of("stock_tokens_per_second", "generation by stock mlx-lm"),

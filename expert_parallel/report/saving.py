@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from .table import sections
 
-MAY_BE_MISSING = ("parity", "not_a_number", "rebalancing", "ranks", "cache", "journal", "failures")  # then null
+MAY_BE_MISSING = (
+    "parity",
+    "not_a_number",
+    "rebalancing",
+    "batch",
+    "ranks",
+    "cache",
+    "journal",
+    "failures",
+)  # then null
 
 
 def document_of(tables, about: dict, options: dict) -> dict:

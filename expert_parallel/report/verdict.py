@@ -107,7 +107,8 @@ def _speed(document: dict) -> str | None:
     how = f"medians of {runs} runs" if runs > 1 else "one run each"
     if ours is None:
         return None
-    text = f"{ours:.1f} tokens/s" + (f", stock mlx-lm {stock:.1f} ({how})" if stock else "")
+    several = f" of {len(batch['sequences'])} sequences together" if (batch := document.get("batch")) else ""
+    text = f"{ours:.1f} tokens/s{several}" + (f", stock mlx-lm {stock:.1f} ({how})" if stock else "")
     if placement["ranks"] > 1:
         seconds = document["ranks"][0]["seconds"]
         parts = (1e3 * seconds[part] / seconds["tokens"] for part in ("collectives", "waiting"))

@@ -19,6 +19,7 @@ import urllib.request
 import mlx.core as mx
 import numpy as np
 import pytest
+from checkpoints import Rank
 from conftest import ROOT, SHIPPED, launch, launch_command, of_a_user, random_model
 from mlx_lm import batch_generate, load, stream_generate
 from mlx_lm.utils import save_model
@@ -101,11 +102,38 @@ def test_benchmark_and_a_batch_of_it(in_float32):
         assert re.search(r"Averages: prompt_tps=[\d.]+, generation_tps=[\d.]+", out) and f"batch_size={batch}" in out
 
 
-def test_chat_reads_what_is_written_where_there_is_no_template(in_float32, expected):
-    line = ("--model", in_float32, "--max-tokens", TOKENS, "--devices", 2)
-    out, err = tool("chat", *line, stdin="class Parser:\nq\n")
-    assert expected["class Parser:\n"] in out and "bye" in out
-    assert "this model has no chat template: it reads what you write as it is" in err
+def test_chat_reads_what_is_written(in_float32, expected, tmp_path):
+    """By the shipped model's template; another base model may have none, which is said."""
+    line = ("--max-tokens", TOKENS, "--devices", 2)
+    out, err = tool("chat", "--model", in_float32, *line, stdin=f"{PROMPTS[3]}\nq\n")
+    assert expected[PROMPTS[3]] in out and "bye" in out and not err
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in in_float32.iterdir():
+        (base / file.name).symlink_to(file)
+    about = json.loads((in_float32 / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").unlink()
+    (base / "tokenizer_config.json").write_text(json.dumps({**about, "chat_template": None}))
+    _, err = tool("chat", "--model", base, *line, stdin="x\n")
+    assert err == f"error: {base} has no chat template, which chat needs: take generate, or server's completions\n"
+
+
+def test_the_shipped_template_adds_no_word_and_is_the_recipe_s():
+    """A text alone stays as it is, token by token; of more each begins a line, but an answer."""
+    _, tokenizer = load(str(SHIPPED), lazy=True)
+    assert json.dumps(tokenizer.chat_template)[1:-1] in recipe_s_template()
+    for text in (*PROMPTS, "\n  x\n"):
+        said = [{"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(said, add_generation_prompt=True)
+        assert list(ids) == tokenizer.encode(text)
+    said = [{"role": role, "content": text} for role, text in (("system", "# x"), ("user", "a = "), ("assistant", "1"))]
+    text = tokenizer.apply_chat_template([*said, {"role": "user", "content": "b"}], tokenize=False)
+    assert text == "# x\na = 1\nb"
+
+
+def recipe_s_template():
+    source = (ROOT / "tools" / "train_tiny_model.py").read_text().partition("CHAT_TEMPLATE = (")[2].partition("\n)")[0]
+    return "".join(line.strip()[1:-1] for line in source.splitlines())
 
 
 def test_without_a_model_the_shipped_one_is_taken_and_named():
@@ -120,12 +148,72 @@ def test_without_a_model_the_shipped_one_is_taken_and_named():
         (("--devices", 0), "--devices must be at least 1"),
         (("--devices", 500), "500 devices: needs 1 to 128"),
         (("--cache-policy", "lru"), "--cache-policy is of no use without --expert-memory"),
+        (("--rebalance-pause", 0.1), "--rebalance-pause is of no use without --rebalance-every"),
+        (
+            ("--rebalance-pause", 0, "--rebalance-every", 8),
+            "--rebalance-pause must be between 1e-06 and 1000000.0, got",
+        ),
         (("--quantize-activations",), "not possible with spread experts: quantize_activations"),
     ],
 )
 def test_what_is_refused_in_a_line(line, words):
     out, err = tool("benchmark", "--model", SHIPPED, *line)
     assert words in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", sorted(mlx_lm_tools.TOOLS))
+def test_a_flag_that_nobody_knows_is_named_in_a_line(name):
+    out, err = tool(name, "--model", SHIPPED, "--nonsense", 3)
+    assert err == "error: unrecognized arguments: --nonsense 3 (--help explains)\n" and not out
+
+
+@pytest.mark.parametrize("content", [None, b"nothing", b"\x08\0\0\0\0\0\0\0{}      "])
+def test_a_prompt_cache_that_cannot_be_read_is_named_in_a_line(content, tmp_path):
+    path = tmp_path / "c.safetensors"
+    if content:
+        path.write_bytes(content)
+    _, err = tool("generate", "--model", SHIPPED, "--prompt", "x", "--prompt-cache-file", path)
+    assert err.startswith(f"error: --prompt-cache-file {path} cannot be read: ") and err.count("\n") == 1
+    assert err.endswith("; make one with mlx_lm.cache_prompt, or leave the option out\n")
+
+
+def test_ranks_hand_on_no_token_in_which_not_all_had_a_part(monkeypatch):
+    """MLX's ring lets a sum pass for done when a peer is gone: alone, and in a batch that others join and leave."""
+    module, lost = importlib.import_module("mlx_lm.generate"), []
+
+    def all_sum(values, group=None):  # of two ranks, the other of which sends zeros and its voice
+        other = mx.concatenate([mx.zeros(len(values) - 1, mx.int32), values[-1:]])
+        return values if lost else values + other
+
+    monkeypatch.setattr(mx.distributed, "all_sum", all_sum)
+    more, of_batches = mlx_lm_tools.following(module, Rank(0, 2))
+    monkeypatch.setattr(module.GenerationBatch, "next", of_batches["next"])
+    model, tokenizer = random_model(), load(str(SHIPPED), lazy=True)[1]
+    sampler = more["make_sampler"](temp=0)
+    assert sampler is more["make_sampler"](temp=0)  # so that a batch is sampled at once
+    for _ in range(2):  # what one leaves behind is no harm to the next
+        stream = more["stream_generate"](model, tokenizer, [5, 6, 7], max_tokens=9, sampler=sampler)
+        expected = [part.token for part in stream_generate(model, tokenizer, [5, 6, 7], max_tokens=4)]
+        assert [next(stream).token for _ in range(4)] == expected
+        stream.close()
+    batch = module.BatchGenerator(model, sampler=sampler, prefill_batch_size=2)
+    batch.insert([[5, 6, 7], [8]], [20, 2])
+    assert [len(batch.next_generated()) for _ in range(4)] == [1, 2, 1, 1]
+    batch.insert([[5, 6, 7]], [20], samplers=[more["make_sampler"](temp=0.5)])
+    assert [len(batch.next_generated()) for _ in range(4)][-1] == 2
+    # One pass is under way and whole; what is sampled from now on is not.
+    lost.append(True)
+    assert len(batch.next_generated()) == 2
+    with pytest.raises(RuntimeError, match="the connection to a peer was lost"):
+        batch.next_generated()
+    lost.clear()
+    more, _ = mlx_lm_tools.following(module, Rank(0, 2))
+    stream = more["stream_generate"](model, tokenizer, [5, 6], max_tokens=9, sampler=more["make_sampler"](temp=0))
+    next(stream)
+    lost.append(True)
+    next(stream)
+    with pytest.raises(RuntimeError, match="the connection to a peer was lost"):
+        next(stream)
 
 
 def test_a_tool_that_moved_is_named(monkeypatch):
@@ -256,8 +344,9 @@ def check_server(backend, folder, tmp_path, expected):
         client.completions.create(prompt="x " * 700, **{**asked, "max_tokens": 1})  # longer than its context
         # 3. Answers go on; a chat, too.
         assert complete(PROMPTS[0], False) == expected[PROMPTS[0]]
-        messages = [{"role": "user", "content": "def f(x):"}]
-        assert client.chat.completions.create(messages=messages, **asked).choices[0].message.content
+        messages = [{"role": "user", "content": PROMPTS[1]}]
+        answer = client.chat.completions.create(messages=messages, **asked).choices[0].message.content
+        assert answer == expected[PROMPTS[1]]
         # 4. What the devices did.
         with urllib.request.urlopen(f"{address}/metrics") as page:
             text = page.read().decode()
@@ -318,9 +407,9 @@ def test_chat_at_a_terminal(in_float32, expected):
 
     try:
         until(b"\xe2\x80\xba")
-        os.write(master, b"class Parser:\n")
+        os.write(master, f"{PROMPTS[3]}\n".encode())
         until(b"12 tokens")
-        assert expected["class Parser:\n"].strip().split("\n")[0].encode() in seen
+        assert expected[PROMPTS[3]].strip().split("\n")[0].encode() in seen
         os.write(master, b"q\n")
         until(b"bye")
         assert chat.wait(20) == 0
@@ -329,8 +418,12 @@ def test_chat_at_a_terminal(in_float32, expected):
         os.close(master)
 
 
-def test_a_server_ends_by_control_c(in_float32, tmp_path):
+def test_a_server_names_its_model_and_ends_by_control_c(in_float32, tmp_path, monkeypatch):
+    """Also where no model was ever downloaded: mlx-lm alone answers with a traceback there."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "nothing"))
     with serving("one", in_float32, tmp_path) as (address, (process,)):
+        with urllib.request.urlopen(f"{address}/v1/models") as page:
+            assert [model["id"] for model in json.load(page)["data"]] == [str(in_float32)]
         urllib.request.urlopen(f"{address}/v1/completions", data=b'{"prompt": "x", "max_tokens": 1}').close()
         process.send_signal(signal.SIGINT)
         assert process.wait(30) in (0, 130)

@@ -323,7 +323,15 @@ def test_ranks_refuse_together(seeded, tmp_path):
 
 def test_every_option_is_known_to_decide_the_answer_or_not():
     """A new one has to be put on one of the two sides."""
-    elsewhere = {"prompt", "trust_remote_code", "devices", "placement", "redundant_experts", "rebalance_every"}
+    elsewhere = {
+        "prompt",
+        "prompts",
+        "trust_remote_code",
+        "devices",
+        "placement",
+        "redundant_experts",
+        "rebalance_every",
+    }
     elsewhere |= {"rebalance_threshold", "rebalance_horizon", "expert_memory", "cache_policy", "prefetch", "combine"}
     elsewhere |= {"attention", "streams", "verify", "trials", "timeout", "trace", "save_placement", "placement_format"}
     elsewhere |= {"plots", "html", "json", "full", "quiet", "journal", "resume"}

@@ -303,6 +303,17 @@ def test_what_was_asked_for_is_what_is_watched(monkeypatch):
     how = watched.rebalancer
     assert (how.every_tokens, how.threshold, how.half_life, how.horizon_tokens) == (48, 0.7, 48, 999)
     assert how.placement is then and watched.model is model and watched.changes == [(0, then)]
+    assert watched.longest is None
+    asked.rebalance_pause, costs = 0.5, Costs(1, 4.0, 1.0, 0.1)
+    monkeypatch.setattr(live, "measured_costs", lambda model, rows, group: costs)
+    assert live.start_rebalancing(asked, model, then, rows, None, None).longest == 0.5
+    asked.rebalance_pause = 0.3
+    with pytest.raises(
+        ValueError, match="^--rebalance-pause 0.3: an expert takes 0.35 s to move here, .* at least that"
+    ):
+        live.start_rebalancing(asked, model, then, rows, None, None)
     rows.reads_rows = False
-    with pytest.raises(ValueError, match="here stores its experts in a layout that single ones cannot be read from"):
+    with pytest.raises(
+        ValueError, match="^--rebalance-every 48: here stores its .* cannot be read from; leave it out, or"
+    ):
         live.start_rebalancing(asked, model, then, rows, None, None)

@@ -1,6 +1,7 @@
 """What a monitor counts and says while a model serves, against plain loops and a client of Prometheus' own."""
 
 import re
+from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
@@ -65,22 +66,34 @@ def test_other_models_of_the_class_are_not_counted_and_nothing_stays_behind():
     assert np.array_equal(np.array(model(mx.array([[1, 2]]))), np.array(random_model()(mx.array([[1, 2]]))))
 
 
-def test_experts_move_while_it_watches_and_no_logit_with_them():
+@pytest.mark.parametrize("longest", [None, 1e-12])
+def test_experts_move_while_it_watches_and_no_logit_with_them(longest):
+    """At once or an expert at each pass."""
     model, lines = shard_model(random_model(), placement()), []
     stock = random_model()
     costs = Costs(expert_bytes=1, bytes_per_second=1e12, seconds_per_slot=1.0)
-    live = LiveRebalancing(model, Rebalancer(placement(), costs, every_tokens=32))
+    live = LiveRebalancing(model, Rebalancer(placement(), costs, every_tokens=32), longest=longest)
     with Monitor(model, placement(), live=live, every=64, tell=lines.append) as monitor:
         for seed in range(6):
             tokens = mx.array(np.random.default_rng(seed).integers(0, 9, (1, 2)))
             for _ in range(CHECK):
                 assert np.array_equal(np.array(model(tokens)), np.array(stock(tokens)))
+        while live.ahead:
+            assert np.array_equal(np.array(model(tokens)), np.array(stock(tokens)))
     moved = sum(look["moved"] for look in live.looks)
     found = numbers_of(monitor.metrics())
     assert found["expert_parallel_moves_total"] == moved > 0 and monitor.placement == live.changes[-1][1]
     pauses = [look["pause_seconds"] for look in live.looks]
     assert found["expert_parallel_pause_seconds_total"] == pytest.approx(sum(pauses))
-    assert found["expert_parallel_longest_pause_seconds"] == max(pauses)
+    assert found["expert_parallel_longest_pause_seconds"] == live.longest_pause
+    assert live.longest_pause > (
+        max(pauses) if longest is None else max(p["longest_layer_seconds"] for p in live.looks)
+    )
+    # What is counted belongs to the placement of its time, and a move has as many steps as devices change.
+    assert monitor.slots.sum() == monitor.tokens * L * K
+    differ = [int((a.held != b.held).sum()) for (_, a), (_, b) in pairwise(live.changes)]
+    assert len(differ) == moved if longest is None else len(differ) > 4 * moved
+    assert sum(look["experts_read_here"] for look in live.looks) == sum(look["moves_of_all"] for look in live.looks)
     assert re.search(r", experts have moved \d times$", lines[-1])
 
 

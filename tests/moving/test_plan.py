@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from expert_parallel import Placement, balancedness, place_experts
 from expert_parallel.failure.survival import protected
 from expert_parallel.moving import plan as planning
-from expert_parallel.moving.plan import Costs, Rebalancer, copies_of_the_hot, propose
+from expert_parallel.moving.plan import Costs, Rebalancer, copies_of_the_hot, in_steps, propose
 
 FREE = Costs(expert_bytes=1, bytes_per_second=1e12, seconds_per_slot=1.0)
 
@@ -113,6 +113,38 @@ def test_only_layers_that_gain_are_touched():
     assert np.array_equal(plan.placement.held[1], current.held[1])
     assert plan.placement.device_loads(loads)[0].tolist() == [20, 20]
     assert len(plan.moves) == 4  # two swaps suffice
+
+
+def test_steps_by_hand():
+    """Two layers; in the second two experts change places. An arrival takes 1 s, a device's change 0.25 s."""
+    costs = Costs(expert_bytes=1, bytes_per_second=1, seconds_per_slot=1, seconds_per_layer=0.25)
+    old = placed([0, 1], [2, 3], layers=2).held
+    new = old.copy()
+    new[0, 1, 0] = new[1] = True
+    new[1, 0, [1, 3]] = new[1, 1, [0, 2]] = False
+    ways = {9.0: 1, 3.75: 1, 3.7: 2, 2.5: 2, 2.4: 3, 1.25: 4, 0.1: 5}
+    for longest, count in ways.items():
+        steps = in_steps(old, new, costs, longest)
+        assert (len(steps), np.array_equal(steps[-1], new)) == (count, True), longest
+    first, second, third, fourth, _ = in_steps(old, new, costs, 0.1)
+    assert first[0].tolist() == new[0].tolist() and (first[1] == old[1]).all()
+    assert second[1].tolist() == [[True, True, True, False], [False, False, True, True]]
+    assert third[1].tolist() == [[True, True, True, False], [False, True, True, True]]
+    assert fourth[1].tolist() == [[True, False, True, False], [False, True, True, True]]
+
+
+@given(st.integers(0, 10**6), st.floats(0.001, 3), st.booleans())
+@settings(max_examples=40)
+def test_steps_are_short_and_leave_no_expert_alone(seed, longest, side_by_side):
+    rng = np.random.default_rng(seed)
+    old, new = (place_experts(rng.random((3, 8)), 3, "replicated", redundant=2).held for _ in range(2))
+    costs = Costs(1, 4.0, 1.0, 0.1, side_by_side)
+    steps = [old, *in_steps(old, new, costs, longest)]
+    assert (steps[-1] == new).all()
+    for before, after in zip(steps, steps[1:], strict=False):
+        assert after.any(axis=1).all() and ((after == old) | (after == new)).all()
+        changed = {tuple(row[:2]) for row in np.argwhere(before != after)}  # devices of layers
+        assert changed and (costs.pause(before, after).sum() <= longest + 1e-9 or len(changed) == 1)
 
 
 def test_copies_follow_the_heat():
