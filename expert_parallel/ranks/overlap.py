@@ -75,10 +75,11 @@ class _Overlap:
         return answer
 
 
-def overlap_collectives(model: nn.Module, tokens: int) -> None:
+def overlap_collectives(model: nn.Module, tokens: int) -> _Overlap:
     """From now on passes over so many tokens of one prompt, or more, hide their all-sums. A collective of all ranks.
 
-    ValueError where a trial, with experts that answer nothing, says that this architecture cannot be read like that.
+    Returns what holds that number, `.tokens`, to be changed between two passes and on all ranks alike. ValueError where
+    a trial, with experts that answer nothing, says that this architecture cannot be read like that.
     """
     overlap, kinds = _Overlap(), [type(layer) for layer in model.layers]
     with ExitStack() as stack:
@@ -101,3 +102,4 @@ def overlap_collectives(model: nn.Module, tokens: int) -> None:
             layer.__class__ = kind
         raise ValueError(f"this architecture cannot read a prompt in two halves ({why}): leave overlap out")
     overlap.tokens = tokens
+    return overlap
