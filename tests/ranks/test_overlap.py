@@ -10,6 +10,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from expert_parallel import place_experts, shard_model
 from expert_parallel.layers import moe_layers
+from expert_parallel.moving.live import Counting
 from expert_parallel.ranks.overlap import overlap_collectives
 from expert_parallel.trace import recorders
 
@@ -60,6 +61,16 @@ def test_a_half_is_being_summed_while_the_other_is_computed(combine, monkeypatch
     model(mx.array([list(range(9))]))  # keeps nothing: a second half would not see the first
     model(mx.array([list(range(9))] * 2), cache=make_prompt_cache(model))
     assert seen == [None] * 9
+
+
+def test_slots_are_counted_whether_a_layer_had_them_in_halves_or_not():
+    model, cache = random_model(), make_prompt_cache(random_model())
+    overlap_collectives(model, FROM)
+    with Counting(model) as counting:
+        for tokens in (9, 1, 8):
+            mx.eval(model(mx.array([list(range(tokens))]), cache=cache))
+            loads, counted = counting.take()
+            assert counted == tokens and loads.sum(axis=1).tolist() == [4 * tokens] * 3
 
 
 def test_one_process_has_nothing_to_hide(run_here):
