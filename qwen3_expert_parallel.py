@@ -51,6 +51,7 @@ def run(args, watchdog, tell=lambda what=None: None):
     from expert_parallel.models.memory import model_bytes
     from expert_parallel.moving.live import start_rebalancing
     from expert_parallel.ranks.group import all_or_none, checkpoint_mark, gather_objects, start_group
+    from expert_parallel.ranks.overlap import overlap_collectives
     from expert_parallel.report import batch, cost, disk, failure, run, saving, table
     from expert_parallel.report.measuring import count_collectives, time_parts
     from expert_parallel.report.verdict import verdict
@@ -62,6 +63,8 @@ def run(args, watchdog, tell=lambda what=None: None):
     # 1. Shapes, prompt and placement: everything that can go wrong before a weight is read, on any rank.
     group = start_group(args.timeout, watchdog)
     ranks, first = group.size(), group.rank() == 0
+    if args.overlap and ranks == 1:
+        raise ValueError(f"--overlap {args.overlap}: one process sends nothing; start several ranks, or leave it out")
     console = output.console(args.quiet or not first or output.to_standard_output(args.json))
     versions = table.environment()
     waiting_for("no end of standard input" if args.prompt == "-" else "not all ranks had loaded")
@@ -116,6 +119,8 @@ def run(args, watchdog, tell=lambda what=None: None):
             checkpoint, placement=placement, group=group, dtype=args.dtype, combine=args.combine,
             attention=args.attention, streams=args.streams, progress=progress, return_report=True, **on_disk,
         )  # fmt: skip
+    if args.overlap:
+        overlap_collectives(model, args.overlap)
     name = str(args.model or checkpoint.folder.name)
     where = run.what_runs_where(name, model, prompt, placement, ranks, reading, versions, args.expert_memory)
     console.print()

@@ -194,10 +194,13 @@ class _Notes:
         self.experts, self.prefill = [], []  # of each pass: [T, L, k], and whether it is one
         self.input_shape, self.sequences, self.dropped = None, 1, 0  # [B, T] of the pass under way, most B
         self.left, self.padding = None, 0  # tokens [B, 1] of prompts under way, that are still to come
+        self.begun = False  # whether its first layer was here
 
     def taker(self, layer):
         def take(indices):
-            if layer == 0:
+            whole = self.input_shape[-1] if self.input_shape else 0
+            if layer == 0 and not (whole and self.begun):
+                self.begun = True
                 if len(self.passes) >= self.EVERY:
                     self.collect()
                 shape = self.input_shape or indices.shape[:-1]
@@ -211,6 +214,8 @@ class _Notes:
                 raise ValueError(f"layers that choose {counts} experts a token cannot be recorded: a trace has one k")
             if len(so_far) == layer:
                 so_far.append(indices)
+            elif len(so_far) == layer + 1 and so_far[layer].shape[-2] < whole:  # the other half, ranks/overlap.py
+                so_far[layer] = mx.concatenate([so_far[layer], indices], axis=-2)
 
         return take
 
@@ -221,7 +226,7 @@ class _Notes:
         def call(this, *args, **kwargs):
             if this is not model:
                 return original(this, *args, **kwargs)
-            self.input_shape = getattr(args[0] if args else kwargs.get("inputs"), "shape", None)
+            self.begun, self.input_shape = False, getattr(args[0] if args else kwargs.get("inputs"), "shape", None)
             self.sequences = max(self.sequences, (self.input_shape or (1,))[0])
             try:
                 return original(this, *args, **kwargs)

@@ -21,7 +21,7 @@ def check_numbers(args) -> None:
     limits = {"max_tokens": (1, MOST), "temp": (0, 1e6), "top_p": (1e-6, 1)}
     limits |= {} if args.redundant_experts == "each" else {"redundant_experts": (0, MOST)}
     limits |= {"seed": (0, 2**64 - 1), "top_k": (0, MOST), "min_p": (0, 1), "timeout": (0.1, 1e9), "devices": (1, MOST)}
-    limits |= {"trials": (0, 1000), "cold_share": (0, 1)}
+    limits |= {"trials": (0, 1000), "cold_share": (0, 1), "overlap": (2, MOST)}
     limits |= {"rebalance_every": (1, MOST), "rebalance_horizon": (1, MOST), "rebalance_threshold": (1e-9, 1)}
     check_limits(args, limits)
     if args.journal and args.resume:

@@ -99,6 +99,9 @@ def parser_of(description: str, only=()) -> argparse.ArgumentParser:
         " times the bytes; auto takes reduce where the model allows it (default: auto)")
     add("--attention", choices=("replicated", "sharded"), default="replicated",
         help="with several ranks: all but the experts whole on each, or sharded by mlx-lm (default: replicated)")
+    add("--overlap", type=int, metavar="TOKENS",
+        help="with several ranks: read a prompt of so many tokens or more in two halves, the collectives of one under"
+        " the computation of the other; pays over a slow link (default: never)")
     add("--dtype", choices=("float32", "float16", "bfloat16", "keep"),
         help="of activations and scales (default: float32 on the CPU, the checkpoint's own on a GPU)")
     add("--streams", nargs="?", default="auto", const="on", choices=("auto", "on", "off"),

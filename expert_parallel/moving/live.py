@@ -119,13 +119,14 @@ class Counting:
     def take(self) -> tuple[np.ndarray, int]:
         """(slots [L, E], tokens) since the last time, of forward passes that every layer has begun; rank 0's."""
         layers = moe_layers(self.model)
-        passes = min(map(len, self._waiting))
-        tokens = sum(ids.size // ids.shape[-1] for ids in self._waiting[0][:passes])
+        tokens = min(sum(ids.size // ids.shape[-1] for ids in waiting) for waiting in self._waiting)
         loads = np.zeros((len(layers), num_experts(layers[0].experts)), np.int64)
         for of_layer, waiting in zip(loads, self._waiting, strict=True):
-            for ids in waiting[:passes]:
+            left = tokens
+            while left > 0:  # a layer may have gone through a prompt in halves, ranks/overlap.py
+                ids = waiting.pop(0)
                 of_layer += np.bincount(np.array(ids).ravel(), minlength=len(of_layer))
-            del waiting[:passes]
+                left -= ids.size // ids.shape[-1]
         if is_rank(self.group):  # one rank's rounding must not part the ranks
             loads = np.array(follow_rank_0(self.group, mx.array(loads.astype(np.int32))))
         return loads, tokens

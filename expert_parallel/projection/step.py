@@ -186,6 +186,15 @@ def estimate(
     )
 
 
+def seconds_in_halves(compute: float, collective: float, layers: int) -> float:
+    """Of a prompt whose halves take turns, a half's sums under the other's computation (ranks/overlap.py).
+
+    compute, collective  seconds of one half in one layer; all layers alike
+    Whichever of the two takes longer never stops between the first computation and the last collective.
+    """
+    return compute + (2 * layers - 1) * max(compute, collective) + collective
+
+
 def fit_arithmetic(machine: Machine, demand: Demand, tokens: int, speed: float, load: Fullest | None = None) -> Machine:
     """The machine with operations_per_second that a prompt's speed asks for, by bisection: more never take longer.
 

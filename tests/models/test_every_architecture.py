@@ -19,8 +19,20 @@ from expert_parallel import load_sharded, place_experts, record_routing, shard_m
 from expert_parallel.layers import moe_layers, moe_shape, twin
 from expert_parallel.models.architecture import describe
 from expert_parallel.models.configurations import Configuration
+from expert_parallel.ranks.overlap import overlap_collectives
 
 SCRIPT = "tests/ranks/rank_architectures.py"
+IN_HALVES = (
+    "deepseek_v2",
+    "glm4_moe",
+    "gpt_oss",
+    "minimax",
+    "mixtral",
+    "olmoe",
+    "qwen2_moe",
+    "qwen3_moe",
+    "qwen3_next",
+)
 
 
 @dataclass
@@ -78,6 +90,18 @@ def test_spread_over_devices_it_answers_the_same_bits(stock):
         for layer in moe_layers(model):
             layer.experts.masked_up_to = masked_up_to
         assert_same(answers(model), stock.answers)
+
+
+def test_in_two_halves_it_reads_the_same_bits_or_is_refused(stock):
+    model = twin(stock.model)
+    try:
+        overlap_collectives(model, 2)
+    except ValueError as error:
+        assert str(error).startswith("this architecture cannot read a prompt in two halves (")
+        assert stock.name not in IN_HALVES
+    with record_routing(model) as trace:
+        assert_same(answers(model), stock.answers)
+    assert trace.steps.tolist() == [0] * 7 + [1]
 
 
 def test_the_recorder_sees_every_token(stock):

@@ -17,6 +17,7 @@ from expert_parallel.projection.step import (
     estimate,
     even_load,
     fullest_device,
+    seconds_in_halves,
     uniform_experts,
 )
 
@@ -232,3 +233,16 @@ def test_layers_that_gather_send_the_slots_of_a_token():
     for how in ({"rest_share": 0.5}, {}):
         both = [estimate(demand, MACHINE, 4 if how else 1, link, **how) for demand in (DEMAND, some)]
         assert both[0] == both[1]
+
+
+@pytest.mark.parametrize(("compute", "collective"), [(3.0, 1.0), (1.0, 3.0), (2.0, 2.0), (1.0, 0.0), (0.0, 1.0)])
+@pytest.mark.parametrize("layers", [1, 2, 5])
+def test_halves_take_turns_as_one_follows_them(compute, collective, layers):
+    """Event by event: a rank computes one half at a time, the link carries one sum at a time, each in order."""
+    rank = link = 0.0
+    summed = {"A": 0.0, "B": 0.0}
+    for _ in range(layers):
+        for half in "AB":
+            rank = max(rank, summed[half]) + compute
+            link = summed[half] = max(link, rank) + collective
+    assert seconds_in_halves(compute, collective, layers) == pytest.approx(link)
