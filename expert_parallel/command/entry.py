@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..ranks.launch import launched
+from ..ranks.launch import end_with_supervisor, launched
 from .output import exit_of, exit_on_user_error, progress_line
 
 
@@ -11,6 +11,7 @@ def as_rank(run, show: bool = True) -> None:
 
     show  whether a process by itself tells what is under way, see `progress_line`; ranks do not
     """
+    end_with_supervisor()
     with exit_on_user_error():
         rank, *_ = launched()
     name = f"rank {rank}: " if rank else ""
