@@ -163,7 +163,7 @@ def exit_of(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, BrokenPipeError):  # `| head` closed the other end
         return 141, ""
     if isinstance(error, KeyboardInterrupt):
-        return 130, "stopped"
+        return 130, "; ".join(["stopped", *map(str, error.args)])
     if isinstance(error, ValueError | OSError):
         return 2, "error: " + " ".join(str(error).split())
     return None

@@ -153,6 +153,8 @@ def supervise(plan: Plan, say: Callable[[str], None], out) -> int:
                 say(f"{what}: restart {restart + 1} of at most {plan.restarts}, on {where}")
         say(f"{what}: given up after {plan.restarts} restarts; the same command goes on from {plan.journal}")
         return status
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"the same command goes on from {plan.journal}") from None
     finally:
         if spare:
             spare.close()

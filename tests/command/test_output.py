@@ -265,6 +265,7 @@ def test_signals_are_handled_as_before_once_a_script_is_done():
 
 def test_how_a_program_ends():
     assert output.exit_of(KeyboardInterrupt()) == (130, "stopped")
+    assert output.exit_of(KeyboardInterrupt("go on")) == (130, "stopped; go on")
     assert output.exit_of(BrokenPipeError()) == (141, "")
     assert output.exit_of(ValueError("two\nlines")) == (2, "error: two lines")
     assert output.exit_of(OSError("no disk")) == (2, "error: no disk")

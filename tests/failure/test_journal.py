@@ -71,6 +71,15 @@ def test_lines_that_are_lost_doubled_or_after_the_end(tmp_path, change):
         read_past(b"".join(lines))
 
 
+@pytest.mark.parametrize("line", [{"n": 0}, {"token": 5}, {"n": 0, "token": "5"}, {"n": 1, "token": 5}, {"end": None}])
+def test_a_line_that_is_sound_and_says_nothing_is_refused(line, tmp_path):
+    begun = written(tmp_path / "run.jsonl", [], end=None)
+    body = json.dumps(line).encode()[:-1]
+    crc = zlib.crc32(body, read_past(begun).crc)
+    with pytest.raises(ValueError, match=r"x is damaged in line 2: restore it"):
+        read_past(begun + body + b', "crc": %d}\n' % crc, "x")
+
+
 def test_another_version_and_other_files_are_refused(tmp_path):
     whole = written(tmp_path / "run.jsonl")
     body = whole.split(b"\n")[0].rpartition(b', "crc')[0].replace(b'"journal": 1', b'"journal": 2')
