@@ -35,7 +35,7 @@ def setup_arg_parser():
     # fmt: off
     add("--journal", type=Path, metavar="FILE", required=True,
         help="where the run is kept, on this machine, where rank 0 is; a run that it holds already goes on")
-    add("--ranks", type=int, help="how many, all on this machine (default: 2)")
+    add("--ranks", type=int, metavar="N", help="how many, all on this machine (default: 2)")
     add("--backend", choices=("ring", "mpi"), default="ring", help="between them (default: ring)")
     add("--hosts", metavar="A,B,...",
         help="a rank on each of these addresses, this machine's own first, over the ring; the project under the same"
