@@ -57,7 +57,10 @@ TESTS = {
         "tests/report/test_model_analysis.py",
         "tests/study/test_workbench.py",
         *WITNESSES,
+        "tests/command/test_*.py",
     ],
+    "failure": ["tests/failure/test_[jl]*.py", "tests/report/test_[fs]*_report.py", "tests/failure/test_*.py"],
+    "ranks": ["tests/ranks/test_*.py", "tests/failure/test_supervise.py"],
     "models": ["tests/models/test_[acflm]*.py", "tests/report/test_model*.py"],
     "formats": ["tests/formats/test_*.py", "tests/test_placement.py"],
     "projection": [
