@@ -67,13 +67,8 @@ class Plan:
         begun = self.journal.is_file() and self.journal.stat().st_size
         line = [sys.executable, str(ROOT / "qwen3_expert_parallel.py")]
         line = [sys.executable, str(STANDBY), str(folder)] if folder else line
-        line += [
-            *self.options,
-            "--timeout",
-            f"{self.silent:g}",
-            "--resume" if begun else "--journal",
-            str(self.journal),
-        ]
+        kept = "--resume" if begun else "--journal"
+        line += [*self.options, "--timeout", f"{self.silent:g}", kept, str(self.journal)]
         alone = self.ranks == 1 and not {"--devices", "--redundant-experts"} & {*self.options}  # copies want several
         return [*line, "--devices", "1"] if alone else line
 
