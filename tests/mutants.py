@@ -351,7 +351,7 @@ def started(tree, fault):
         os.setsid()
         os.chdir(tree)
         nothing = os.open(os.devnull, os.O_RDWR)
-        for number in range(3):
+        for number in range(3 if fault.text else 1):  # which fails without a fault is to be read
             os.dup2(nothing, number)
         sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT / "tests"]
         sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = True, "1"  # a stale one hides the next fault
