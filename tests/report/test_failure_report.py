@@ -205,7 +205,7 @@ def test_an_answer_that_ends_before(run_here, tmp_path, monkeypatch):
     [
         (("--fail-device", "8"), "--fail-device 8: there are devices 0 to 7"),
         (("--fail-device", "9", "--fail-device", "1"), "--fail-device 9: there are devices 0 to 7"),
-        (("--fail-device", "3@14"), "--fail-device 3@14: the answer has 14 tokens"),
+        (("--fail-device", "3@14", "--fail-device", "1@2"), "--fail-device 3@14: the answer has 14 tokens"),
         (("--fail-device", "x"), "--fail-device x: needs a device, or DEVICE@TOKENS such as 3@16, both from 0 up"),
         (("--devices", 2, "--fail-device", "1@3", "--fail-device", "0"), "all 2 devices are lost"),
         (("--fail-device", "1", "--on-failure", "failover"), "without device 1 nobody holds 64 experts"),
