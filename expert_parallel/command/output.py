@@ -117,7 +117,7 @@ def console(quiet: bool = False):
 
 
 @contextlib.contextmanager
-def progress_bar(what: str, show: bool = True):
+def progress_bar(what: str, show: bool):
     """A bar of bytes on standard error while the block runs, where that is a terminal; gives (done, total) -> None."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
