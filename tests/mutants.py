@@ -100,6 +100,7 @@ ACCEPTED = [
         "self._calls += 1 -> self._calls -= 1",
         "counted down it comes round as often",
     ),
+    ("expert_parallel/failure/losses.py", "_Living.ranked", "1 -> 2", "behind all others by any amount"),
     ("expert_parallel/ranks/hybrid.py", "kind(n, n, 1", "1 -> 2", "experts of a stand-in, which nobody asks"),
     ("expert_parallel/placing/affinity.py", "", "24 -> 25", "sweeps of a search: tuning"),
     ("expert_parallel/placing/affinity.py", "pairs = pairs / ", "pairs.mean -> pairs.max", "in any unit"),
