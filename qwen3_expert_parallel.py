@@ -138,6 +138,7 @@ def run(args, watchdog, tell=lambda what=None: None):
         record_routing(model, name=name, prompt_tokens=None if prompt.several else len(prompt.ids)) as trace,
         count_collectives() as counted,
         live or nullcontext(),
+        kept,
     ):
         after_token = lambda token: (kept.after_token(token), live and live.after_token())  # noqa: E731
         answering = lambda: (heard(), tell())  # noqa: E731

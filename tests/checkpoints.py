@@ -5,6 +5,7 @@ from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import _get_classes, quantize_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -108,3 +109,19 @@ class Rank:
 
     def size(self):
         return self._size
+
+
+def adapter(folder, model, layers=2, **settings):
+    """A LoRA of random numbers, on experts and attention alike (or `keys`), as mlx_lm.lora saves it."""
+    settings = {"rank": 4, "scale": 20.0, "dropout": 0.0, **settings}
+    linear_to_lora_layers(model, layers, settings)
+    arrays = {name: array for name, array in tree_flatten(model.parameters()) if "lora" in name}
+    arrays = {
+        name: mx.random.normal(array.shape, key=mx.random.key(n)) * 0.05
+        for n, (name, array) in enumerate(arrays.items())
+    }
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "adapters.safetensors"), arrays)
+    about = {"fine_tune_type": "lora", "num_layers": layers, "lora_parameters": settings}
+    (folder / "adapter_config.json").write_text(json.dumps(about))
+    return folder, arrays

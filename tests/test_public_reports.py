@@ -8,10 +8,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from checkpoints import adapter
 from conftest import CONFIG, ROOT, SHIPPED, random_model, save_model
 from mlx.utils import tree_flatten
 from mlx_lm import load
-from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import qwen3_expert_parallel
 from expert_parallel import RoutingTrace, load_sharded
@@ -152,22 +152,6 @@ def test_small_traces_are_saved_small(tmp_path):
         assert file["experts"].dtype == np.uint8
     assert RoutingTrace.load(tmp_path / "t.npz").experts.dtype == np.uint16
     assert CONFIG["num_experts"] == 16
-
-
-def adapter(folder, model, layers=2):
-    """A LoRA of random numbers, on experts and attention alike, as mlx_lm.lora saves it."""
-    settings = {"rank": 4, "scale": 20.0, "dropout": 0.0}
-    linear_to_lora_layers(model, layers, settings)
-    arrays = {name: array for name, array in tree_flatten(model.parameters()) if "lora" in name}
-    arrays = {
-        name: mx.random.normal(array.shape, key=mx.random.key(n)) * 0.05
-        for n, (name, array) in enumerate(arrays.items())
-    }
-    folder.mkdir()
-    mx.save_safetensors(str(folder / "adapters.safetensors"), arrays)
-    about = {"fine_tune_type": "lora", "num_layers": layers, "lora_parameters": settings}
-    (folder / "adapter_config.json").write_text(json.dumps(about))
-    return folder, arrays
 
 
 def test_an_adapter_on_experts_answers_as_in_stock_mlx_lm(tmp_path, monkeypatch, refusal):

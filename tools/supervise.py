@@ -34,17 +34,17 @@ def setup_arg_parser():
     add = parser.add_argument
     # fmt: off
     add("--journal", type=Path, metavar="FILE", required=True,
-        help="on this machine, where rank 0 runs; what it holds already goes on")
-    add("--ranks", type=int, help="on this machine (default: 2)")
+        help="where the run is kept, on this machine, where rank 0 is; a run that it holds already goes on")
+    add("--ranks", type=int, metavar="N", help="how many, all on this machine (default: 2)")
     add("--backend", choices=("ring", "mpi"), default="ring", help="between them (default: ring)")
     add("--hosts", metavar="A,B,...",
         help="a rank on each of these addresses, this machine's own first, over the ring; the project under the same"
         " path on each. One that does not answer ssh within 10 s after a loss is left out from then on. Tested with a"
         " stand-in for ssh that runs the ranks on one machine, not over a network")
-    add("--restarts", type=int, default=10, metavar="N", help="at most (default: 10)")
+    add("--restarts", type=int, default=10, metavar="N", help="start anew so many times at most (default: 10)")
     add("--silent", type=float, default=30, metavar="SECONDS",
-        help="until a rank that stands still is ended: longer than the model takes to load, and to read the prompt."
-        " One that dies is noticed at once. Nothing waits longer than twice this and 10 s (default: 30)")
+        help="end a rank that has stood still for so long: give more than the model takes to load, or to read the"
+        " prompt. One that dies is noticed at once. Nothing waits longer than twice this and 10 s (default: 30)")
     add("--fewer", action="store_true",
         help="each restart on one rank fewer, down to one process, as if its machine were lost: --placement is made"
         " anew for so many; with --expert-memory they need no more room than before")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from ..ranks.launch import launched
+from ..ranks.launch import end_with_supervisor, launched
 from .output import exit_of, exit_on_user_error, progress_line
 
 
@@ -22,6 +22,7 @@ def as_rank(run, show: bool = True) -> None:
 
     show  whether a process by itself tells what is under way, see `progress_line`; ranks do not
     """
+    end_with_supervisor()
     with exit_on_user_error():
         rank, *_ = launched()
     name = f"rank {rank}: " if rank else ""

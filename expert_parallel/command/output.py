@@ -117,7 +117,7 @@ def console(quiet: bool = False):
 
 
 @contextlib.contextmanager
-def progress_bar(what: str, show: bool = True):
+def progress_bar(what: str, show: bool):
     """A bar of bytes on standard error while the block runs, where that is a terminal; gives (done, total) -> None."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
@@ -163,7 +163,7 @@ def exit_of(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, BrokenPipeError):  # `| head` closed the other end
         return 141, ""
     if isinstance(error, KeyboardInterrupt):
-        return 130, "stopped"
+        return 130, "; ".join(["stopped", *map(str, error.args)])
     if isinstance(error, ValueError | OSError):
         return 2, "error: " + " ".join(str(error).split())
     return None

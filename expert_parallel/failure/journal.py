@@ -52,7 +52,7 @@ def read_past(data: bytes, name: str = "the journal") -> Past:
             raise ValueError(f"{name} is a journal of version {entry['journal']}, this can read version {VERSION}")
         if number == 1:
             past.header = entry
-        elif entry is None or past.end is not None or entry.get("n", len(past.tokens)) != len(past.tokens):
+        elif entry is None or past.end is not None or not _comes_next(entry, len(past.tokens)):
             raise ValueError(f"{name} is damaged in line {number}: restore it, or begin another with --journal FILE")
         elif "end" in entry:
             past.end = entry["end"]
@@ -68,6 +68,11 @@ def _entry(line: bytes) -> dict | None:
     except ValueError:
         return None
     return entry if isinstance(entry, dict) else None
+
+
+def _comes_next(entry: dict, n: int) -> bool:
+    """Whether it is the end, or token n."""
+    return isinstance(entry.get("end"), str) or entry.get("n") == n and isinstance(entry.get("token"), int)
 
 
 def check_new(path) -> None:

@@ -39,7 +39,7 @@ def in_words(losses) -> str:
     return ", ".join(map(" ".join, zip(names, when, strict=True)))
 
 
-def check_losses(args, held, max_tokens: int, ranks: int = 1) -> None:
+def check_losses(args, held, max_tokens: int, ranks: int) -> None:
     """ValueError where devices that hold `held`, bool [L, D, E], cannot be lost as asked for, with the numbers."""
     from .survival import gone
 

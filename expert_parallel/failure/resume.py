@@ -138,6 +138,13 @@ class Kept:
         if self.journal:
             self.journal.close()
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *about):
+        if kind is KeyboardInterrupt and self.journal:
+            raise KeyboardInterrupt(f"--resume {self.path} goes on") from None
+
     def unlike(self) -> str:
         """A line for the user where the model would have gone another way: rounding, on other devices."""
         if not self.differing:
@@ -154,7 +161,7 @@ class Kept:
     def notes(self) -> list[str]:
         """Lines for the user, on what is resumed."""
         if self.past.end and self.begun:
-            return [f"{self.path} is complete: its {self.replayed} tokens are computed again"]
+            return [f"{self.path} is complete: its {self.replayed} tokens go through the model again, for the report"]
         if self.begun:
             return [f"{self.path} is resumed after {self.replayed} tokens"]
         return [f"{self.path} was not begun: a new run"] if self.journal else []

@@ -3,7 +3,8 @@
 What notices what, and when: a rank that dies ends the others within a second (ranks/watch.py), which is seen here
 within POLL; one that is stopped, or waits without end, is ended by its own watch process after `silent` seconds, and
 one that is stopped from here, too. Should that fail, everything is ended after `2 * silent + MARGIN` seconds without a
-sign: no output, no new token; ALONE when the answer is there.
+sign: no output, no new token; ALONE when the answer is there. Where the supervisor itself is gone ranks end by
+themselves (ranks/launch.py).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..ranks.launch import ROOT, rank_commands
+from ..ranks.launch import ROOT, SUPERVISOR, rank_commands
 from .journal import Past, read_past
 
 POLL = 0.05  # seconds between two looks at the processes
@@ -65,14 +66,9 @@ class Plan:
         """
         begun = self.journal.is_file() and self.journal.stat().st_size
         line = [sys.executable, str(ROOT / "qwen3_expert_parallel.py")]
-        line = [sys.executable, str(STANDBY), str(folder), str(os.getpid())] if folder else line
-        line += [
-            *self.options,
-            "--timeout",
-            f"{self.silent:g}",
-            "--resume" if begun else "--journal",
-            str(self.journal),
-        ]
+        line = [sys.executable, str(STANDBY), str(folder)] if folder else line
+        kept = "--resume" if begun else "--journal"
+        line += [*self.options, "--timeout", f"{self.silent:g}", kept, str(self.journal)]
         alone = self.ranks == 1 and not {"--devices", "--redundant-experts"} & {*self.options}  # copies want several
         return [*line, "--devices", "1"] if alone else line
 
@@ -152,6 +148,8 @@ def supervise(plan: Plan, say: Callable[[str], None], out) -> int:
                 say(f"{what}: restart {restart + 1} of at most {plan.restarts}, on {where}")
         say(f"{what}: given up after {plan.restarts} restarts; the same command goes on from {plan.journal}")
         return status
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"the same command goes on from {plan.journal}") from None
     finally:
         if spare:
             spare.close()
@@ -179,10 +177,13 @@ class Start:
         self._heard, told = os.pipe()
         os.set_blocking(self._heard, False)
         pipes = {"stdin": subprocess.DEVNULL, "stdout": self._out, "stderr": told}
+        os.mkfifo(here := os.path.join(self._folder.name, "supervisor"))  # noqa: PTH118
+        self._here = os.open(here, os.O_RDWR)  # until this process ends, however it does
         try:
             for command, environment in plan.commands(number, Path(self._folder.name), waiting):
                 # A session of its own each: all of it can be ended, and Control-C comes here alone.
-                self.processes.append(subprocess.Popen(command, env=environment, start_new_session=True, **pipes))
+                pipes |= {"env": environment | {SUPERVISOR: here}, "start_new_session": True}
+                self.processes.append(subprocess.Popen(command, **pipes))
         except BaseException:
             self.close()
             raise
@@ -231,6 +232,7 @@ class Start:
             process.wait()
         _pass_on(self._heard)
         os.close(self._heard)
+        os.close(self._here)
         self._out.close()
         self._folder.cleanup()
         spare, self.spare = self.spare, None

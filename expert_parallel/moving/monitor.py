@@ -74,7 +74,7 @@ class Monitor:
 
     def _text(self) -> str:
         shares = self._line.sum(axis=0) / self._line.sum()
-        text = f"{self._line_tokens} tokens: balancedness {self.balancedness:.2f}, slots by device "
+        text = f"{self._line_tokens} tokens: balancedness {self.balancedness:.2f}, load by device "
         text += " ".join(f"{share:.0%}" for share in shares)
         hits, misses = self._cache()
         text += f", {hits / (hits + misses):.0%} of experts were in memory" if hits + misses else ""
@@ -92,7 +92,7 @@ class Monitor:
         counted = f"tokens through the experts, padding included, when last counted: every {CHECK} forward passes"
         lines = [
             _of("tokens_total", "counter", counted, {"": self.tokens}),
-            _of("device_slots_total", "counter", "slots of each device, all layers, copies share equally",
+            _of("device_slots_total", "counter", "(token, chosen expert) pairs of each device; copies share equally",
                 {f'{{device="{device}"}}': slots for device, slots in enumerate(self.slots.tolist())}),
             _of("balancedness", "gauge", "mean load over the fullest device's, last line", {"": self.balancedness}),
             _of("cache_hits_total", "counter", "experts that were in memory when wanted", {"": hits}),

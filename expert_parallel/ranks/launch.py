@@ -13,10 +13,33 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+SUPERVISOR = "EXPERT_PARALLEL_SUPERVISOR"  # a FIFO that the supervisor of this process holds open while it lives
+
+
+def end_with_supervisor() -> None:
+    """From now on this process ends, in one line and with status 3, when the one that supervises it is gone.
+
+    Nothing where it has no supervisor. The pipe's end comes however that one died, also through a launcher between,
+    and MLX releases the GIL in all waits, so that the thread hears it.
+    """
+    if not (path := os.environ.pop(SUPERVISOR, None)):
+        return
+
+    def wait():
+        with contextlib.suppress(OSError):  # its folder is gone, too
+            pipe = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # without a writer it opens as well, at its end
+            os.set_blocking(pipe, True)
+            os.read(pipe, 1)
+        with contextlib.suppress(OSError):  # who would have passed it on is gone
+            os.write(2, b"error: the supervisor of this run was ended\n")
+        os._exit(3)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def launched() -> tuple[str | None, int, str]:

@@ -68,8 +68,8 @@ def lost(losses, trace: RoutingTrace, layer_numbers: list[int], whole: ModelByte
     share = also["slots_rerouted_share"]
     rerouted = "" if share is None else f"; {share:.1%} of all choices were not the router's first"
     recovers = losses.on_failure == "recover"
-    read = "what survivors read" if recovers else "what survivors would read"
-    took = "the pause, measured" if recovers else f"seconds modelled, at the {size(rate)}/s of loading"
+    to_read = "read" if recovers else "would read"
+    took = "the pause, measured" if recovers else f"if recovered: modelled, at the {size(rate)}/s of loading"
     went = of_records(
         f"Lost devices ({losses.on_failure}: {'the same answer' if also['answer_stays'] else 'another answer'})",
         "losses",
@@ -77,11 +77,11 @@ def lost(losses, trace: RoutingTrace, layer_numbers: list[int], whole: ModelByte
         (lambda row: " ".join(map(str, row["devices"])), "device"),
         ("after_tokens", "after tokens"),
         ("experts_gone", "experts gone", f"{{}} of {losses.changes[0][1][:, 0].size}"),
-        ("repair_experts", "to read"),
+        ("repair_experts", to_read),
         ("repair_bytes", "bytes", size),
         ("pause_seconds_measured" if recovers else "repair_seconds_modelled", "seconds", "{:.3f}"),
         section="failures",
-        note=f"gone: no living device holds them; to read: {read} to hold them ({took})",
+        note=f"gone: no living device holds them; {to_read}: experts that survivors {to_read} to hold them ({took})",
         also=also,
     )
     since = of_records(
@@ -95,8 +95,9 @@ def lost(losses, trace: RoutingTrace, layer_numbers: list[int], whole: ModelByte
         ("balancedness_before", "balance before", "{:.3f}"),
         ("balancedness_since", "since", "{:.3f}"),
         ("balancedness_since_if_uniform_simulated", "uniform", "{:.3f}"),
-        note="unserved: choices of an expert that nobody answered; still gone: experts that nobody holds; balance:"
-        " balancedness over the living devices, uniform: of a router that chooses at random" + rerouted,
+        note="tokens: that went through the model since then, the last one known among them; unserved: choices of"
+        " an expert that nobody answered; still gone: experts that nobody holds; balance: balancedness over the living"
+        " devices, uniform: of a router that chooses at random" + rerouted,
     )
     return [went, since]
 

@@ -225,7 +225,8 @@ def balance(trace: RoutingTrace, changes: list, layer_numbers: list[int], first:
     if first.num_devices == 1:  # for programs alone: in print it says nothing
         return [replace(table, title="") for table in tables]
     lost = np.flatnonzero(changes[0][1].any(axis=(0, 2)) & ~changes[-1][1].any(axis=(0, 2))).tolist()
-    on_the_way = f" Lost on the way: {', '.join(map(str, lost))}, with the load from before." if lost else ""
+    of_whom = f"device{'s' * (len(lost) > 1)} {', '.join(map(str, lost))}"
+    on_the_way = f" Lost on the way, and counted with the load from before: {of_whom}." if lost else ""
     return [replace(table, note=table.note + on_the_way) for table in tables]
 
 

@@ -47,9 +47,10 @@ def of_placements(
         ("repair_bytes", "to read", size),
         ("repair_seconds_modelled", "s", "{:.3f}"),
         section="failures",
-        note=f"gone: of {fit.num_experts} experts, mean over layers (computed); if uniform, {even[0]:.3f} before and"
-        f" {even[1]:.3f} since; s: seconds, survivors read side by side, experts of {size(one)} at {disk:g} GB/s"
-        " (assumed)",
+        note=f"gone: of {fit.num_experts} experts, mean over layers (computed); lost: of all choices those of an"
+        " expert that is gone, (chance) at random; balancedness before, since, and mended, when survivors hold what was"
+        f" gone; if uniform, {even[0]:.3f} before and {even[1]:.3f} since; s: seconds, survivors read side by side,"
+        f" experts of {size(one)} at {disk:g} GB/s (assumed)",
         also={"lost": sorted(lost), "expert_bytes": one, "bytes_per_second": rate,
               "balancedness_if_uniform_simulated": dict(zip(("before", "since"), even, strict=True))},
     )  # fmt: skip

@@ -36,7 +36,7 @@ def _answer(parity: dict | None, broken: dict | None) -> str:
         return "not compared with stock mlx-lm (--verify compares every token and logit)"
     off = parity["max_abs_logit_difference"]
     logits = f"{parity['logits_compared']:,} logits {'to the bit' if off == 0 else f'within {_up(off)}'}"
-    differ = f"logits differ by up to {_up(off, 2)}"
+    differ = f"logits differ by up to {off:.3g}"
     if parity["tokens_equal"] and off > ROUNDING:
         return f"the same {parity['tokens_compared']} tokens as stock mlx-lm's, but {differ}"
     if parity["tokens_equal"]:
@@ -47,10 +47,10 @@ def _answer(parity: dict | None, broken: dict | None) -> str:
     return f"NOT the same tokens as stock mlx-lm's after the first {first} of {count}; {differ}"
 
 
-def _up(value: float, digits: int = 1) -> str:
-    """Rounded up to so many digits: a bound stays one."""
-    step = 10.0 ** (floor(log10(value)) + 1 - digits) if value else 1.0
-    return f"{step * ceil(value / step * (1 - 1e-9)):.{digits}g}"
+def _up(value: float) -> str:
+    """Rounded up to one digit: a bound stays one."""
+    step = 10.0 ** floor(log10(value)) if value else 1.0
+    return f"{step * ceil(value / step * (1 - 1e-9)):.1g}"
 
 
 def _lost(failures: dict | None) -> str | None:
@@ -120,4 +120,6 @@ def _ranks(document: dict) -> str | None:
     sent = document["communication"]["ring_bytes_sent_per_token_and_rank"]
     if document["placement"]["ranks"] > 1 or not sent:
         return None
-    return f"each would send {size(sent)} a token (modelled); model_analysis.py says what your hardware makes of it"
+    lost = (document["failures"] or {}).get("losses")
+    who = f"each of {document['placement']['devices']}, had none been lost," if lost else "each"
+    return f"{who} would send {size(sent)} a token (modelled); model_analysis.py says what your hardware makes of it"

@@ -359,7 +359,7 @@ def check_server(backend, folder, tmp_path, expected):
         # It listens on this machine alone.
         with pytest.raises(OSError), socket.create_connection((socket.gethostbyname(socket.gethostname()), 1), 1):
             pass
-    assert re.search(r"\d+ tokens: balancedness 0\.\d\d, slots by device \d+% \d+%", (tmp_path / "err0").read_text())
+    assert re.search(r"\d+ tokens: balancedness 0\.\d\d, load by device \d+% \d+%", (tmp_path / "err0").read_text())
 
 
 def test_a_server_of_two_ranks(in_float32, tmp_path, expected):

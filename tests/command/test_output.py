@@ -265,6 +265,7 @@ def test_signals_are_handled_as_before_once_a_script_is_done():
 
 def test_how_a_program_ends():
     assert output.exit_of(KeyboardInterrupt()) == (130, "stopped")
+    assert output.exit_of(KeyboardInterrupt("go on")) == (130, "stopped; go on")
     assert output.exit_of(BrokenPipeError()) == (141, "")
     assert output.exit_of(ValueError("two\nlines")) == (2, "error: two lines")
     assert output.exit_of(OSError("no disk")) == (2, "error: no disk")
@@ -289,14 +290,17 @@ class Terminal(io.StringIO):
 def under_way(show=True):
     with output.progress_bar("reading", show) as read:
         read(5, 10)
+    wiped = sys.stderr.getvalue() if sys.stderr else ""
     with output.progress_line(show) as tell:
         tell("measuring [this][/x]")
         time.sleep(0.2)  # it is drawn from a thread
+    return wiped
 
 
 def test_what_is_under_way_is_shown_on_standard_error_where_that_is_a_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    under_way()
+    assert under_way().endswith("\x1b[2K")
     assert "reading" in terminal.getvalue() and "measuring [this][/x]" in terminal.getvalue()
     monkeypatch.setattr(sys, "stderr", asked_not_to := Terminal())
     under_way(show=False)

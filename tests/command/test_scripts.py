@@ -415,6 +415,12 @@ def test_files_of_a_model_that_hold_nothing_readable(here, broken, name):
     refused(here("--model", broken), str(broken))
 
 
+def test_a_process_by_itself_marks_no_weights(here, monkeypatch):
+    """There is nobody to compare them with."""
+    monkeypatch.setattr("expert_parallel.ranks.group.checkpoint_mark", lambda *_: pytest.fail("read for nothing"))
+    assert here(*QUICK).returncode == 0
+
+
 def test_an_interrupt_in_mid_answer_leaves_one_line_and_no_file(tmp_path):
     """Ctrl-C: exit status 130."""
     command = [sys.executable, SCRIPT, "--max-tokens", "490", "--json", tmp_path / "o.json", "--trace", tmp_path / "t"]

@@ -11,6 +11,7 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
+from expert_parallel.failure import journal as module
 from expert_parallel.failure.journal import Journal, read_past
 
 HEADER = {"options": {"temp": 0.5}, "prompt": {"text": "ü\n"}}
@@ -69,6 +70,15 @@ def test_lines_that_are_lost_doubled_or_after_the_end(tmp_path, change):
     lines = change(written(tmp_path / "run.jsonl").splitlines(keepends=True))
     with pytest.raises(ValueError, match=r"damaged in line [348]:"):
         read_past(b"".join(lines))
+
+
+@pytest.mark.parametrize("line", [{"n": 0}, {"token": 5}, {"n": 0, "token": "5"}, {"n": 1, "token": 5}, {"end": None}])
+def test_a_line_that_is_sound_and_says_nothing_is_refused(line, tmp_path):
+    begun = written(tmp_path / "run.jsonl", [], end=None)
+    body = json.dumps(line).encode()[:-1]
+    crc = zlib.crc32(body, read_past(begun).crc)
+    with pytest.raises(ValueError, match=r"x is damaged in line 2: restore it"):
+        read_past(begun + body + b', "crc": %d}\n' % crc, "x")
 
 
 def test_another_version_and_other_files_are_refused(tmp_path):
@@ -143,6 +153,21 @@ def test_what_a_full_disk_took_is_whole(tmp_path):
         journal.close()
         assert read_past(path.read_bytes()).tokens == [*past.tokens, 7]
     assert lengths == [0, 0, 1, 1, 2]
+
+
+def test_what_a_loss_of_power_may_take_is_bounded(tmp_path, monkeypatch):
+    """The header, the end, and a token a second after the last time."""
+    synced, now = [], [100.0]
+    monkeypatch.setattr(module.os, "fsync", lambda file: synced.append(len(journal.path.read_bytes().splitlines())))
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    journal = Journal(tmp_path / "run.jsonl", resume=False)
+    journal.begin(HEADER)
+    for later in (0.3, 0.3, 0.5, 0.5, 0.9):  # 1.1 s after the header, 1.4 s after that
+        now[0] += later
+        journal.add(1)
+    journal.end("length")
+    assert synced == [1, 4, 6, 7]
+    journal.close()
 
 
 def test_lines_are_json(tmp_path):

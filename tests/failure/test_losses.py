@@ -1,6 +1,7 @@
 """Devices that vanish from a running model: exact where it says so, and by hand where it does not."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -14,7 +15,7 @@ from mlx_lm.generate import generate_step
 from expert_parallel import load_sharded, place_experts, record_routing, shard_model
 from expert_parallel.checkpoint.opened import Checkpoint
 from expert_parallel.failure.losses import Losses, lose_devices, weights_of
-from expert_parallel.failure.planned import ON_FAILURE, parse_losses
+from expert_parallel.failure.planned import ON_FAILURE, check_losses, parse_losses
 from expert_parallel.failure.survival import protected
 from expert_parallel.layers import moe_layers
 from expert_parallel.models.memory import live_expert_bytes
@@ -258,6 +259,13 @@ def test_losses_as_they_are_written(at):
 def test_what_is_no_loss(text):
     with pytest.raises(ValueError, match=r"needs a device, or DEVICE@TOKENS such as 3@16"):
         parse_losses(["0@1", text])
+
+
+def test_of_ranks_none_is_lost_by_an_option():
+    asked = SimpleNamespace(fail_device=["1"], on_failure="recover")
+    check_losses(asked, np.ones((1, 2, 4), bool), 8, 1)
+    with pytest.raises(ValueError, match="--fail-device is for simulated devices: kill a rank"):
+        check_losses(asked, np.ones((1, 2, 4), bool), 8, 2)
 
 
 def test_a_device_is_lost_once():

@@ -176,6 +176,25 @@ def test_other_options_are_refused_by_name(seeded, line, here, tmp_path):
     assert path.read_bytes() == after(data, 5, 7)
 
 
+def test_control_c_says_how_to_go_on(here, tmp_path, monkeypatch):
+    """And of an answer that is complete, what is done with it."""
+    add, path = Journal.add, tmp_path / "run.jsonl"
+
+    def interrupted(journal, token):
+        add(journal, token)
+        if len(journal.past.tokens) == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", interrupted)
+        stopped = here("--journal", path, "--prompt", "import os\n", *RUN)
+    assert (stopped.returncode, stopped.stderr) == (130, f"\nstopped; --resume {path} goes on\n")
+    assert len(read_past(path.read_bytes()).tokens) == 5
+    loud = [word for word in RUN if word != "--quiet"]
+    for said in ("is resumed after 5 tokens", f"is complete: its {TOKENS} tokens go through the model again, for the"):
+        assert f"{path} {said}".replace(" ", "") in "".join(here("--resume", path, *loud).stdout.split())
+
+
 def test_options_that_are_given_again_are_no_others(seeded, here, tmp_path):
     options, data, _, _ = seeded
     path = tmp_path / "run.jsonl"

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,6 +44,13 @@ def carried_out(plan):
     said, out, began = [], io.BytesIO(), time.monotonic()
     status = supervise(plan, said.append, out)
     return status, said, out.getvalue().decode(), time.monotonic() - began
+
+
+def children_of(parent):
+    """Those with sessions of their own, which the supervisor's `ps` has not."""
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True).stdout
+    pids = [int(pid) for pid, its in map(str.split, listed.splitlines()) if int(its) == parent]
+    return [pid for pid in pids if alive(pid)]
 
 
 def alive(session):
@@ -172,10 +180,42 @@ def test_a_spare_waits_from_the_first_token_on_and_goes_on_at_once(tmp_path):
     assert not alive(waiting)
 
 
-def test_a_spare_ends_with_its_supervisor(tmp_path):
-    line = [sys.executable, ROOT / "expert_parallel" / "failure" / "standby.py", tmp_path, str(2**22 + 1)]
-    done = subprocess.run(line, env=of_a_user(PYTHONPATH=str(ROOT)), timeout=60, capture_output=True)
-    assert (done.returncode, done.stderr) == (3, b"")
+@pytest.mark.parametrize("there", [True, False])
+def test_who_waits_or_starts_late_ends_in_one_line_without_its_supervisor(there, tmp_path):
+    """Its pipe has no writer, or is gone with the folder that it was in."""
+    pipe = tmp_path / "supervisor"
+    if there:
+        os.mkfifo(pipe)
+    for line in ([ROOT / "expert_parallel" / "failure" / "standby.py", tmp_path], [ROOT / "qwen3_expert_parallel.py"]):
+        how = of_a_user(PYTHONPATH=str(ROOT), EXPERT_PARALLEL_SUPERVISOR=str(pipe))
+        done = subprocess.run([sys.executable, *line], env=how, timeout=60, capture_output=True)
+        assert (done.returncode, done.stderr) == (3, b"error: the supervisor of this run was ended\n")
+
+
+@pytest.mark.parametrize(("ranks", "more"), [(1, ("--standby",)), (2, ()), (2, ("--backend", "mpi"))])
+def test_ranks_end_when_their_supervisor_is_killed(ranks, more, tmp_path):
+    """So do the spare that waits, mpirun, and the watch processes; what is in the journal is whole."""
+    if "mpi" in more and not shutil.which("mpirun"):
+        pytest.skip("no mpirun on this machine: install Open MPI to run the MPI tests")
+    path = tmp_path / "run.jsonl"
+    line = ["--ranks", ranks, "--journal", path, *more, "--", "--model", SHIPPED, "--max-tokens", 20000, "--quiet"]
+    with subprocess.Popen([sys.executable, SCRIPT, *map(str, line)], cwd=ROOT, env=of_a_user(), stdin=-3, stdout=-3,
+                          stderr=-3) as supervisor:  # fmt: skip
+        end = time.monotonic() + 90
+        sessions, number = [], 1 if "mpi" in more else 2
+        while not path.exists() or path.read_bytes().count(b"\n") < 5 or len(sessions) < number:
+            sessions = children_of(supervisor.pid)
+            assert time.monotonic() < end and supervisor.poll() is None
+            time.sleep(0.02)
+        assert len(sessions) == number and all(map(alive, sessions))
+        supervisor.kill()
+    end = time.monotonic() + 10
+    while any(map(alive, sessions)) and time.monotonic() < end:
+        time.sleep(0.05)
+    left = [member for session in sessions for member in alive(session)]
+    for session in sessions:
+        end_sessions([session])
+    assert not left and len(read_past(path.read_bytes()).tokens) >= 4
 
 
 # --- over hosts -----------------------------------------------------------------------------------------------
@@ -284,13 +324,12 @@ def test_control_c_ends_it_and_all_ranks(tmp_path):
     process = subprocess.Popen([sys.executable, SCRIPT, *map(str, line)], cwd=ROOT, env=of_a_user(), **pipes)
     end, ranks = time.monotonic() + 30, []
     while len(ranks) < 2 and time.monotonic() < end:
-        listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True).stdout
-        ranks = [int(pid) for pid, parent in map(str.split, listed.splitlines()) if int(parent) == process.pid]
-        ranks = [pid for pid in ranks if os.getsid(pid) == pid]
+        ranks = children_of(process.pid)
         time.sleep(0.05)
     assert len(ranks) == 2
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=20)
-    assert process.returncode == 130 and said.splitlines()[-1] == "stopped" and "Traceback" not in said
+    assert process.returncode == 130 and "Traceback" not in said
+    assert said.splitlines()[-1] == f"stopped; the same command goes on from {tmp_path / 'run.jsonl'}"
     assert not any(map(alive, ranks))

@@ -48,7 +48,7 @@ def test_slots_by_device_are_those_that_were_recorded():
     # A line after 30 tokens or more: the first look has 30, the second 32.
     first = [[int((seen[:30, layer] // 4 == device).sum()) for device in range(D)] for layer in range(L)]
     shares = [f"{share:.0%}" for share in np.sum(first, axis=0) / np.sum(first)]
-    assert lines[0] == f"30 tokens: balancedness {balancedness(first):.2f}, slots by device {' '.join(shares)}"
+    assert lines[0] == f"30 tokens: balancedness {balancedness(first):.2f}, load by device {' '.join(shares)}"
     later = np.array(loads) - first
     assert found["expert_parallel_balancedness"] == pytest.approx(balancedness(later))
     assert len(lines) == 2 and lines[1].startswith("32 tokens: ")

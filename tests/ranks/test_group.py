@@ -250,6 +250,26 @@ def test_a_mark_differs_with_names_sizes_headers_and_bytes(blocks, tmp_path):
     assert mark() == mark() and len(mark()) == 32
 
 
+def test_large_files_are_marked_by_64_samples_and_no_byte_between(tmp_path):
+    """Of 4096 bytes each, even from the header to the end: a checkpoint of any size takes milliseconds."""
+    size, header, path = 1_000_000, 1000, tmp_path / "model.safetensors"
+    starts = [int(8 + header + n * (size - 4096 - 8 - header) / 63) for n in range(64)]
+    data = bytearray(header.to_bytes(8, "little") + bytes(size - 8))
+
+    def mark(at=None):
+        changed = bytearray(data)
+        if at is not None:
+            changed[at] = 1
+        path.write_bytes(changed)
+        return checkpoint_mark(tmp_path)
+
+    plain = mark()
+    for start in (*starts[:2], starts[31], starts[-1]):
+        assert mark(start) != plain != mark(start + 4095)
+        assert start in (starts[0], starts[-1]) or mark(start - 1) == plain == mark(start + 4096)
+    assert mark(starts[-1] - 1) == plain == mark(starts[0] + 4096) and starts[-1] + 4096 == size
+
+
 def test_where_others_reach_the_watch_of_a_rank(monkeypatch):
     """Where it listens, and where that is everywhere under this machine's name; what it tells its own process."""
     monkeypatch.setattr(socket, "gethostname", lambda: "this-machine")

@@ -1,17 +1,21 @@
 """The report of lost devices: every figure again by plain loops over the trace, and what the script refuses."""
 
+import functools
 import importlib
 import json
 
 import pytest
 import witness
+from checkpoints import adapter
 from conftest import SHIPPED
+from mlx_lm import load
 from printed import columns_of, facts_of
 
 L, E, D, K = 4, 128, 8, 8
 HIDDEN, WIDTH = 256, 64  # of the shipped model's experts: 4 bits, a scale and a bias of 4 bytes for each 64 weights
 EXPERT_BYTES = 3 * HIDDEN * WIDTH * (4 / 8 + 2 * 4 / 64)
 PROMPT = "def add(a, b):\n"
+LONG = PROMPT * 40  # 320 tokens
 
 
 def run(run_here, folder, *more):
@@ -87,7 +91,9 @@ def test_dropped_experts_slot_by_slot(run_here, tmp_path):
     rows = columns_of(text, "Lost devices (drop: another answer)", 2)
     assert rows["device"] == ("3", "5") and rows["after tokens"] == ("4", "9")
     assert rows["experts gone"] == ("64 of 512", "128 of 512") and rows["bytes"] == ("1.97 MB", "3.93 MB")
+    assert rows["would read"] == ("64", "128")  # nothing is, and the seconds are of another way
     since = columns_of(text, "Since each loss, until the next (measured; uniform: simulated)", 2)
+    assert since["tokens"] == ("5", "6") and "the last one known among them" in " ".join(text.split())
     assert since["unserved"] == tuple(f"{row['slots_unserved_share']:.1%}" for row in failures["losses"])
     assert since["still gone"] == ("12.5%", "25.0%")
     for label, key in (("balance before", "before"), ("since", "since"), ("uniform", "since_if_uniform_simulated")):
@@ -95,6 +101,7 @@ def test_dropped_experts_slot_by_slot(run_here, tmp_path):
     # The verdict, and memory: what is lost is held by nobody.
     lost = "device 3 after 4 tokens, device 5 after 9 tokens: 128 experts had no other copy; drop changes the answer"
     assert facts_of(text, "In short")["lost"].startswith(lost)
+    assert facts_of(text, "In short")["real ranks"].startswith("each of 8, had none been lost, would send 7.17 kB a")
     assert [n for n, size in enumerate(document["memory"]["experts_per_device_bytes"]) if not size] == [3, 5]
     assert [n for n, size in enumerate(document["memory"]["per_device_bytes"]) if not size] == [3, 5]  # nor the rest
     first = document["parity"]["tokens_equal_at_first"]
@@ -125,10 +132,54 @@ def test_what_leaves_the_answer_is_compared_with_stock(more, how, line, run_here
     assert document["parity"]["tokens_equal"] is True and document["parity"]["max_abs_logit_difference"] == 0
     row = document["failures"]["losses"][0]
     assert facts_of(text, "In short")["lost"].startswith(line)
-    assert (row["pause_seconds_measured"] is None) == (how != "recover") and document["failures"]["answer_stays"]
+    assert document["failures"]["answer_stays"]
+    assert 0 < row["pause_seconds_measured"] < 60 if how == "recover" else row["pause_seconds_measured"] is None
     assert row["repair_experts"] == row["experts_gone"] == (64 if how == "recover" else 0)
     held = document["memory"]["experts_per_device_bytes"]
     assert held[6] == 0 and sum(held) == (L * E if how == "recover" else L * (2 * E - 32)) * EXPERT_BYTES
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """Of attention alone, and of experts, whose layout holds no single ones."""
+    found = {"attention": ["self_attn.q_proj"], "experts": ["mlp.switch_mlp.up_proj"]}
+    for name, keys in found.items():
+        found[name], _ = adapter(tmp_path_factory.mktemp("adapters") / name, load(str(SHIPPED))[0], 4, keys=keys)
+    return found
+
+
+@pytest.mark.parametrize("how", ["failover", "recover"])
+@pytest.mark.parametrize(
+    "beside",
+    [
+        ("--adapter-path", "attention"),
+        ("--adapter-path", "experts"),
+        ("--streams",),
+        ("--kv-bits", 8),
+        ("--dtype", "bfloat16"),
+        ("--temp", 1, "--seed", 5),
+        ("--prompt", LONG),
+    ],
+    ids=lambda words: "-".join(map(str, words))[:24].strip("-"),
+)
+def test_a_loss_beside_other_options_changes_no_bit(how, beside, adapters, run_here, tmp_path, monkeypatch):
+    """Text, routing of every token and logits are those of the run without it, and of stock mlx-lm."""
+    generation = importlib.import_module("mlx_lm.generate")
+    in_parts = functools.partial(generation.stream_generate, prefill_step_size=64)  # of the long prompt
+    monkeypatch.setattr(generation, "stream_generate", in_parts)
+    line = [adapters.get(word, word) for word in beside]
+    line += ["--on-failure", how] + ["--redundant-experts", "each"] * (how == "failover")
+    if "experts" in beside and how == "recover":
+        result = run_here("qwen3_expert_parallel.py", "--model", SHIPPED, "--fail-device", "6@3", *line)
+        assert result.returncode == 2 and "in a layout that single ones cannot be read" in result.stderr
+        return
+    lost = ["--fail-device", "6@3"] + ["--fail-device", "1@9"] * (how == "recover")
+    _, document, *routing = run(run_here, tmp_path, *lost, "--verify", *line)
+    _, whole, *routing_whole = run(run_here, tmp_path, *line[: len(beside)])
+    assert routing[1].count(True) > (4 * 64 if LONG in beside else 0)
+    assert routing == routing_whole and document["generation"]["tokens"] == whole["generation"]["tokens"]
+    assert document["parity"]["tokens_equal"] is True and document["parity"]["max_abs_logit_difference"] == 0
+    assert [row["after_tokens"] for row in document["failures"]["losses"]] == ([3, 9] if how == "recover" else [3])
 
 
 def test_an_answer_that_ends_before(run_here, tmp_path, monkeypatch):
@@ -154,7 +205,8 @@ def test_an_answer_that_ends_before(run_here, tmp_path, monkeypatch):
     ("more", "line"),
     [
         (("--fail-device", "8"), "--fail-device 8: there are devices 0 to 7"),
-        (("--fail-device", "3@14"), "--fail-device 3@14: the answer has 14 tokens"),
+        (("--fail-device", "9", "--fail-device", "1"), "--fail-device 9: there are devices 0 to 7"),
+        (("--fail-device", "3@14", "--fail-device", "1@2"), "--fail-device 3@14: the answer has 14 tokens"),
         (("--fail-device", "x"), "--fail-device x: needs a device, or DEVICE@TOKENS such as 3@16, both from 0 up"),
         (("--devices", 2, "--fail-device", "1@3", "--fail-device", "0"), "all 2 devices are lost"),
         (("--fail-device", "1", "--on-failure", "failover"), "without device 1 nobody holds 64 experts"),

@@ -533,5 +533,7 @@ def test_balance_of_one_device_is_for_programs_alone_and_that_of_lost_ones_says_
     held[:, 0, ::2] = held[:, 1, 1::2] = True
     left = held & np.array([True, False])[:, None]
     lossy = run.balance(trace, [(0, held), (1, left)], [0, 1], Placement(held))
-    assert all(table.notes().count("Lost on the way: 1, with the load from before.") == 1 for table in lossy)
+    assert all(
+        table.notes().count("Lost on the way, and counted with the load from before: device 1.") == 1 for table in lossy
+    )
     assert not any("Lost" in table.notes() for table in run.balance(trace, [(0, held)], [0, 1], Placement(held)))

@@ -53,7 +53,7 @@ def test_the_whole_verdict():
         ({"parity": {"max_abs_logit_difference": 0.000123}}, "the same as .* logits within 0.0002"),
         (
             {"parity": {"tokens_equal": False, "max_abs_logit_difference": 9.41, "tokens_equal_at_first": 7}},
-            "NOT the same tokens as stock mlx-lm's after the first 7 of 64; logits differ by up to 9.5",
+            "NOT the same tokens as stock mlx-lm's after the first 7 of 64; logits differ by up to 9.41",
         ),
         ({"parity": {"tokens_equal": None}}, "no tokens as"),
         ({"parity": None}, "not compared with stock mlx-lm .--verify"),

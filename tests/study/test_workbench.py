@@ -177,6 +177,7 @@ def test_the_slowest_device_computes_its_slots_and_no_dropped_ones():
     assert np.array_equal(computed(), by_hand((0, 0), (0, 1), (1, 1)))
     dropped = np.array([[True, True], [False, True], [True, True]])
     assert np.array_equal(computed(dropped), by_hand((1, 6), (2, 6), (2, 7)))
+    assert computed(np.zeros((3, 2), bool)).shape == (0, 32)
 
 
 def test_time_grows_with_slots():
