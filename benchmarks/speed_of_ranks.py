@@ -10,7 +10,7 @@
     tensor, head split        the same, and the output head split as "rest split" has it
     rest whole, rest split    expert parallel, all that is no expert on every rank or sharded
     copies                    a quarter of the experts is held twice
-    quick                     products go the quicker ways that a trial finds (expert_parallel/cpu), as they do by
+    quick                     products go the quicker ways that a trial finds (expert_parallel/device), as they do by
                               default: over two streams in one process, many tokens at once; else as mlx-lm has them
 
     decode   given tokens one by one
@@ -46,8 +46,8 @@ from expert_parallel.checkpoint.finding import SHIPPED
 from expert_parallel.checkpoint.loading import load_whole
 from expert_parallel.checkpoint.opened import Checkpoint
 from expert_parallel.command import output
-from expert_parallel.cpu.lanes import Lanes
-from expert_parallel.cpu.trials import quicken_products
+from expert_parallel.device.lanes import Lanes
+from expert_parallel.device.trials import quicken_products
 from expert_parallel.projection.constants import head_seconds, random_tokens, seconds_of_prompt, seconds_per_token
 from expert_parallel.ranks.hybrid import split_head
 from expert_parallel.ranks.launch import rank_commands

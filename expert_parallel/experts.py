@@ -21,7 +21,7 @@ from .layers import MoELayer, StandIn, expert_tensors, moe_layers, num_experts
 from .placement import Placement
 from .serving import Serving
 from .stores import InMemory, picked, rows_of
-from .trials import measure_masked, prove, sum_answers, why_not_reduce
+from .trials import prove, sum_answers, why_not_reduce
 
 
 class ShardedExperts(StandIn):
@@ -35,7 +35,7 @@ class ShardedExperts(StandIn):
     (x [..., H], indices [..., k]) -> [..., k, H]. Slots of others are skipped in one of two ways:
     compact  the slot list is read on the host and only slots that are served here are computed
     masked   every slot is computed, those of others by a spare expert of zeros: no wait for the host,
-             which pays on a GPU for few slots, see trials.py
+             which pays on a GPU for few slots, see device/masked.py
     """
 
     holds_experts = True
@@ -45,7 +45,7 @@ class ShardedExperts(StandIn):
         self["stores"] = list(stores.values())  # first of all: other attributes are looked for behind them
         self.devices, self.num_experts = np.array(list(stores)), held.shape[1]
         self.group, self.combine = group, "reduce"
-        self.lanes, self.side_by_side_from = None, math.inf  # slots of a step; see cpu/trials.py
+        self.lanes, self.side_by_side_from = None, math.inf  # slots of a step; see device/trials.py
         self.slots_served = np.zeros(len(stores), np.int64)
         self.masked_up_to = 0  # slots
         self._serve(held)
@@ -159,7 +159,7 @@ def shard_model(
     """Spread the experts of every MoE layer over devices, in place; returns the model.
 
     One process (`group` None or of size 1): D simulated devices; logits stay bit-identical on the CPU.
-    streams    auto, on or off: what the CPU's cores share, see cpu/trials.py
+    streams    auto, on or off: what the CPU's cores share, see device/trials.py
     N ranks: each keeps the experts of device number `group.rank()`.
     combine    reduce  the block weighs its own slots, then its sum runs over all ranks: H values a token
                gather  all ranks sum slot outputs, then the block weighs them: k H values, right for any block
@@ -168,7 +168,8 @@ def shard_model(
     Before old experts are let go, the new ones must give the same answers for random tokens over all of them.
     Raises ValueError for what does not fit, and where the answers differ.
     """
-    from .cpu.trials import quicken
+    from .device.masked import measure_masked
+    from .device.trials import quicken
 
     layers, devices = check_request(model, placement, group, combine, attention)
     whole = [layer.experts for layer in layers]

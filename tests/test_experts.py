@@ -6,7 +6,8 @@ import pytest
 from checkpoints import Rank
 from conftest import random_model
 
-from expert_parallel import Placement, place_experts, shard_model, trials
+from expert_parallel import Placement, place_experts, shard_model
+from expert_parallel.device import masked
 from expert_parallel.layers import moe_layers
 from expert_parallel.stores import InMemory
 
@@ -46,9 +47,9 @@ def test_the_quickest_of_six_counts_without_the_first(monkeypatch):
         asked.append((work(), how))
         return [0.5, 9, 3, 1, 2, 8, 7]
 
-    monkeypatch.setattr(trials.timeit, "repeat", repeat)
+    monkeypatch.setattr(masked.timeit, "repeat", repeat)
     monkeypatch.setattr(mx, "eval", lambda answer: answer)
-    assert trials._quickest(lambda x, ids: (x, ids), "x", "ids") == 1
+    assert masked._quickest(lambda x, ids: (x, ids), "x", "ids") == 1
     assert asked == [(("x", "ids"), {"number": 1, "repeat": 7})]
 
 
@@ -79,8 +80,8 @@ def test_steps_grow_until_masked_is_no_longer_a_tenth_quicker(quicker_up_to, mos
         sharded.slots_served[:] += 1
         return {"compact": 1.1 if tokens <= quicker_up_to else 1.09, "masked": 1.0}[way.__name__]
 
-    monkeypatch.setattr(trials, "_quickest", quickest)
-    assert trials._measured_on(sharded) == most
+    monkeypatch.setattr(masked, "_quickest", quickest)
+    assert masked._measured_on(sharded) == most
     sizes = [1, 4, 8, 16, 32, 64]
     tried = sizes[: sum(size <= quicker_up_to for size in sizes) + 1]
     assert asked == [(way, tokens) for tokens in tried for way in ("compact", "masked")]
@@ -92,8 +93,8 @@ def test_what_is_measured_on_one_layer_counts_for_all_and_on_every_rank(device, 
     model, seen, group = random_model(), [], Rank(0, ranks)
     layers = moe_layers(shard_model(model, place_experts(np.ones((3, 16)), 2)))
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(getattr(mx, device)))
-    monkeypatch.setattr(trials, "_measured_on", lambda experts: seen.append(experts) or 24)
+    monkeypatch.setattr(masked, "_measured_on", lambda experts: seen.append(experts) or 24)
     monkeypatch.setattr(mx.distributed, "all_min", lambda x, group=None: seen.append(group) or mx.array(16))
-    assert trials.measure_masked(layers, group) == most
+    assert masked.measure_masked(layers, group) == most
     assert seen == [layers[0].experts, group][: asked + (ranks > 1)] and len(seen) == asked + (ranks > 1)
     assert [layer.experts.masked_up_to for layer in layers] == [most] * 3

@@ -19,9 +19,10 @@ from mlx_lm.models.switch_layers import SwitchGLU
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from expert_parallel import Placement, ShardedExperts, place_experts, record_routing, shard_model
+from expert_parallel.device.masked import measure_masked
 from expert_parallel.layers import expert_tensors, moe_layers, moe_shape
 from expert_parallel.stores import InMemory, picked, rows_of
-from expert_parallel.trials import measure_masked, why_not_reduce
+from expert_parallel.trials import why_not_reduce
 
 BATCH = mx.array([[5, 6, 7, 8, 9, 30, 2, 11, 60, 61, 62], [9, 3, 11, 12, 44, 1, 8, 80, 81, 82, 96]])
 
@@ -326,7 +327,7 @@ def test_masked_devices_in_one_process_compute_every_slot_each():
 def test_the_way_to_skip_slots_is_measured_away_from_the_cpu(monkeypatch):
     model = shard_model(random_model(), placed(random_model(), 2))
     assert measure_masked(moe_layers(model)) == 0
-    monkeypatch.setattr("expert_parallel.trials.mx.default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr("expert_parallel.device.masked.mx.default_device", lambda: mx.Device(mx.gpu))
     for quicker, most in (("masked", 512), ("compact", 0)):
 
         def waits(self, x, indices, quicker=quicker, way=None):
@@ -343,8 +344,8 @@ def test_the_way_to_skip_slots_is_measured_away_from_the_cpu(monkeypatch):
 def test_masked_must_be_a_tenth_quicker_on_the_device(compact, most, monkeypatch):
     """Of 64 tokens at most, eight slots each."""
     seconds = {"compact": compact, "masked": 1.0}
-    monkeypatch.setattr("expert_parallel.trials.mx.default_device", lambda: mx.Device(mx.gpu))
-    monkeypatch.setattr("expert_parallel.trials._quickest", lambda way, x, ids: seconds[way.__name__])
+    monkeypatch.setattr("expert_parallel.device.masked.mx.default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr("expert_parallel.device.masked._quickest", lambda way, x, ids: seconds[way.__name__])
     model = shard_model(random_model(), placed(random_model(), 2))
     assert measure_masked(moe_layers(model)) == most
     monkeypatch.setattr(mx.distributed, "all_min", lambda mine, group: mx.minimum(mine, 64))  # as another rank found

@@ -12,7 +12,7 @@ from expert_parallel.command.entry import without_torch
 
 PACKAGE = ROOT / "expert_parallel"
 ROOMS = {path.name for path in PACKAGE.iterdir() if path.is_dir() and any(path.glob("*.py"))}
-ASKED_BY_THE_CORE = {"placement.py": {"formats"}, "experts.py": {"ranks", "cpu"}}  # inside functions that seldom run
+ASKED_BY_THE_CORE = {"placement.py": {"formats"}, "experts.py": {"ranks", "device"}}  # inside functions that seldom run
 FROM_ABOVE = {"report": {"report"}, "command": {"command"}, "study": {"report", "study"}}  # room: who may import it
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ..cpu.trials import quicken
+from ..device.masked import measure_masked
+from ..device.trials import quicken
 from ..experts import ShardedExperts, check_request, install, is_rank
 from ..layers import MoELayer, activation_type, cast, expert_tensors, hidden_size, with_tensors
 from ..offload.compress import compress_cold
@@ -25,7 +26,6 @@ from ..offload.store import OnDisk
 from ..placement import Placement, contiguous
 from ..ranks.hybrid import shard_rest
 from ..stores import InMemory, picked
-from ..trials import measure_masked
 from .opened import Checkpoint
 from .rows import OpenFiles
 

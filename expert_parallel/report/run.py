@@ -17,7 +17,7 @@ import numpy as np
 
 from .. import balance as metrics
 from ..checkpoint.finding import cut
-from ..cpu.trials import in_words
+from ..device.trials import in_words
 from ..layers import moe_layers
 from ..models.memory import stored_as
 from ..placement import Placement

@@ -19,7 +19,7 @@ OF_NOTHING = (None, argparse.SUPPRESS, False)  # defaults that --help explains b
 DEFAULTS = {  # by hand, beside what --help says
     "qwen3_expert_parallel.py": {
         "max_tokens": 64, "temp": 0, "top_p": 1, "top_k": 0, "min_p": 0, "seed": 0, "placement": "contiguous",
-        "redundant_experts": 0, "combine": "auto", "attention": "replicated", "timeout": 300,
+        "redundant_experts": 0, "combine": "auto", "attention": "replicated", "timeout": 300, "streams": "auto",
     },
     "expert_parallel_poc.py": {
         "devices": 8, "hidden": 256, "expert_width": 96, "bandwidth": 5, "latency": 20, "seed": 0,

@@ -12,8 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..layers import activation_type, moe_layers, projections, twin
-from ..trials import random_steps
 from .lanes import Lanes, useful_lanes
+from .masked import random_steps
 from .products import EXPERTS, HEAD, LINEAR, ROWS, Plan, Product, ProductOfExperts, equal_parts, rows, split, together
 
 TOKENS = (1, 8, 16, 32, 64)

@@ -11,9 +11,9 @@ from blocks import small_model
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
 from expert_parallel import place_experts, shard_model
-from expert_parallel.cpu import products, trials
-from expert_parallel.cpu.lanes import Lanes, useful_lanes
-from expert_parallel.cpu.products import EXPERTS, LINEAR, Plan
+from expert_parallel.device import products, trials
+from expert_parallel.device.lanes import Lanes, useful_lanes
+from expert_parallel.device.products import EXPERTS, LINEAR, Plan
 from expert_parallel.layers import moe_layers, moe_shape, projections
 
 PACKED = ({}, {"bits": 4}, {"bits": 8, "group_size": 32}, {"bits": 3, "group_size": 128}, {"mode": "mxfp4"})
