@@ -50,7 +50,13 @@ TESTS = {
         "tests/report/test_compare.py",
         *WITNESSES,
     ],
-    "report": ["tests/report/test_table.py", "tests/report/test_*report.py", *WITNESSES, "tests/report/test_*.py"],
+    "report": [
+        "tests/report/test_table.py",
+        "tests/report/test_*report.py",
+        *WITNESSES,
+        "tests/report/test_*.py",
+        "tests/command/test_answering.py",
+    ],
     "command": [
         "tests/command/test_o*.py",
         "tests/command/test_answering.py",
