@@ -243,6 +243,18 @@ def test_save_load_and_cut(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["t.npz"]
 
 
+@pytest.mark.parametrize("width", [np.uint16, np.uint8])
+def test_experts_are_read_from_two_bytes_as_from_one(width, tmp_path):
+    """Early files took two for each; a byte in memory would wrap around in the first sum."""
+    experts = np.arange(240, 256).reshape(4, 2, 2)
+    about = {"format": "routing-trace/1", "num_experts": 256, "model": "", "metadata": {}}
+    np.savez_compressed(
+        tmp_path / "t.npz", experts=experts.astype(width), prefill=np.ones(4, bool), about=json.dumps(about)
+    )
+    trace = RoutingTrace.load(tmp_path / "t.npz")
+    assert trace.experts.dtype == np.uint16 and (trace.experts == experts).all()
+
+
 def test_steps_that_are_not_said():
     """Of a prompt one pass, of all others one each; as told where they are told, and cut with the tokens."""
     marks = np.array([True, True, False, False, True, True])
