@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from expert_parallel.command import limits, output
-from expert_parallel.command.entry import without_torch
 from expert_parallel.command.words import WORDS
 
 SCENARIOS = ("balanced", "skewed", "hot", "drifting", "correlated")
@@ -139,5 +138,4 @@ def main():
 
 
 if __name__ == "__main__":
-    without_torch()
     main()

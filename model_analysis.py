@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from expert_parallel.command import limits, options, output, prompts
-from expert_parallel.command.entry import without_torch
 from expert_parallel.projection.hardware import LINKS, MACHINES, USUAL_LINK, find
 
 BUNDLED = Path(options.__file__).resolve().parents[1] / "models" / "configs"
@@ -176,5 +175,4 @@ def main():
 
 
 if __name__ == "__main__":
-    without_torch()
     main()

@@ -25,7 +25,7 @@ from contextlib import nullcontext
 
 from expert_parallel.command import limits, options, output, prompts
 from expert_parallel.command.answering import generate, logits_of, sequences
-from expert_parallel.command.entry import as_rank, without_torch
+from expert_parallel.command.entry import as_rank
 
 # What ranks may have in places of their own; what is in the files is compared.
 OWN_OPTIONS = (
@@ -224,5 +224,4 @@ def main():
 
 
 if __name__ == "__main__":
-    without_torch()
     main()

@@ -70,13 +70,5 @@ def compare():
             page.save_page(args.html, f"{names[0]} and {names[1]}", tables, {}, document)
 
 
-def script():
-    """What `expert-parallel` starts."""
-    from expert_parallel.command.entry import without_torch
-
-    without_torch()
-    main()
-
-
 if __name__ == "__main__":
-    script()
+    main()

@@ -1,14 +1,11 @@
 """Imports point down: scripts -> report, study -> other rooms -> the flat core; the package itself is light."""
 
 import ast
-import os
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SHIPPED
-
-from expert_parallel.command.entry import without_torch
+from conftest import ROOT
 
 PACKAGE = ROOT / "expert_parallel"
 ROOMS = {path.name for path in PACKAGE.iterdir() if path.is_dir() and any(path.glob("*.py"))}
@@ -56,26 +53,3 @@ def test_nothing_heavy_is_imported_before_it_is_needed(name):
     )
     loaded = set(done.stdout.split())
     assert not loaded & {"mlx", "mlx.core", "mlx_lm", "transformers", "torch", "matplotlib", "rich"}
-
-
-@pytest.mark.parametrize("line", [["model_analysis.py"], ["-m", "expert_parallel", "generate", "--max-tokens", "1"]])
-def test_scripts_leave_torch_alone_where_it_is_installed(line, tmp_path):
-    """transformers imports it where it finds it, 2 to 3 s of a start; mlx-lm uses nothing of it."""
-    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    alone = [sys.executable, "-c", "import mlx_lm"]
-    assert subprocess.run(alone, env=environment, capture_output=True, check=False).returncode, "it would be imported"
-    if line[0] == "-m":
-        line = [*line, "--model", str(SHIPPED)]
-    done = subprocess.run([sys.executable, *line], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def test_code_that_a_checkpoint_brings_may_want_torch(monkeypatch):
-    for option, hidden in ({"--max-tokens": True, "--trust-remote-code": False, "--trust": False}).items():
-        modules = {}
-        monkeypatch.setattr(sys, "argv", ["x", option])
-        monkeypatch.setattr(sys, "modules", modules)
-        without_torch()
-        monkeypatch.undo()
-        assert ("torch" in modules) is hidden

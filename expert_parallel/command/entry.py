@@ -2,19 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
 from ..ranks.launch import end_with_supervisor, launched
 from .output import exit_of, exit_on_user_error, progress_line
-
-
-def without_torch() -> None:
-    """Where torch is installed transformers imports it, most of a script's start, and mlx-lm uses nothing of it.
-
-    For a process that is a script's own. Code that a checkpoint brings along may want it (`--trust-remote-code`).
-    """
-    if not any(word.startswith("--tru") for word in sys.argv):  # as argparse takes it
-        sys.modules.setdefault("torch", None)  # it cannot be imported then, nor found
 
 
 def as_rank(run, show: bool = True) -> None:
