@@ -157,6 +157,7 @@ def adapters(tmp_path_factory):
         ("--streams",),
         ("--kv-bits", 8),
         ("--dtype", "bfloat16"),
+        ("--dtype", "float16"),
         ("--temp", 1, "--seed", 5),
         ("--prompt", LONG),
     ],
