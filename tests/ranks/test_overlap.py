@@ -11,7 +11,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from expert_parallel import place_experts, shard_model
 from expert_parallel.layers import moe_layers
 from expert_parallel.moving.live import Counting
-from expert_parallel.ranks.overlap import overlap_collectives
+from expert_parallel.ranks.overlap import _Overlap, overlap_collectives
 from expert_parallel.trace import recorders
 
 FROM, LENGTHS, SHARDED = 8, [1, 7, 8, 9, 31, 64], "sharded"  # as in rank_overlap.py
@@ -61,6 +61,15 @@ def test_a_half_is_being_summed_while_the_other_is_computed(combine, monkeypatch
     model(mx.array([list(range(9))]))  # keeps nothing: a second half would not see the first
     model(mx.array([list(range(9))] * 2), cache=make_prompt_cache(model))
     assert seen == [None] * 9
+
+
+def test_a_layer_is_read_in_halves_where_that_can_change_nothing():
+    fits, x, cache = _Overlap().fits, mx.zeros((1, 8, 64)), make_prompt_cache(random_model())[0]
+    assert fits(x, ("causal", cache)) and fits(x, (cache, None, "causal"))
+    for arguments in ((None, cache), (cache,), ("causal", None), ("causal", cache, mx.zeros(8)), (mx.zeros(8), cache)):
+        assert not fits(x, arguments)
+    assert not fits(mx.zeros((2, 8, 64)), ("causal", cache)) and not fits(mx.zeros((8, 64)), ("causal", cache))
+    assert not fits(mx.zeros((1, 1, 64)), ("causal", cache))
 
 
 def test_slots_are_counted_whether_a_layer_had_them_in_halves_or_not():
