@@ -134,6 +134,9 @@ def test_what_leaves_the_answer_is_compared_with_stock(more, how, line, run_here
     assert facts_of(text, "In short")["lost"].startswith(line)
     assert document["failures"]["answer_stays"]
     assert 0 < row["pause_seconds_measured"] < 60 if how == "recover" else row["pause_seconds_measured"] is None
+    printed = columns_of(text, f"Lost devices ({how}: the same answer)", 1)
+    if how == "recover":
+        assert (printed["read"], printed["seconds"]) == (("64",), (f"{row['pause_seconds_measured']:.3f}",))
     assert row["repair_experts"] == row["experts_gone"] == (64 if how == "recover" else 0)
     held = document["memory"]["experts_per_device_bytes"]
     assert held[6] == 0 and sum(held) == (L * E if how == "recover" else L * (2 * E - 32)) * EXPERT_BYTES
