@@ -6,7 +6,7 @@ from ..ranks.launch import end_with_supervisor, launched
 from .output import exit_of, exit_on_user_error, progress_line
 
 
-def as_rank(run, show: bool = True) -> None:
+def as_rank(run, show: bool) -> None:
     """run(watchdog, tell), by itself or as one of several ranks, which then end together.
 
     show  whether a process by itself tells what is under way, see `progress_line`; ranks do not

@@ -20,12 +20,12 @@ def deal(held, wanted, loads, alive) -> np.ndarray:
     copies = held.sum(axis=1)
     share = loads / np.maximum(copies + wanted, 1)  # of one copy, in the end
     load = np.matmul(held, share[..., None])[..., 0]  # [L, D]
-    inherited = np.where(copies > 1, share / np.maximum(copies - 1, 1), 0)  # by each other holder of a lost one's share
+    inherited = share / np.maximum(copies - 1, 1)  # by each other holder, where there is one, of a lost one's share
     heirs = np.matmul(held * inherited[:, None], held.transpose(0, 2, 1)) * ~np.eye(held.shape[1], dtype=bool)
     # Room for slots. Experts that wait on a device can go to all others, so it has room for the rest at most.
     waiting, left = (held & wanted[:, None]).sum(axis=2), wanted.sum(axis=1)
     room = _evenly(held.sum(axis=2), left, np.where(alive, left[:, None] - waiting, 0))
-    for of_turn in np.argsort(np.where(wanted, -loads, np.inf), axis=1, kind="stable").T[: left.max(initial=0)]:
+    for of_turn in np.argsort(np.where(wanted, -loads, np.inf), axis=1, kind="stable").T[: left.max()]:
         rows = np.flatnonzero(left)
         expert = of_turn[rows]
         holds, more, heir = held[rows, :, expert], share[rows, expert][:, None], heirs[rows]  # [n, D], [n, 1]
@@ -56,7 +56,7 @@ def _evenly(counts, amount, most) -> np.ndarray:
     """
     share, open_to = np.zeros_like(counts), most.any(axis=0)
     turn = (np.cumsum(open_to) - 1 - (np.cumsum(amount) - amount)[:, None]) % max(open_to.sum(), 1)
-    for n in range(amount.max(initial=0)):
+    for n in range(amount.max()):
         rows = np.flatnonzero(amount > n)
         full = counts + share + turn / len(open_to)  # counts are whole: turns only part equals
         share[rows, np.where(share < most, full, np.inf)[rows].argmin(axis=1)] += 1

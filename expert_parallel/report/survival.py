@@ -60,7 +60,7 @@ def of_placements(
 def _loss(held, test: Choices, loads, lost, expert_bytes: int, rate: float) -> dict:
     """One placement, bool [L, D, E], without some devices, and mended by repair for loads [L, E]."""
     left, mended, steps = without(held, lost), repair(held, lost, loads), np.arange(len(test.experts)) // BATCH
-    placed = {"before": held, "since": left} | ({"mended": mended} if (mended != left).any() else {})
+    placed = {"before": held, "since": left, "mended": mended}
     device = {name: devices_of_trace(test.experts, each, steps) for name, each in placed.items()}
     slots = {name: device_slots(each, held.shape[1]) for name, each in device.items()}
     alive, read = living(left), arrivals(left, mended, expert_bytes, rate)
@@ -70,7 +70,7 @@ def _loss(held, test: Choices, loads, lost, expert_bytes: int, rate: float) -> d
         "slots_lost_by_chance": float(gone(left).mean()),
         "balancedness_before_simulated": balancedness(slots["before"], "aggregate"),
         "balancedness_since_simulated": balancedness(slots["since"][:, alive], "aggregate"),
-        "balancedness_mended_simulated": balancedness(slots.get("mended", slots["since"])[:, alive], "aggregate"),
+        "balancedness_mended_simulated": balancedness(slots["mended"][:, alive], "aggregate"),
         "repair_experts": read.experts.tolist(),
         "repair_bytes": read.bytes,
         "repair_seconds_modelled": read.side_by_side,
@@ -89,10 +89,10 @@ def _any_losses(placed: dict) -> Table:
         for each in survivors(placement.held, 2):
             row[f"of_{each.lost}"] = vars(each) | {"experts": placement.copies.size}
         rows.append(row)
-    two = "of_2" if placed["contiguous"].num_devices > 1 else "of_1"
 
     def gone_of(row):
-        return "{:.1%} ({:.1%})".format(*(row[two][key] / row[two]["experts"] for key in ("gone_mean", "gone_worst")))
+        two = row["of_2"]
+        return f"{two['gone_mean'] / two['experts']:.1%} ({two['gone_worst'] / two['experts']:.1%})"
 
     return of_records(
         "Any one or two lost (computed over all sets of devices)",
@@ -101,8 +101,8 @@ def _any_losses(placed: dict) -> Table:
         ("remedy", "remedy"),
         ("held", "held", "{:.2f}x"),
         (lambda row: f"{row['of_1']['unhurt']:.0%}", "survives one"),
-        (lambda row: f"{row[two]['unhurt']:.0%} ({row[two]['if_at_random']:.0%})", "two (at random)"),
-        (lambda row: f"{row[two]['layers_unhurt']:.0%}", "a layer"),
+        (lambda row: f"{row['of_2']['unhurt']:.0%} ({row['of_2']['if_at_random']:.0%})", "two (at random)"),
+        (lambda row: f"{row['of_2']['layers_unhurt']:.0%}", "a layer"),
         (gone_of, "gone (worst)"),
         section="failures",
         note="held: over the number of experts; survives: share of the sets after which no expert is gone, at random:"

@@ -13,7 +13,7 @@ import mlx_lm
 import numpy as np
 import pytest
 from checkpoints import EXPERT_BYTES, GRANITE, LAYOUTS, QWEN3, Rank, save
-from conftest import ROOT, of_a_user
+from conftest import ROOT, SHIPPED, of_a_user
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
@@ -390,3 +390,9 @@ def test_a_copy_of_the_shipped_model_is_as_small(tmp_path, checkpoints):
     (tmp_path / "config.json").write_text((finding.SHIPPED / "config.json").read_text())
     assert finding.is_shipped(finding.SHIPPED) and finding.is_shipped(tmp_path)
     assert not finding.is_shipped(checkpoints["mlx-4bit"])
+
+
+def test_an_answer_ends_where_the_configuration_says():
+    checkpoint = Checkpoint(SHIPPED)
+    checkpoint.config["eos_token_id"] = [7, 9]
+    assert checkpoint.tokenizer().eos_token_ids >= {7, 9}

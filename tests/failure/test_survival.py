@@ -114,6 +114,15 @@ def test_mirrored_devices_and_spread_copies():
     assert mirrored[1].gone_mean == pytest.approx(spread[1].gone_mean) == pytest.approx(2 * 128 / 28)
 
 
+def test_as_many_sets_as_are_counted_and_no_more(monkeypatch):
+    monkeypatch.setattr("expert_parallel.failure.survival.MOST_CELLS", 16)
+    for devices, most in ((4, 2), (5, 1)):
+        held = place_experts(np.ones((1, 8)), devices).held
+        assert len(survivors(held, most)) == most
+    with pytest.raises(ValueError, match="^2 losses of 5 devices are 10 sets"):
+        survivors(held, 2)
+
+
 def test_many_devices_and_too_many():
     held = protected(place_experts(np.ones((48, 512)), 128)).held
     assert [each.sets for each in survivors(held, 2)] == [128, 8128]

@@ -11,6 +11,8 @@ from conftest import SHIPPED
 from mlx_lm import load
 from printed import columns_of, facts_of
 
+from expert_parallel.failure.losses import Losses
+
 L, E, D, K = 4, 128, 8, 8
 HIDDEN, WIDTH = 256, 64  # of the shipped model's experts: 4 bits, a scale and a bias of 4 bytes for each 64 weights
 EXPERT_BYTES = 3 * HIDDEN * WIDTH * (4 / 8 + 2 * 4 / 64)
@@ -108,14 +110,16 @@ def test_dropped_experts_slot_by_slot(run_here, tmp_path):
     assert first >= 4 and document["parity"]["tokens_equal"] is False
 
 
-def test_rerouted_slots_are_counted_while_the_answer_came(run_here, tmp_path):
+def test_rerouted_slots_are_counted_while_the_answer_came(run_here, tmp_path, monkeypatch):
+    counted, count = [], Losses.rerouted.fget
+    monkeypatch.setattr(Losses, "rerouted", property(lambda self: counted.append(count(self)) or counted[-1]))
     text, document, chosen, prefill = run(run_here, tmp_path, "--fail-device", "2", "--on-failure", "reroute")
     failures = document["failures"]
     assert not any(32 <= e < 48 for token in chosen for experts in token for e in experts)
     assert failures["losses"][0]["slots_unserved_share"] == 0 and failures["losses"][0]["tokens_since"] == len(chosen)
     assert failures["losses"][0]["balancedness_before"] is None
     share = failures["slots_rerouted_share"]
-    assert 0.02 < share < 0.4
+    assert share == pytest.approx(counted[0] / (len(chosen) * L * K)) and 0.02 < share < 0.4
     assert f"{share:.1%} of all choices were not the router's first" in " ".join(text.split())
 
 
@@ -134,6 +138,9 @@ def test_what_leaves_the_answer_is_compared_with_stock(more, how, line, run_here
     assert facts_of(text, "In short")["lost"].startswith(line)
     assert document["failures"]["answer_stays"]
     assert 0 < row["pause_seconds_measured"] < 60 if how == "recover" else row["pause_seconds_measured"] is None
+    printed = columns_of(text, f"Lost devices ({how}: the same answer)", 1)
+    if how == "recover":
+        assert (printed["read"], printed["seconds"]) == (("64",), (f"{row['pause_seconds_measured']:.3f}",))
     assert row["repair_experts"] == row["experts_gone"] == (64 if how == "recover" else 0)
     held = document["memory"]["experts_per_device_bytes"]
     assert held[6] == 0 and sum(held) == (L * E if how == "recover" else L * (2 * E - 32)) * EXPERT_BYTES

@@ -9,6 +9,7 @@ import pytest
 from printed import columns_of
 
 from expert_parallel import place_experts
+from expert_parallel.failure.survival import repair
 from expert_parallel.placing.affinity import coactivation
 from expert_parallel.report.survival import of_placements
 from expert_parallel.report.table import sections
@@ -80,6 +81,10 @@ def test_a_loss_recounted(told, remedy):
     assert row["repair_seconds_in_turn_modelled"] == pytest.approx(2e6 * number / 0.5e9)
     assert max(row["repair_experts"]) <= number / 2 + L  # two survivors
     assert row["balancedness_mended_simulated"] >= best_mended(test, left, missing)
+    whole = np.array([[[d in layer[e] for e in range(E)] for d in range(D)] for layer in held])
+    after = repair(whole, LOST, fit.loads())
+    mended = [{e: set(np.flatnonzero(after[l, :, e]).tolist()) for e in range(E)} for l in range(L)]
+    assert row["balancedness_mended_simulated"] == pytest.approx(evenness(test, mended, (1, 3)))
 
 
 def best_mended(test, left, missing):
@@ -137,6 +142,7 @@ def test_what_is_printed_is_what_json_says(told):
     assert f"if uniform, {even['before']:.3f} before and {even['since']:.3f} since" in joined
     assert "experts of 2.00 MB at 0.5 GB/s (assumed)" in joined
     rows = figures["survival"]
+    assert "held: over the number of experts; survives: share of the sets" in joined
     any_of = columns_of(text, "Any one or two lost (computed over all sets of devices)", 7)
     assert any_of["held"] == tuple(f"{row['held']:.2f}x" for row in rows)
     assert any_of["survives one"] == tuple(f"{100 * row['of_1']['unhurt']:.0f}%" for row in rows)
