@@ -185,7 +185,7 @@ def shard_model(
         install(layer, sharded, group, combine)
         del experts, stores, sharded
     measure_masked(layers, group)
-    quicken(model, streams)
+    quicken(model, streams, group)
     return model
 
 

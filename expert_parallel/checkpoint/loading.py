@@ -170,7 +170,7 @@ def load_sharded(
         read_ahead(layers, prefetch, cache_trace)
     if cold_bits is not None:
         compress_cold(model, cache_trace.loads(), cold_share, cold_bits)
-    quicken(model, streams)
+    quicken(model, streams, group)
     return (model, tokenizer, report) if return_report else (model, tokenizer)
 
 

@@ -24,8 +24,10 @@ SHAPES = ((slice(0, FEW), (1, 3, 67)), (slice(0, ROWS), (2, 17)))  # rows and to
 _plans = {}  # by kind of product: a model's layers are a few kinds again and again
 
 
-def quicken(model: nn.Module, streams: str = "auto") -> None:
+def quicken(model: nn.Module, streams: str = "auto", group=None) -> None:
     """Let the products of a sharded model go the quicker ways, and its devices side by side; on a GPU nothing changes.
+
+    A collective of the ranks of `group`.
 
     streams  auto  what is found quicker by trial
              on    split whatever the size, and for the rest as auto
@@ -35,21 +37,30 @@ def quicken(model: nn.Module, streams: str = "auto") -> None:
         return
     layers = moe_layers(model)
     lanes = Lanes(useful_lanes(len(layers[0].experts.stores)))
-    quicken_products(model, lanes, streams == "on")
+    quicken_products(model, lanes, streams == "on", group)
     if lanes.count > 1:
         slots = 0 if streams == "on" else slots_from(layers[0].experts, lanes)
         for layer in layers:
             layer.experts.lanes, layer.experts.side_by_side_from = lanes, slots
 
 
-def quicken_products(model: nn.Module, lanes: Lanes, split_anyway: bool = False) -> None:
-    """The same for linear layers and experts of any model of mlx-lm, whose memory does not change."""
+def quicken_products(model: nn.Module, lanes: Lanes, split_anyway: bool = False, group=None) -> None:
+    """The same for linear layers and experts of any model of mlx-lm, whose memory does not change.
+
+    Ranks take the least that any of them found: in which order mlx computes pending collectives depends on the graph
+    behind them, and one that is another on another rank would never end, or be added to a wrong one.
+    """
     modules = [module for module in model.modules() if not hasattr(module, "_product")]
     linear = [module for module in modules if type(module) in LINEAR]
     lengths = {len(module["weight"]) for module in linear}
     linear += [m for m in modules if type(m) in HEAD and len(m["weight"]) not in lengths]  # it is the head, too
-    for module in linear:
-        _install(module, Product(plan_of_linear(module, lanes, split_anyway), lanes))
+    plans = [plan_of_linear(module, lanes, split_anyway) for module in linear]
+    if plans and group is not None and group.size() > 1:
+        tokens = mx.array([[plan.split_from, plan.together_from] for plan in plans])
+        tokens = mx.distributed.all_max(tokens, group=group).tolist()
+        plans = [Plan(*found, plan.dtype) for found, plan in zip(tokens, plans, strict=True)]
+    for module, plan in zip(linear, plans, strict=True):
+        _install(module, Product(plan, lanes))
     read_when_asked_for = {
         id(stack)
         for store in modules

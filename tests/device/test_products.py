@@ -8,6 +8,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from blocks import small_model
+from checkpoints import Rank
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
 from expert_parallel import place_experts, shard_model
@@ -214,6 +215,16 @@ def test_an_embedding_that_is_the_head_is_split(always):
         assert mx.array_equal(got, right)
     untied = shard_model(small_model("qwen3_moe"), place_experts(np.zeros((2, 8)), 2))
     assert type(untied.model.embed_tokens) is nn.Embedding
+
+
+def test_ranks_take_the_least_that_any_of_them_found(always, monkeypatch):
+    """Otherwise their graphs differ, and with them the order of pending collectives."""
+    other = lambda found, group: mx.where(mx.arange(found.shape[0])[:, None] == 0, math.inf, mx.maximum(found, 5))  # noqa: E731
+    monkeypatch.setattr(mx.distributed, "all_max", other)
+    model = shard_model(small_model("qwen3_moe"), place_experts(np.zeros((2, 8)), 2), Rank(0, 2))
+    linear = [module for module in model.modules() if type(module) in (*LINEAR, *LINEAR.values())]
+    found = [m._product.plan.together_from if hasattr(m, "_product") else math.inf for m in linear]
+    assert found == [math.inf, *[5] * (len(linear) - 1)] and len(linear) > 8
 
 
 def test_off_leaves_mlx_lm_as_it_is(always, monkeypatch):
