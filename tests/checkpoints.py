@@ -99,7 +99,7 @@ LAYOUTS = {
 
 
 class Rank:
-    """A group as loading sees it: no collective is called while a rank loads."""
+    """A group as loading sees it; what ranks agree on while they load, see conftest.py."""
 
     def __init__(self, rank, size):
         self._rank, self._size = rank, size

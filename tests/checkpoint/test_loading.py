@@ -196,7 +196,7 @@ def status(field):
     return next(int(l.split()[1]) for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(field))
 load_tokenizer(Path(sys.argv[1]))
 before = status("VmRSS")
-load_sharded(sys.argv[1], group=Rank(3, 8), dtype="keep")
+load_sharded(sys.argv[1], group=Rank(3, 8), dtype="keep", streams="off")
 print((status("VmHWM") - before) * 1024)
 """
 
