@@ -28,7 +28,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 from rich.progress import track
-from speed_of_ranks import STOCK, TENSOR, Workers, answer, build, read_turn
+from speed_of_ranks import STOCK, TENSOR, TENSOR_QUICK, Workers, answer, build, read_turn
 from steps_of_batches import count, elsewhere, modelled, wanted_by_chance
 
 from expert_parallel import place_experts, record_routing
@@ -44,7 +44,8 @@ from expert_parallel.projection.step import uniform_experts
 from expert_parallel.report import table
 
 BATCHES, SEQUENCES = (1, 4, 8, 16, 32), 32
-ONE_PROCESS, ON_RANKS = (STOCK, "2 simulated", "8 simulated"), (TENSOR, "rest whole", "rest split")
+ONE_PROCESS = (STOCK, "2 simulated", "2 simulated, quick", "8 simulated, quick")
+ON_RANKS = (TENSOR, TENSOR_QUICK, "rest whole", "rest split", "rest split, quick")
 
 
 # --- one process of a backend, which waits for its turns ---------------------------------------------------------

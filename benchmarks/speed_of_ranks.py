@@ -7,9 +7,9 @@
     stock                     mlx-lm, one process
     2 simulated               one process, two devices by turns
     tensor parallel           mlx-lm's own, every expert is split
-    head split                and its output head, which mlx-lm leaves whole, split as "rest split" has it
+    head                      and its output head, which mlx-lm leaves whole, split as "rest split" has it
     rest whole, rest split    expert parallel, all that is no expert on every rank or sharded
-    copies                    a quarter of the experts is held twice
+    copies                    rest split, and a quarter of the experts is held twice
     quick                     products go the quicker ways that a trial finds (expert_parallel/device), as they do by
                               default: over two streams in one process, many tokens at once; else as mlx-lm has them
 
@@ -55,11 +55,11 @@ from expert_parallel.report import table
 from expert_parallel.report.measuring import resident_bytes, time_parts
 
 CONTEXT = 8
-STOCK, TENSOR, TENSOR_QUICK = "stock", "tensor parallel", "tensor, head split, quick"
+STOCK, TENSOR, TENSOR_QUICK = "stock", "tensor parallel", "tensor, head, quick"
 ONE_PROCESS = (STOCK, "2 simulated", "2 simulated, quick")
-ON_RANKS = (TENSOR, TENSOR_QUICK, "rest whole", "rest split", "rest split, quick", "rest split, copies, quick")
+ON_RANKS = (TENSOR, TENSOR_QUICK, "rest whole", "rest split", "rest split, quick", "split, copies, quick")
 LIKE = ((TENSOR, TENSOR_QUICK), (TENSOR, "rest whole"), (TENSOR, "rest split"),
-        (TENSOR_QUICK, "rest split, quick"), (TENSOR_QUICK, "rest split, copies, quick"))  # fmt: skip
+        (TENSOR_QUICK, "rest split, quick"), (TENSOR_QUICK, "split, copies, quick"))  # fmt: skip
 PARTS = ("total", "experts", "head", "collectives", "waiting")
 WORKS = {"decode": "ms/token", "prompt": "ms", "layers": "ms"}
 
@@ -74,7 +74,7 @@ def build(variant, args, group):
     if variant.startswith("tensor"):
         model = load_whole(args.model)[0]
         model.shard(group)
-        if "head split" in variant and not split_head(model, group):
+        if "head" in variant and not split_head(model, group):
             raise ValueError("the output head is no product of its own without a bias, and stays whole")
         mx.eval(model.parameters())
         mx.clear_cache()
