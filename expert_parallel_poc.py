@@ -46,7 +46,7 @@ def setup_arg_parser():
     add(
         "--expert-memory",
         metavar="LIST",
-        help="with --trace, what a cache of experts would hit: 10%%,25%%,4GB (at least 1)",
+        help="with --trace, what caches of these sizes would hit, such as 10%%,25%%,4GB; one expert a layer at least",
     )
     add(
         "--fail-device",

@@ -3,7 +3,7 @@
     python benchmarks/chaos.py --kills 100 --seed 0 --json chaos.json
 
 Each run is tools/supervise.py with 2 or 3 ranks over the ring or MPI; it is
-hit one to three times: SIGKILL of a rank or of the process that watches it,
+hit one to four times: SIGKILL of a rank or of the process that watches it,
 SIGSTOP of a rank (a hang), or a full disk under the journal (a limit on the
 size of rank 0's files, Linux), after which the same command is given again.
 Half of the moments are uniform over the run, as long as it takes where nothing

@@ -6,6 +6,7 @@ Which experts are cold is fitted on the first half of each held-out text, perple
 windows of 512 tokens. Beside it the same share chosen at random and, the other way round, the most used.
 """
 
+import argparse
 import math
 import sys
 from pathlib import Path
@@ -39,6 +40,7 @@ def perplexity(model, texts):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print("{device}, {device_name}, {cores} cores, mlx {mlx}".format(**environment()))
     model, tokenizer = load_sharded(SHIPPED, num_devices=1)
     files = sorted((SHIPPED / "held-out").glob("*.txt"))

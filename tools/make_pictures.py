@@ -5,6 +5,7 @@
 Writes docs/*.png.
 """
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ KEPT = ("expert_loads", "device_loads", "memory", "speed")
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     docs = ROOT / "docs"
     docs.mkdir(exist_ok=True)
     with TemporaryDirectory() as folder:

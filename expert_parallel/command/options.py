@@ -106,7 +106,8 @@ def parser_of(description: str, only=()) -> argparse.ArgumentParser:
         help="of activations and scales (default: float32 on the CPU, the checkpoint's own on a GPU)")
     add("--streams", nargs="?", default="auto", const="on", choices=("auto", "on", "off"),
         help="on the CPU, to the same bits: parts of every product on streams of their own, and many tokens of a prompt"
-             " at once; auto: what a trial finds quicker (default), on: split it all, off: as mlx-lm computes")
+             " at once; auto: what a trial finds quicker (default); on, or --streams alone: split it all; off: as"
+             " mlx-lm computes")
     add("--verify", action=argparse.BooleanOptionalAction, default=None,
         help="run stock mlx-lm beside it and compare (default: with the shipped model)")
     add("--trials", type=int, metavar="N",

@@ -70,9 +70,9 @@ def test_speeds_are_those_of_the_benchmarks():
     rows = {row[0]: row[1:] for row in rows_under("")}
     for name, variant in {
         "one process, two simulated devices: the same bits as stock": "2 simulated, quick",
-        "two processes, attention and the last layer split, too (`--attention sharded`)": "rest split, quick",
+        "two processes, attention and the output layer split, too (`--attention sharded`)": "rest split, quick",
         "two processes of mlx-lm's tensor parallelism": "tensor parallel",
-        "the same, given our split of the last layer and our quicker products": "tensor, head, quick",
+        "the same, given our split of the output layer and our quicker products": "tensor, head, quick",
     }.items():
         assert rows[name] == [ratios(kind, variant)[0] for kind in ("decode", "prompt")]
 
