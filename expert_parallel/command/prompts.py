@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,10 +134,23 @@ def _token_ids(text, tokenizer, args) -> list[int]:
     except ValueError as error:
         raise ValueError(f"--chat-template-config is no JSON: {error}") from None
     try:
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **more)
+        with _no_warning():
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **more)
     except Exception as error:  # templates are programs: jinja2, json and they themselves raise what they like
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"the model's chat template fails: {reason}") from None
     if not ids:
         raise ValueError("the prompt is empty after the model's chat template")
     return list(ids)
+
+
+@contextmanager
+def _no_warning():
+    """Without transformers' line on a text that is too long, which the caller reports; templates take no `verbose`."""
+    logger = logging.getLogger("transformers")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

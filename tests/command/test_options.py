@@ -1,5 +1,7 @@
 """Options of the main script, without a model: the ends of their ranges, and what becomes of a prompt."""
 
+import logging
+
 import numpy as np
 import pytest
 
@@ -204,6 +206,16 @@ def test_a_prompt_becomes_what_the_model_reads(template, line, expected):
     prompt = read_prompt(arguments("--prompt", "hi", *line), Tokenizer(template), None)
     assert "".join(map(chr, prompt.ids)) == expected
     assert (prompt.text, prompt.max_tokens, prompt.note) == ("hi", 64, "")
+
+
+def test_a_template_s_text_that_is_too_long_is_reported_once():
+    """By the error alone: transformers would say it, too, and of a template's text takes no `verbose`."""
+    tokenizer, logger, heard = Tokenizer(True), logging.getLogger("transformers.of_a_test"), []
+    plain, before = tokenizer.encode, logger.isEnabledFor(logging.WARNING)
+    tokenizer.encode = lambda *text: heard.append(logger.isEnabledFor(logging.WARNING)) or plain(*text)
+    with pytest.raises(ValueError, match="the model's context is 10"):
+        read_prompt(arguments("--prompt", "hi"), tokenizer, 10)
+    assert heard == [False] and logger.isEnabledFor(logging.WARNING) == before
 
 
 @pytest.mark.parametrize("line", [("--system-prompt", "Be short."), ("--chat-template-config", "{}")])
