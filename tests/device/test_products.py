@@ -30,7 +30,7 @@ def small_trials(monkeypatch):
 @pytest.fixture
 def always(monkeypatch):
     """Every way is found quicker from the first token on; whether its bits are the same is still found by trial."""
-    monkeypatch.setattr(trials, "from_tokens", lambda plain, quick, module: 1)
+    monkeypatch.setattr(trials, "from_tokens", lambda *ways: 1)
     monkeypatch.setattr(trials, "slots_from", lambda sharded, lanes: 0)
 
 
@@ -82,7 +82,7 @@ def test_layers_of_tensor_parallelism_to_the_bit(bias, packing, sharding, always
 def test_other_bits_are_never_taken(monkeypatch):
     """What is off by one in the last place for one token of many is found, however quick it is."""
     layer, right = linear(False, {"bits": 4}), products.together
-    monkeypatch.setattr(trials, "from_tokens", lambda plain, quick, module: 1)
+    monkeypatch.setattr(trials, "from_tokens", lambda *ways: 1)
     assert trials.plan_of_linear(layer, Lanes(2)) == Plan(1, 1, mx.float32)
 
     def wrong(module, at, columns):
@@ -155,6 +155,15 @@ def test_new_weights_are_followed():
     other.scales = other.scales * 2
     quick.update({"scales": other.scales})
     assert mx.array_equal(quick(x), other(x))
+
+
+def test_a_split_that_does_not_pay_is_not_tried_with_ever_more_tokens(monkeypatch):
+    """More would not change what is quicker; mlx's products of float16 take a hundred times as long as of float32."""
+    taken = []
+    monkeypatch.setattr(trials, "_seconds", lambda way, x: taken.append(len(x)) or trials.LONG * len(x) / 8)
+    monkeypatch.setattr(trials, "together", lambda module, at, columns: mx.zeros((1, 1)))  # other bits
+    assert trials.plan_of_linear(linear(False, {"bits": 4}), Lanes(2)) == Plan(math.inf, math.inf, mx.float32)
+    assert taken == [1, 1, 8, 8, 16, 16]
 
 
 def test_types_without_a_trial_go_as_before():
