@@ -1,5 +1,6 @@
 """Products that go other ways than mlx's own: every bit is the same, and where it is not they are not taken."""
 
+import copy
 import math
 import threading
 
@@ -241,6 +242,19 @@ def test_off_leaves_mlx_lm_as_it_is(always, monkeypatch):
     model = shard_model(small_model("qwen3_moe"), place_experts(np.zeros((2, 8)), 2), streams="off")
     assert not [module for module in model.modules() if hasattr(module, "_product")]
     assert trials.in_words(model) is None
+
+
+def test_a_copy_of_a_model_is_one_of_its_own(always):
+    model = shard_model(small_model("qwen3_moe"), place_experts(np.zeros((2, 8)), 2), streams="on")
+    expected, other = logits(model), copy.deepcopy(model)
+    quick = [module._product for module in model.modules() if hasattr(module, "_product")]
+    copied = [module._product for module in other.modules() if hasattr(module, "_product")]
+    assert len(quick) == len(copied) > 8 and [each.plan for each in quick] == [each.plan for each in copied]
+    other.lm_head.weight = other.lm_head.weight * 2
+    for got, right in zip(logits(other), expected, strict=True):
+        assert mx.array_equal(got, right * 2)
+    for got, right in zip(logits(model), expected, strict=True):
+        assert mx.array_equal(got, right)
 
 
 def test_experts_that_move_go_the_same_ways(always):
