@@ -73,16 +73,14 @@ def run(tool: str, args, theirs: list[str], watchdog) -> None:
     with all_or_none(group) as same:
         same |= {"tool": tool, "its options": theirs}
         same |= {limits.option(name): value for name, value in vars(args).items() if name not in OWN}
-    first, names = group.rank() == 0, {flag.partition("=")[0] for flag in theirs}
+    first, note, names = group.rank() == 0, "", {flag.partition("=")[0] for flag in theirs}
     if "--model" not in names and not {"-h", "--help"} & names:
         from ..checkpoint.finding import default_model
 
         path, note = default_model()
         theirs += ["--model", str(path)]
-        if first and note:
-            print(note, file=sys.stderr)
     with ExitStack() as stack:
-        loader = Loader(tool, args, theirs, group, watchdog, stack)
+        loader = Loader(tool, args, theirs, group, watchdog, stack, note if first else "")
         replacing = {name: loader for name in ("load", "sharded_load") if name in TOOLS[tool]}
         if group.size() > 1 and "make_sampler" in TOOLS[tool]:
             more, of_batches = following(module, group)
@@ -113,9 +111,13 @@ def run(tool: str, args, theirs: list[str], watchdog) -> None:
 
 
 class Loader:
-    """Stands for mlx-lm's `load` and `sharded_load` in one of its tools."""
+    """Stands for mlx-lm's `load` and `sharded_load` in one of its tools.
 
-    def __init__(self, tool, args, theirs, group, watchdog, stack):
+    note  for the user, printed when the tool has found nothing wrong with its options and loads
+    """
+
+    def __init__(self, tool, args, theirs, group, watchdog, stack, note=""):
+        self.note = note
         self.tool, self.args, self.group, self.watchdog, self.stack = tool, args, group, watchdog, stack
         drafts = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         drafts.add_argument("--draft-model")
@@ -139,6 +141,9 @@ class Loader:
         if self.draft is not None and str(path_or_hf_repo) == self.draft:  # a small model, whole as it is
             return load(path_or_hf_repo, return_config=return_config, tokenizer_config=tokenizer_config)
         self._watching.close()
+        if self.note:
+            print(self.note, file=sys.stderr)
+            self.note = ""
         with all_or_none(self.group) as same:
             folder = finding.resolve_model(hub_id(str(path_or_hf_repo)))
             checkpoint = Checkpoint(folder, adapter_path, trust_remote_code)

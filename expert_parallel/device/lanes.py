@@ -19,6 +19,9 @@ class Lanes(threading.local):
         self.count = count
         self._others = [mx.new_stream(mx.default_device()) for _ in range(count - 1)]
 
+    def __deepcopy__(self, memo):  # streams are the process's
+        return self
+
     def __call__(self, n: int):
         n %= self.count
         return mx.stream(self._others[n - 1]) if n else nullcontext()

@@ -85,6 +85,9 @@ class Product:
     def __init__(self, plan: Plan, lanes: Lanes):
         self.plan, self.lanes, self.arrays = plan, lanes, []
 
+    def __deepcopy__(self, memo):  # of a model: the copy's layer has arrays of its own
+        return Product(self.plan, self.lanes)
+
     def __call__(self, module: nn.Module, x: mx.array, whole) -> mx.array:
         tokens = x.size // x.shape[-1]
         at_once = tokens >= self.plan.together_from and x.dtype == self.plan.dtype
@@ -114,6 +117,9 @@ class ProductOfExperts:
 
     def __init__(self, plan: Plan):
         self.plan = plan
+
+    def __deepcopy__(self, memo):
+        return self
 
     def __call__(self, module: nn.Module, x: mx.array, indices: mx.array, whole) -> mx.array:
         """x [S, 1, K] in the order of indices [S], as mlx-lm sorts them from 64 slots on -> [S, 1, O]."""

@@ -103,7 +103,7 @@ def plan_of_linear(module: nn.Module, lanes: Lanes, split_anyway: bool = False) 
         plain, parts = rows(module, slice(0, most)), [rows(module, at) for at in equal_parts(most, lanes.count)]
         split_from, beside = math.inf, lambda x: split(parts, lanes, x)
         if lanes.count > 1 and _all_same(plain, beside, module, (1, 3, 17)):
-            split_from = 1 if split_anyway else from_tokens(plain, beside, module)
+            split_from = 1 if split_anyway else from_tokens(plain, beside, module, LONG)
         together_from = math.inf
         if all(_all_same(rows(module, at), _at_once(module, at), module, counts) for at, counts in SHAPES):
             few = slice(0, FEW)
@@ -133,13 +133,15 @@ def _at_once(module, at: slice):
     return lambda x: together(module, at, mx.contiguous(x.T)).T
 
 
-def from_tokens(plain, quick, module: nn.Module) -> float:
-    """The fewest tokens of TOKENS from which `quick` is quicker; inf: none."""
+def from_tokens(plain, quick, module: nn.Module, longest: float = math.inf) -> float:
+    """The fewest tokens of TOKENS from which `quick` is quicker; inf: none, or none before `plain` takes `longest`."""
     for count in TOKENS:
         x = _random(module, count)
         slow = _seconds(plain, x)
         if slow > BRIEF and slow > GAIN * _seconds(quick, x):
             return count
+        if slow > longest:
+            break
     return math.inf
 
 

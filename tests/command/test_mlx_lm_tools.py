@@ -165,6 +165,8 @@ def test_what_is_refused_in_a_line(line, words):
 def test_a_flag_that_nobody_knows_is_named_in_a_line(name):
     out, err = tool(name, "--model", SHIPPED, "--nonsense", 3)
     assert err == "error: unrecognized arguments: --nonsense 3 (--help explains)\n" and not out
+    out, err = tool(name, "--nonsense", 3)  # before anything is said of the model that it would take
+    assert err == "error: unrecognized arguments: --nonsense 3 (--help explains)\n" and not out
 
 
 @pytest.mark.parametrize("content", [None, b"nothing", b"\x08\0\0\0\0\0\0\0{}      "])

@@ -1,5 +1,6 @@
 """Products that go other ways than mlx's own: every bit is the same, and where it is not they are not taken."""
 
+import copy
 import math
 import threading
 
@@ -30,7 +31,7 @@ def small_trials(monkeypatch):
 @pytest.fixture
 def always(monkeypatch):
     """Every way is found quicker from the first token on; whether its bits are the same is still found by trial."""
-    monkeypatch.setattr(trials, "from_tokens", lambda plain, quick, module: 1)
+    monkeypatch.setattr(trials, "from_tokens", lambda *ways: 1)
     monkeypatch.setattr(trials, "slots_from", lambda sharded, lanes: 0)
 
 
@@ -82,7 +83,7 @@ def test_layers_of_tensor_parallelism_to_the_bit(bias, packing, sharding, always
 def test_other_bits_are_never_taken(monkeypatch):
     """What is off by one in the last place for one token of many is found, however quick it is."""
     layer, right = linear(False, {"bits": 4}), products.together
-    monkeypatch.setattr(trials, "from_tokens", lambda plain, quick, module: 1)
+    monkeypatch.setattr(trials, "from_tokens", lambda *ways: 1)
     assert trials.plan_of_linear(layer, Lanes(2)) == Plan(1, 1, mx.float32)
 
     def wrong(module, at, columns):
@@ -155,6 +156,15 @@ def test_new_weights_are_followed():
     other.scales = other.scales * 2
     quick.update({"scales": other.scales})
     assert mx.array_equal(quick(x), other(x))
+
+
+def test_a_split_that_does_not_pay_is_not_tried_with_ever_more_tokens(monkeypatch):
+    """More would not change what is quicker; mlx's products of float16 take a hundred times as long as of float32."""
+    taken = []
+    monkeypatch.setattr(trials, "_seconds", lambda way, x: taken.append(len(x)) or trials.LONG * len(x) / 8)
+    monkeypatch.setattr(trials, "together", lambda module, at, columns: mx.zeros((1, 1)))  # other bits
+    assert trials.plan_of_linear(linear(False, {"bits": 4}), Lanes(2)) == Plan(math.inf, math.inf, mx.float32)
+    assert taken == [1, 1, 8, 8, 16, 16]
 
 
 def test_types_without_a_trial_go_as_before():
@@ -232,6 +242,19 @@ def test_off_leaves_mlx_lm_as_it_is(always, monkeypatch):
     model = shard_model(small_model("qwen3_moe"), place_experts(np.zeros((2, 8)), 2), streams="off")
     assert not [module for module in model.modules() if hasattr(module, "_product")]
     assert trials.in_words(model) is None
+
+
+def test_a_copy_of_a_model_is_one_of_its_own(always):
+    model = shard_model(small_model("qwen3_moe"), place_experts(np.zeros((2, 8)), 2), streams="on")
+    expected, other = logits(model), copy.deepcopy(model)
+    quick = [module._product for module in model.modules() if hasattr(module, "_product")]
+    copied = [module._product for module in other.modules() if hasattr(module, "_product")]
+    assert len(quick) == len(copied) > 8 and [each.plan for each in quick] == [each.plan for each in copied]
+    other.lm_head.weight = other.lm_head.weight * 2
+    for got, right in zip(logits(other), expected, strict=True):
+        assert mx.array_equal(got, right * 2)
+    for got, right in zip(logits(model), expected, strict=True):
+        assert mx.array_equal(got, right)
 
 
 def test_experts_that_move_go_the_same_ways(always):
