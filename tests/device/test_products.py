@@ -235,6 +235,8 @@ def test_ranks_take_the_least_that_any_of_them_found(always, monkeypatch):
     linear = [module for module in model.modules() if type(module) in (*LINEAR, *LINEAR.values())]
     found = [m._product.plan.together_from if hasattr(m, "_product") else math.inf for m in linear]
     assert found == [math.inf, *[5] * (len(linear) - 1)] and len(linear) > 8
+    assert f"{len(linear) - 1} of {len(linear)} linear layers" in trials.in_words(model)  # without the embedding
+    assert "from 5 tokens on" in trials.in_words(model)
 
 
 def test_off_leaves_mlx_lm_as_it_is(always, monkeypatch):

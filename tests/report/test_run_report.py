@@ -424,9 +424,10 @@ def test_what_runs_where_shows_a_strategy_as_it_is():
     }
     reading = SimpleNamespace(bytes_read_experts=15_000_000, bytes_read_rest=920_000, seconds=0.14)
     prompt = Prompt([1, 2, 3], "a\n[b]" + "c" * 115, 9)  # 120 characters, the most that are shown
-    table = run.what_runs_where("[red]model", random_model(), prompt, PLACEMENT, 1, reading, versions)
+    model = shard_model(random_model(num_hidden_layers=2, num_experts=8), PLACEMENT, streams="off")
+    table = run.what_runs_where("[red]model", model, prompt, PLACEMENT, 1, reading, versions)
     longer = replace(prompt, text=prompt.text + "d")
-    longer = str(run.what_runs_where("m", random_model(), longer, PLACEMENT, 1, reading, versions))
+    longer = str(run.what_runs_where("m", model, longer, PLACEMENT, 1, reading, versions))
     assert facts_of(longer, "What runs where")["prompt"].replace(" ", "") == r"3tokens:a\n[b]" + "c" * 112 + "..."
     assert facts_of(str(table), "What runs where") == {
         "model": "[red]model",
