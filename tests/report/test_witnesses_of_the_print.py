@@ -5,6 +5,7 @@ here until it is compared.
 """
 
 import math
+import re
 
 import pytest
 import witness
@@ -59,6 +60,12 @@ def test_in_short(run):
     assert ("real ranks" in short) == (run.ranks == 1)
 
 
+QUICKER = (
+    r"\d+ of \d+ (linear layers|experts' stacks) (split over streams|take a prompt's tokens at once), from \d+"
+    " tokens? on|devices side by side"
+)
+
+
 def test_what_runs_where(run):
     where, document = facts(block(run, "What runs where")[0]), run.document
     about, first = document["environment"], run.history[0][1]
@@ -69,6 +76,8 @@ def test_what_runs_where(run):
     files, _, seconds = where.pop("read").partition(" of files in ")
     assert files == human(WEIGHTS["files"] if run.ranks == 1 else read_by_rank_0(run))
     assert 0 <= float(seconds.removesuffix(" s")) <= run.wall
+    ways = (found for found in where.pop("products", "").split("; ") if found)  # what a trial finds is the machine's
+    assert all(re.fullmatch(QUICKER, way) for way in ways)
     assert where == {
         "model": run.asked["model"],
         "MoE layers": f"{L} x {E} experts",
