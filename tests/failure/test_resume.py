@@ -345,6 +345,7 @@ def test_every_option_is_known_to_decide_the_answer_or_not():
     elsewhere = {
         "prompt",
         "prompts",
+        "overlap",
         "trust_remote_code",
         "devices",
         "placement",

@@ -131,6 +131,8 @@ def in_one_process(folder, tokens, before=None, **more):
     original = generation.stream_generate
 
     def overheard(*arguments, **options):
+        if not responses:  # trials at loading deal out slots, too
+            dealt.clear()
         for response in original(*arguments, **options):
             yield response
         responses.append(response)
