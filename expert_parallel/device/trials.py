@@ -75,15 +75,14 @@ def quicken_products(model: nn.Module, lanes: Lanes, split_anyway: bool = False,
 def in_words(model: nn.Module) -> str | None:
     """What goes which way in a model; None where all is as mlx-lm has it."""
     modules, words = list(model.modules()), []
-    for what, kinds in (("linear layers", {**LINEAR, **HEAD}), ("experts' stacks", EXPERTS)):
+    for what, kinds in (("linear layers", {**LINEAR, **HEAD}), ("experts", EXPERTS)):
         quick = [module._product.plan for module in modules if isinstance(module, tuple(kinds.values()))]
         count = len(quick) + sum(type(m) in kinds and type(m) not in HEAD for m in modules)  # embeddings: no product
         for way, did in (("split_from", "split over streams"), ("together_from", "take a prompt's tokens at once")):
             tokens = [getattr(plan, way) for plan in quick if getattr(plan, way) < math.inf]
+            which = what if kinds is EXPERTS else f"{len(tokens)} of {count} {what}"
             if tokens:
-                words.append(
-                    f"{len(tokens)} of {count} {what} {did}, from {min(tokens):g} token{'s'[: min(tokens) > 1]} on"
-                )
+                words.append(f"{which} {did}, from {min(tokens):g} token{'s'[: min(tokens) > 1]} on")
     if any(layer.experts.side_by_side_from < math.inf for layer in moe_layers(model)):
         words.append("devices side by side")
     return "; ".join(words) or None

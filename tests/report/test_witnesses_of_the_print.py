@@ -61,7 +61,7 @@ def test_in_short(run):
 
 
 QUICKER = (
-    r"\d+ of \d+ (linear layers|experts' stacks) (split over streams|take a prompt's tokens at once), from \d+"
+    r"(\d+ of \d+ linear layers|experts) (split over streams|take a prompt's tokens at once), from \d+"
     " tokens? on|devices side by side"
 )
 
