@@ -82,7 +82,7 @@ def together(model, tokenizer, prompts, how: dict, agreed, heard, out: bool):
     more = {"return_token_ids": True, "return_prompt_caches": True, **how, "sampler": sampler}
     answer = batch_generate(model, tokenizer, ids, max_tokens=most, **more)
     if agreed:
-        agreed.check(len(agreed))
+        agreed.check(agreed.unchecked)
     cache = [entries[0].merge(entries) for entries in zip(*answer.caches, strict=True)]
     said = zip(prompts, answer.texts, strict=True)
     text = "\n".join(f"[{n}] {each.begins}\n{text}\n" for n, (each, text) in enumerate(said, start=1))

@@ -223,11 +223,11 @@ def following(module, group) -> tuple[dict, dict]:
 
     def stream_generate(*args, **how):
         for response in stream(*args, **how):
-            agreed.check(len(agreed) - 1)  # of the newest, the next pass, tokens are not known
+            agreed.check(agreed.unchecked - 1)  # of the newest, the next pass, tokens are not known
             yield response
 
     def next_of_batch(this):
-        known = len(agreed)  # those that are sampled in this step are not
+        known = agreed.unchecked  # those that are sampled in this step are not
         responses = step(this)
         agreed.check(known)
         return responses

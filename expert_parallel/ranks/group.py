@@ -141,7 +141,8 @@ class Agreed:
         self._voices.append((both[-1:], voice * self._group.size()))
         return mx.depends(both[:-1].astype(token.dtype), both[-1:])
 
-    def __len__(self) -> int:
+    @property
+    def unchecked(self) -> int:
         """Steps that were not checked yet."""
         return len(self._voices)
 

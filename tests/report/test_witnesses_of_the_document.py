@@ -291,8 +291,9 @@ def test_placement_model_options_and_environment(run):
         "memory",
         "cache",
     }
-    sections |= {"communication", "ranks", "generation", "time", "not_a_number", "journal", "failures"}
+    sections |= {"communication", "ranks", "generation", "time", "not_a_number", "journal", "failures", "batch"}
     assert set(document) == sections
+    assert document["batch"] is None
     assert document["not_a_number"] is None and document["cache"] is None
     assert (document["ranks"] is None) == (run.ranks == 1)
     assert (document["rebalancing"] is None) == ("rebalance_every" not in run.asked)
