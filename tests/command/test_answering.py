@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
+from checkpoints import Rank
 from conftest import SHIPPED, launch, random_model
 from mlx_lm import batch_generate, load
 from test_options import Tokenizer, arguments
 
 from expert_parallel import RoutingTrace, place_experts
+from expert_parallel.checkpoint.opened import Checkpoint
 from expert_parallel.command import answering, limits
 from expert_parallel.command.prompts import Prompt, read_prompts
 from expert_parallel.report import batch
@@ -182,16 +184,35 @@ def test_prompts_are_lines_and_each_has_its_own_room(tmp_path):
     assert prompt.several[1].begins == "c d" and prompt.several[2].begins == ("long" * 20)[:57] + "..."
 
 
+def test_every_token_of_a_rank_is_agreed_on_and_checked(monkeypatch):
+    asked = []
+
+    def all_sum(values, group):  # of two ranks, of which the other has zeros and its voice
+        asked.append(group)
+        return values + mx.array([0] * (len(values) - 1) + [values[-1].item()], mx.int32)
+
+    monkeypatch.setattr(mx.distributed, "all_sum", all_sum)
+    args = SimpleNamespace(seed=0, temp=0, top_p=1, min_p=0, top_k=0, kv_bits=None)
+    tokenizer, prompt, ranks = Checkpoint(SHIPPED).tokenizer(), Prompt([1, 2], "a", 3), Rank(0, 2)
+    tokens, *_ = answering.generate(random_model(), tokenizer, prompt, args, ranks, lambda: None)
+    assert len(tokens) == 3 and asked == [ranks] * 4  # mlx-lm begins with one more than it says
+    monkeypatch.setattr(mx.distributed, "all_sum", lambda values, group: values)
+    with pytest.raises(RuntimeError, match="the connection to a peer was lost"):
+        answering.generate(random_model(), tokenizer, prompt, args, ranks, lambda: None)
+
+
 def test_nothing_is_said_where_not_all_ranks_had_a_part(capsys):
     """In any one step of a batch."""
 
-    class Broken(list):
+    class Broken:
+        unchecked = 0
+
         def __call__(self, tokens):
-            self.append(tokens)
+            self.unchecked += 1
             return tokens
 
         def check(self, steps):
-            assert steps == len(self) > 3
+            assert steps == self.unchecked > 3
             raise RuntimeError("the connection to a peer was lost")
 
     class Plain:
