@@ -182,7 +182,7 @@ def _random(module, tokens) -> mx.array:
 def _seconds(way, x) -> float:
     """The least of a few, of more where they are brief."""
     first = timeit.timeit(lambda: mx.eval(way(x)), number=1)
-    return min(first, *timeit.repeat(lambda: mx.eval(way(x)), number=1, repeat=9 if first < LONG else 2))
+    return min(first, *timeit.repeat(lambda: mx.eval(way(x)), number=1, repeat=4 if first < LONG else 2))
 
 
 def _kind(module) -> tuple:

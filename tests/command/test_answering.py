@@ -109,6 +109,7 @@ def test_the_trace_has_every_token_once_and_the_balance_of_steps_is_counted_from
     assert found["padding_tokens"] == sum(longest - row["prompt_tokens"] for row in rows)
 
 
+@pytest.mark.slow
 def test_more_prompts_than_mlx_lm_decodes_at_once(run_here, tmp_path, stock):
     """The later ones join when others have left; with copies and sampling, and the answers alone."""
     lines = [f"x{n} = [{n}" for n in range(35)]

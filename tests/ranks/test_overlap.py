@@ -14,10 +14,11 @@ from expert_parallel.moving.live import Counting
 from expert_parallel.ranks.overlap import _Overlap, overlap_collectives
 from expert_parallel.trace import recorders
 
+THREE = [pytest.param(backend, 3, marks=pytest.mark.slow) for backend in ("ring", "mpi")]
 FROM, LENGTHS, SHARDED = 8, [1, 7, 8, 9, 31, 64], "sharded"  # as in rank_overlap.py
 
 
-@pytest.mark.parametrize(("backend", "ranks"), [("ring", 2), ("mpi", 2), ("ring", 3), ("mpi", 3)])
+@pytest.mark.parametrize(("backend", "ranks"), [("ring", 2), ("mpi", 2), *THREE])
 def test_ranks_answer_as_without_it(backend, ranks, tmp_path):
     """Two ranks to the bit, but for copies, which are dealt out for each half; three up to the order of a sum."""
     results = launch(backend, ranks, "tests/ranks/rank_overlap.py", tmp_path, tmp_path=tmp_path)

@@ -164,9 +164,9 @@ def adapters(tmp_path_factory):
         ("--streams",),
         ("--kv-bits", 8),
         ("--dtype", "bfloat16"),
-        ("--dtype", "float16"),
+        pytest.param(("--dtype", "float16"), marks=pytest.mark.slow),
         ("--temp", 1, "--seed", 5),
-        ("--prompt", LONG),
+        pytest.param(("--prompt", LONG), marks=pytest.mark.slow),
     ],
     ids=lambda words: "-".join(map(str, words))[:24].strip("-"),
 )
