@@ -11,7 +11,7 @@ import timeit
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..layers import activation_type, moe_layers, projections, twin
+from ..layers import activation_type, expert_tensors, moe_layers, projections, twin
 from .lanes import Lanes, useful_lanes
 from .masked import random_steps
 from .products import EXPERTS, HEAD, LINEAR, ROWS, Plan, Product, ProductOfExperts, equal_parts, rows, split, together
@@ -148,6 +148,10 @@ def slots_from(sharded, lanes: Lanes) -> float:
     """The fewest slots of a step from which devices in lanes answer quicker than by turns; inf: none."""
     if not all(store.all_here for store in sharded.stores):
         return math.inf  # what is read as it is asked for is no measure
+    tensors = [tensor for store in sharded.stores for tensor in expert_tensors(store.experts).items()]
+    kind = (lanes.count, *((name, array.shape, array.dtype) for name, array in tensors))
+    if kind in _plans:
+        return _plans[kind]
     served = sharded.slots_served.copy()
     found = math.inf
     for x, ids in random_steps(sharded, TOKENS):
@@ -160,6 +164,7 @@ def slots_from(sharded, lanes: Lanes) -> float:
         if found < math.inf or slow > LONG:
             break
     sharded.slots_served[:] = served
+    _plans[kind] = found
     return found
 
 
