@@ -10,6 +10,7 @@ import timeit
 import mlx.core as mx
 import numpy as np
 
+from ..experts import is_rank
 from ..layers import MoELayer, activation_type, expert_tensors, hidden_size
 
 MASKED_GAIN = 1.1  # how much quicker masked must be: it holds a spare expert in each layer
@@ -25,7 +26,7 @@ def measure_masked(layers: list[MoELayer], group=None) -> int:
     if mx.default_device().type == mx.cpu or not all(store.all_here for store in layers[0].experts.stores):
         return 0
     most = _measured_on(layers[0].experts)
-    if group is not None and group.size() > 1:
+    if is_rank(group):
         most = int(mx.distributed.all_min(mx.array(most), group=group).item())
     for layer in layers:
         layer.experts.masked_up_to = most

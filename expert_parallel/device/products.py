@@ -22,7 +22,7 @@ from mlx.nn.layers.distributed import (
     QuantizedAllToShardedLinear,
     QuantizedShardedToAllLinear,
     ShardedToAllLinear,
-)  # fmt: skip
+)
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from ..layers import twin
@@ -143,70 +143,37 @@ class ProductOfExperts:
 # mlx's layers that compute by a product: their class is changed, so that every name and parameter stays.
 
 
-class QuickLinear(nn.Linear):
-    def __call__(self, x):
-        return self._product(self, x, super().__call__)
+def _quick(kind, how, method: str = "__call__"):
+    """A class of layers as `kind`, of which `method` is how(the layer, what `kind` does, arguments...)."""
+
+    def answer(layer, *args, **more):
+        return how(layer, lambda *args, **more: getattr(kind, method)(layer, *args, **more), *args, **more)
+
+    return type(kind.__name__, (kind,), {method: answer})
 
 
-class QuickQuantizedLinear(nn.QuantizedLinear):
-    def __call__(self, x):
-        return self._product(self, x, super().__call__)
+def _of_a_row(layer, whole, x):
+    return layer._product(layer, x, whole)
 
 
-class QuickAllToSharded(AllToShardedLinear):
-    def __call__(self, x):
-        return self._product(self, x, super().__call__)
+def _of_a_share(layer, whole, x):
+    """Of a layer that mlx has sharded by its inputs, and sums over ranks itself."""
+    y = layer._product(layer, x, lambda x: None) if "bias" not in layer else None
+    return whole(x) if y is None else mx.distributed.all_sum(y, group=layer.group)
 
 
-class QuickQuantizedAllToSharded(QuantizedAllToShardedLinear):
-    def __call__(self, x):
-        return self._product(self, x, super().__call__)
+def _of_a_stack(layer, whole, x, indices, sorted_indices=False):
+    if not sorted_indices:
+        return whole(x, indices)
+    return layer._product(layer, x, indices, lambda x, ids: whole(x, ids, sorted_indices=True))
 
 
-class QuickShardedToAll(ShardedToAllLinear):
-    def __call__(self, x):
-        y = self._product(self, x, lambda x: None) if "bias" not in self else None
-        return super().__call__(x) if y is None else mx.distributed.all_sum(y, group=self.group)
-
-
-class QuickQuantizedShardedToAll(QuantizedShardedToAllLinear):
-    def __call__(self, x):
-        y = self._product(self, x, lambda x: None) if "bias" not in self else None
-        return super().__call__(x) if y is None else mx.distributed.all_sum(y, group=self.group)
-
-
-class QuickEmbedding(nn.Embedding):
-    def as_linear(self, x):
-        return self._product(self, x, super().as_linear)
-
-
-class QuickQuantizedEmbedding(nn.QuantizedEmbedding):
-    def as_linear(self, x):
-        return self._product(self, x, super().as_linear)
-
-
-class QuickSwitchLinear(SwitchLinear):
-    def __call__(self, x, indices, sorted_indices=False):
-        whole = lambda x, ids: super(QuickSwitchLinear, self).__call__(x, ids, sorted_indices)  # noqa: E731
-        return self._product(self, x, indices, whole) if sorted_indices else whole(x, indices)
-
-
-class QuickQuantizedSwitchLinear(QuantizedSwitchLinear):
-    def __call__(self, x, indices, sorted_indices=False):
-        whole = lambda x, ids: super(QuickQuantizedSwitchLinear, self).__call__(x, ids, sorted_indices)  # noqa: E731
-        return self._product(self, x, indices, whole) if sorted_indices else whole(x, indices)
-
-
-def _by_base(*kinds):
-    return {kind.__bases__[0]: kind for kind in kinds}
-
-
-LINEAR = _by_base(
-    QuickLinear, QuickQuantizedLinear, QuickAllToSharded, QuickQuantizedAllToSharded, QuickShardedToAll,
-    QuickQuantizedShardedToAll,
-)  # fmt: skip
-HEAD = _by_base(QuickEmbedding, QuickQuantizedEmbedding)  # where it is the embedding
-EXPERTS = _by_base(QuickSwitchLinear, QuickQuantizedSwitchLinear)
+SUMMED = (ShardedToAllLinear, QuantizedShardedToAllLinear)
+LINEAR = {kind: _quick(kind, _of_a_row) for kind in (nn.Linear, nn.QuantizedLinear)}
+LINEAR |= {kind: _quick(kind, _of_a_row) for kind in (AllToShardedLinear, QuantizedAllToShardedLinear)}
+LINEAR |= {kind: _quick(kind, _of_a_share) for kind in SUMMED}
+HEAD = {kind: _quick(kind, _of_a_row, "as_linear") for kind in (nn.Embedding, nn.QuantizedEmbedding)}  # if it is one
+EXPERTS = {kind: _quick(kind, _of_a_stack) for kind in (SwitchLinear, QuantizedSwitchLinear)}
 PLAIN = {kind: kind for kind in (nn.Linear, nn.QuantizedLinear, *HEAD)}  # what computes rows of it, without a sum
 PLAIN |= dict.fromkeys((AllToShardedLinear, ShardedToAllLinear), nn.Linear)
 PLAIN |= dict.fromkeys((QuantizedAllToShardedLinear, QuantizedShardedToAllLinear), nn.QuantizedLinear)

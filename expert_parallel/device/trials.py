@@ -11,6 +11,7 @@ import timeit
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..experts import is_rank
 from ..layers import activation_type, expert_tensors, moe_layers, projections, twin
 from .lanes import Lanes, useful_lanes
 from .masked import random_steps
@@ -55,7 +56,7 @@ def quicken_products(model: nn.Module, lanes: Lanes, split_anyway: bool = False,
     lengths = {len(module["weight"]) for module in linear}
     linear += [m for m in modules if type(m) in HEAD and len(m["weight"]) not in lengths]  # it is the head, too
     plans = [plan_of_linear(module, lanes, split_anyway) for module in linear]
-    if plans and group is not None and group.size() > 1:
+    if plans and is_rank(group):
         tokens = mx.array([[plan.split_from, plan.together_from] for plan in plans])
         tokens = mx.distributed.all_max(tokens, group=group).tolist()
         plans = [Plan(*found, plan.dtype) for found, plan in zip(tokens, plans, strict=True)]
@@ -118,17 +119,16 @@ def plan_of_experts(stack: nn.Module) -> Plan:
         few = twin(stack)
         few.update({name: array[:1, :FEW] for name, array in stack.items() if isinstance(array, mx.array)})
         sorted_slots = lambda part: lambda x: part(x[:, None], mx.zeros(len(x), mx.uint32), sorted_indices=True)[:, 0]  # noqa: E731
-        at_once = lambda part: lambda x: together(part, 0, mx.contiguous(x.T)).T  # noqa: E731
         together_from = math.inf
-        if all(
-            _all_same(sorted_slots(part), at_once(part), stack, SHAPES[n][1]) for n, part in enumerate((few, stack))
-        ):
-            together_from = from_tokens(sorted_slots(few), at_once(few), stack)
+        tried = zip((few, stack), SHAPES, strict=True)
+        if all(_all_same(sorted_slots(part), _at_once(part, 0), stack, counts) for part, (_, counts) in tried):
+            together_from = from_tokens(sorted_slots(few), _at_once(few, 0), stack)
         _plans[kind] = Plan(math.inf, together_from, activation_type(stack))
     return _plans[kind]
 
 
-def _at_once(module, at: slice):
+def _at_once(module, at):
+    """`together` of rows, or of an expert, as a product of tokens [T, K]."""
     return lambda x: together(module, at, mx.contiguous(x.T)).T
 
 
