@@ -28,8 +28,9 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 from rich.progress import track
-from speed_of_ranks import STOCK, TENSOR, TENSOR_QUICK, Workers, answer, build, read_turn
+from speed_of_ranks import STOCK, TENSOR, TENSOR_QUICK, build
 from steps_of_batches import count, elsewhere, modelled, wanted_by_chance
+from turns import Workers, answer, read_turn
 
 from expert_parallel import place_experts, record_routing
 from expert_parallel.checkpoint.finding import SHIPPED

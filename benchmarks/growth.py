@@ -36,7 +36,7 @@ from expert_parallel.command import output
 from expert_parallel.report import plots, run, table
 from expert_parallel.serving import Serving
 from expert_parallel.study.chance import expected_fan_out
-from expert_parallel.trace import _Notes
+from expert_parallel.trace import record_routing
 
 E, K, LEAST, TOLERANCE = 128, 8, 0.01, 0.15  # experts, chosen; seconds of calls for one time; of an exponent
 SMALL = {"devices": 8, "tokens": 64, "layers": 2, "copies": 0}
@@ -80,15 +80,42 @@ def dealing(devices, tokens, layers, copies, _):
     return call, trace.loads()[np.stack([each.shared for each in serving])].sum() + layers * devices * E
 
 
+class Idle(nn.Module):
+    """In place of a layer's experts: nothing is computed."""
+
+    holds_experts, num_experts = True, E
+
+    def __call__(self, x, indices):
+        return x
+
+
+class Routed(nn.Module):
+    """A model that does nothing but ask its experts, for the indices [L, 1, k] that it is called with."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = [holding("mlp", holding("experts", Idle())) for _ in range(layers)]
+
+    def __call__(self, indices):
+        for layer, row in zip(self.layers, indices, strict=True):
+            layer.mlp.experts(row, row)
+
+
+def holding(name, module):
+    outer = nn.Module()
+    outer[name] = module
+    return outer
+
+
 def recorder(devices, tokens, layers, copies, _):
     ids = [[mx.array(row[None]) for row in token] for token in trace_of(layers, tokens).experts]
+    model = Routed(layers)
 
     def record():
-        notes = _Notes(layers, tokens)
-        for token in ids:
-            for l, row in enumerate(token):
-                notes.taker(l)(row)
-        notes.finish()
+        with record_routing(model) as trace:
+            for token in ids:
+                model(token)
+        return trace
 
     return record, layers * tokens
 

@@ -18,20 +18,18 @@ the nearest that two cores come to machines that have cores to spare; other prog
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import mlx.core as mx
 from slow_link import slow_ring
-from speed_of_ranks import answer, read_turn, write
+from turns import answer, answer_to, read_turn, write
 
 from expert_parallel import load_sharded
 from expert_parallel.checkpoint.finding import SHIPPED
@@ -91,8 +89,9 @@ class Ranks:
         same = ("--worker", "ring", "--folder", folder, "--parent", os.getpid())
         same += ("--model", args.model, "--waits", args.waits)
         ranks, self.lines = slow_ring(2, [sys.executable, __file__, *map(str, same)], folder)
-        self.log = (folder / "log").open("w+")
-        self.processes = [subprocess.Popen(c, env=env, stdout=self.log, stderr=self.log) for c, env in ranks]
+        log = folder / "ring.log"
+        with log.open("w") as out:
+            self.processes = [(subprocess.Popen(c, env=env, stdout=out, stderr=out), log) for c, env in ranks]
         self.about = self.answer()
 
     def over(self, link: tuple[float, float]) -> None:
@@ -105,17 +104,10 @@ class Ranks:
 
     def answer(self):
         self.turns += 1
-        path, end = self.folder / f"answer-ring-{self.turns}.json", time.monotonic() + self.timeout
-        while not path.exists():
-            time.sleep(0.01)
-            if any(process.poll() is not None for process in self.processes) or time.monotonic() > end:
-                self.log.seek(0)
-                words = self.log.read().strip().splitlines() or [f"no answer within {self.timeout:g} s (--timeout)"]
-                raise ValueError(f"the ranks ended: {words[-1]}")
-        return json.loads(path.read_text())
+        return answer_to(self.folder, "ring", self.turns, self.timeout, self.processes)
 
     def stop(self):
-        for process in self.processes:
+        for process, _ in self.processes:
             process.kill()
             process.wait()
 

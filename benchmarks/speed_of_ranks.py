@@ -24,13 +24,7 @@ the head's split is; then where a token's time goes on rank 0, taken with a stop
 """
 
 import argparse
-import contextlib
-import json
-import os
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -40,6 +34,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 from rich.progress import track
+from turns import Workers, answer, read_turn
 
 from expert_parallel import load_sharded, place_experts
 from expert_parallel.checkpoint.finding import SHIPPED
@@ -50,7 +45,6 @@ from expert_parallel.device.lanes import Lanes
 from expert_parallel.device.trials import quicken_products
 from expert_parallel.projection.constants import head_seconds, random_tokens, seconds_of_prompt, seconds_per_token
 from expert_parallel.ranks.hybrid import split_head
-from expert_parallel.ranks.launch import rank_commands
 from expert_parallel.report import table
 from expert_parallel.report.measuring import resident_bytes, time_parts
 
@@ -133,94 +127,7 @@ def worker(args):
         number += 1
 
 
-def read_turn(folder, number, parent):
-    """The turn of this number once it is there; None at the end, or when the one who asks is gone."""
-    path = folder / f"turn-{number}.json"
-    while not path.exists():
-        time.sleep(0.005)
-        if not Path(f"/proc/{parent}").exists() and Path("/proc").exists():
-            return None
-    return json.loads(path.read_text())
-
-
-def answer(args, group, number, value):
-    if group.rank() == 0:
-        write(args.folder / f"answer-{args.worker}-{number}.json", value)
-
-
-def write(path, value):
-    beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(value))
-    beside.rename(path)
-
-
 # --- the one who asks --------------------------------------------------------------------------
-
-
-class Workers:
-    """Processes of every backend, started together; `ask` gives one of them its turn.
-
-    script, same  that each of them runs, and the options that all of them get
-    """
-
-    def __init__(self, args, variants, script, same):
-        self.timeout, self.turns, self.processes = args.timeout, 0, []
-        self.stack = contextlib.ExitStack()
-        self.folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
-        self.stack.callback(self.stop)
-        self.started = {}
-        for backend, names in variants.items():
-            command = [
-                sys.executable,
-                script,
-                *map(str, same),
-                "--folder",
-                str(self.folder),
-                "--parent",
-                str(os.getpid()),
-            ]
-            command += ["--worker", backend, "--variants", *names]
-            environment = {**os.environ}
-            one = [(command, environment)]
-            lines = one if backend == "one process" else rank_commands(backend, args.ranks, command, self.folder)
-            for line, environment in lines:
-                log = (self.folder / f"{backend}-{len(self.processes)}.log").open("w")
-                options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
-                self.processes.append((subprocess.Popen(line, env=environment, **options), Path(log.name)))
-            # One backend after the other: reading a checkpoint is no time to share the disk.
-            self.started[backend] = self.wait(backend, 0)
-            expected = 1 if backend == "one process" else args.ranks
-            if self.started[backend]["ranks"] != expected:
-                raise ValueError(f"{expected} ranks over {backend} did not find each other: MLX does not load it")
-
-    def ask(self, backend, variant, work):
-        self.turns += 1
-        write(self.folder / f"turn-{self.turns}.json", {"backend": backend, "variant": variant, "work": work})
-        return self.wait(backend, self.turns)
-
-    def wait(self, backend, number):
-        path, end = self.folder / f"answer-{backend}-{number}.json", time.monotonic() + self.timeout
-        while not path.exists():
-            time.sleep(0.01)
-            for process, log in self.processes:
-                if process.poll() is not None:
-                    words = log.read_text().strip().splitlines() or ["no message"]
-                    raise ValueError(f"a process of {log.stem} ended: {words[-1]}")
-            if time.monotonic() > end:
-                raise ValueError(f"{backend} did not answer within {self.timeout:g} s (--timeout)")
-        return json.loads(path.read_text())
-
-    def stop(self):
-        for process, _ in self.processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.stack.close()
 
 
 def spread(values):
