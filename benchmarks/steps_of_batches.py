@@ -7,11 +7,12 @@ import numpy as np
 from speed_of_ranks import STOCK, TENSOR
 
 from expert_parallel import place_experts
-from expert_parallel.balance import balancedness_per_layer, fan_out
+from expert_parallel.balance import fan_out
 from expert_parallel.models.architecture import describe
 from expert_parallel.models.configurations import load_configuration
 from expert_parallel.projection.hardware import LINKS, MACHINES
 from expert_parallel.projection.step import Fullest, estimate, fullest_device
+from expert_parallel.report.batch import evenness_of_steps
 from expert_parallel.serving import devices_of_trace
 
 ELSEWHERE = "m4-max", ("thunderbolt-jaccl", "ethernet-10g"), "qwen3-coder-30b"
@@ -32,15 +33,15 @@ def count(experts, held, batch: int) -> dict:
     devices       that answer for a step
     """
     steps, (L, D, _) = in_steps(experts, batch), held.shape
-    device = devices_of_trace(steps.reshape(-1, *steps.shape[2:]), held, np.repeat(np.arange(len(steps)), batch))
-    of_step = device.reshape(steps.shape)
+    of_token = np.repeat(np.arange(len(steps)), batch)
+    device = devices_of_trace(steps.reshape(-1, *steps.shape[2:]), held, of_token)
     wanted = [len(np.unique(step[:, layer])) for step in steps for layer in range(L)]
-    loads = np.array([np.bincount(step[:, l].ravel(), minlength=D) for step in of_step for l in range(L)])
+    even, at_work = evenness_of_steps(device, of_token, D)
     return {
         "wanted": float(np.mean(wanted)),
-        "balancedness": float(balancedness_per_layer(loads).mean()),
+        "balancedness": even,
         "fan_out": float(fan_out(device).mean()),
-        "devices": float((loads > 0).sum(axis=1).mean()),
+        "devices": at_work,
     }
 
 

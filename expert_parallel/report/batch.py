@@ -74,12 +74,19 @@ def balance_of_steps(trace: RoutingTrace, placement: Placement, model=None) -> T
 
 
 def of_steps(part: RoutingTrace, placement: Placement, model=None) -> tuple[float, float]:
-    """Balancedness (mean over the fullest) and devices with any work, both means over steps and layers."""
-    device = served(part, [(0, placement.held)], model)  # [T, L, k]
-    step = np.unique(part.steps, return_inverse=True)[1]
-    loads = np.zeros((step.max(initial=-1) + 1, device.shape[1], placement.num_devices + 1))  # [S, L, D and nobody]
+    """`evenness_of_steps` of a run's tokens."""
+    return evenness_of_steps(served(part, [(0, placement.held)], model), part.steps, placement.num_devices)
+
+
+def evenness_of_steps(device, steps, num_devices: int) -> tuple[float, float]:
+    """Balancedness (mean over the fullest) and devices with any work, both means over steps and layers.
+
+    device [T, L, k], num_devices where nobody; steps [T] may be any numbers, equal where tokens share a forward pass
+    """
+    step = np.unique(steps, return_inverse=True)[1]
+    loads = np.zeros((step.max(initial=-1) + 1, device.shape[1], num_devices + 1))  # [S, L, D and nobody]
     np.add.at(loads, (step[:, None, None], np.arange(device.shape[1])[:, None], device), 1)
-    loads = loads[..., :-1].reshape(-1, placement.num_devices)
+    loads = loads[..., :-1].reshape(-1, num_devices)
     if not len(loads):
         return float("nan"), float("nan")
     return float(balancedness_per_layer(loads).mean()), float((loads > 0).sum(axis=1).mean())
