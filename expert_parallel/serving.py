@@ -9,6 +9,7 @@ Dimensions: T tokens, k experts chosen per token, S = T k slots, E experts, D de
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -24,7 +25,7 @@ class Serving:
     def __init__(self, held: np.ndarray):
         self.held = held
         replicas = held.sum(axis=0)
-        self.nobody = len(held)
+        self.nobody, self.living = len(held), max(1, int(held.any(axis=1).sum()))
         self.home = np.where(replicas > 0, held.argmax(axis=0), self.nobody)
         self.shared = replicas > 1
         self.any_shared = bool(self.shared.any())
@@ -56,15 +57,24 @@ class Serving:
         return self.turns[self.turn_of(experts.shape), experts]
 
     def _least_loaded(self, wanted) -> np.ndarray:
-        """int [D + 1, E]: slots of each expert [E] by device; the most wanted replicated one first, to its emptiest."""
+        """int [D + 1, E]: slots of each expert [E] by device; the most wanted replicated one first, to its emptiest.
+
+        Whole, as long as that stays within an equal share of all slots, for every device that gets some of an expert's
+        slots has all of its weights to read; what is above goes to the next one (McNaughton, Scheduling with Deadlines
+        and Loss Functions, 1959).
+        """
         given = np.zeros((self.nobody + 1, len(self.home)), np.int64)
         alone = np.flatnonzero(~self.shared & (wanted > 0))
         given[self.home[alone], alone] = wanted[alone]
         load, open_to_choice = given.sum(axis=1), np.flatnonzero(self.shared & (wanted > 0))
+        share = max(math.ceil(wanted[self.home < self.nobody].sum() / self.living), int(load[:-1].max()))
         turn = int(wanted @ np.arange(len(wanted)))  # another one at each step, the same on every rank
         for expert in open_to_choice[np.argsort(-wanted[open_to_choice], kind="stable")]:
             holders = np.roll(np.flatnonzero(self.held[:, expert]), turn)  # equals take turns over steps
-            given[holders, expert] = level(load[holders], wanted[expert])
+            holders = holders[np.argsort(load[holders], kind="stable")]
+            room = np.maximum(share - load[holders], 0)
+            whole = np.diff(np.minimum(room.cumsum(), wanted[expert]), prepend=0)
+            given[holders, expert] = whole + level(load[holders] + whole, wanted[expert] - whole.sum())
             load[holders] += given[holders, expert]
         return given
 

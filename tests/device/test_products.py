@@ -104,14 +104,14 @@ def test_other_bits_are_never_taken(monkeypatch):
 def test_what_is_not_quicker_is_not_taken(monkeypatch):
     layer, taken = linear(False, {"bits": 4}), []
 
-    def seconds(way, x):
+    def seconds(plain, quick, x):
         taken.append(len(x))
-        plain = isinstance(way, nn.Module)
-        return 1.0 * len(x) if plain else 20.0 + len(x) / 2  # is 1.2 times as quick from 29 tokens on
+        assert isinstance(plain, nn.Module) and not isinstance(quick, nn.Module)
+        return 1.0 * len(x), 20.0 + len(x) / 2  # is 1.2 times as quick from 29 tokens on
 
     monkeypatch.setattr(trials, "_seconds", seconds)
     assert trials.plan_of_linear(layer, Lanes(1)) == Plan(math.inf, 64, mx.float32)
-    assert taken == [1, 1, 8, 8, 16, 16, 32, 32, 64, 64]
+    assert taken == [1, 8, 16, 32, 64]
     monkeypatch.setattr(trials, "BRIEF", 65)
     monkeypatch.setattr(trials, "_plans", {})
     assert trials.plan_of_linear(layer, Lanes(1)) == Plan(math.inf, math.inf, mx.float32)
@@ -161,10 +161,27 @@ def test_new_weights_are_followed():
 def test_a_split_that_does_not_pay_is_not_tried_with_ever_more_tokens(monkeypatch):
     """More would not change what is quicker; mlx's products of float16 take a hundred times as long as of float32."""
     taken = []
-    monkeypatch.setattr(trials, "_seconds", lambda way, x: taken.append(len(x)) or trials.LONG * len(x) / 8)
+    monkeypatch.setattr(trials, "_seconds", lambda *of: taken.append(len(of[2])) or (trials.LONG * taken[-1] / 8,) * 2)
     monkeypatch.setattr(trials, "together", lambda module, at, columns: mx.zeros((1, 1)))  # other bits
     assert trials.plan_of_linear(linear(False, {"bits": 4}), Lanes(2)) == Plan(math.inf, math.inf, mx.float32)
-    assert taken == [1, 1, 8, 8, 16, 16]
+    assert taken == [1, 8, 16]
+
+
+@pytest.mark.parametrize(
+    ("plain", "quick", "taken"),
+    [
+        ([3, 3, 3], [1, 1, 1], 3),
+        ([3, 9, 3, 3, 3], [9, 9, 9, 9, 1], 5),  # something else ran beside it
+        ([3] * 8, [2.6] * 8, 8),
+        ([300.0] * 3, [400.0] * 3, 3),  # too long to go on
+    ],
+)
+def test_a_way_that_does_not_look_quicker_is_tried_again(plain, quick, taken, monkeypatch):
+    clock = iter([seconds / 1e3 for pair in zip(plain, quick, strict=True) for seconds in pair])
+    monkeypatch.setattr(trials.timeit, "timeit", lambda way, number: next(clock))
+    found = trials._seconds(lambda x: x, lambda x: x, mx.ones(1))
+    assert found == (min(plain) / 1e3, min(quick) / 1e3)
+    assert len(list(clock)) == 2 * (len(plain) - taken) == 0
 
 
 def test_types_without_a_trial_go_as_before():
