@@ -162,7 +162,7 @@ def run(args, watchdog, tell=lambda what=None: None):
             mx.eval(model(mx.array([row[-1:] for row in rows]), cache=cache))
     per_rank = gather_objects(group, cost.rank_figures(model, seconds) | {"cache": cached})
     broken = any(gather_objects(group, mx.isnan(last.logprobs).any().item()))
-    broken = run.not_a_number(first_not_a_number(model, rows[0])) if broken else None
+    broken = run.not_a_number(first_not_a_number(model, rows)) if broken else None
     parity, stock = None, None
     ours, theirs = [last], []  # mlx-lm's last response of each run
     if verify:

@@ -60,7 +60,7 @@ class Together:
     prompt_tps: float
     generation_tokens: int
     generation_tps: float
-    logprobs: object  # of the last step
+    logprobs: object  # a number that is NaN where one of any step was
     finish_reason: str | None = None
 
 
@@ -69,13 +69,14 @@ def together(model, tokenizer, prompts, how: dict, agreed, heard, out: bool):
 
     how  the sampler and the stream that mlx-lm is told
     """
+    import mlx.core as mx
     from mlx_lm.generate import batch_generate
 
-    seen, sample = [None], how["sampler"]
+    broken, sample = [mx.array(False)], how["sampler"]
 
     def sampler(logprobs):  # which is asked once a step, for all sequences
         heard()
-        seen[0] = logprobs
+        broken[0] = broken[0] | mx.isnan(logprobs).any()  # of a sequence that ends sooner, too
         return sample(logprobs)
 
     ids, most = [each.ids for each in prompts], [each.max_tokens for each in prompts]
@@ -90,7 +91,8 @@ def together(model, tokenizer, prompts, how: dict, agreed, heard, out: bool):
         print(text)
     stats, tokens = answer.stats, answer.token_ids
     speeds = (stats.prompt_tokens, stats.prompt_tps, stats.generation_tokens, stats.generation_tps)
-    return sum(tokens, []), text, Together(tokens, answer.texts, *speeds, seen[0]), cache
+    last = Together(tokens, answer.texts, *speeds, mx.where(broken[0], mx.nan, 0.0))
+    return sum(tokens, []), text, last, cache
 
 
 def sequences(prompt, tokens: list[int], last) -> list[list[int]]:

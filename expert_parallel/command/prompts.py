@@ -66,9 +66,10 @@ def read_prompt(args, tokenizer, context: int | None, standard_input=None, befor
 def read_prompts(args, tokenizer, context: int | None, *of_one) -> Prompt:
     """Those of --prompts FILE, one a line; ValueError as `read_prompt`, which names the line."""
     if not args.prompts.is_file():
-        raise ValueError(f"--prompts {args.prompts}: no such file; give a text file with one prompt a line")
-    several = []
-    for number, line in enumerate(text_of(str(args.prompts)).split("\n"), start=1):
+        wrong = "not a file" if args.prompts.exists() else "no such file"
+        raise ValueError(f"--prompts {args.prompts}: {wrong}; give a text file with one prompt a line")
+    several, text = [], text_of(str(args.prompts), option="--prompts")
+    for number, line in enumerate(text.split("\n"), start=1):
         try:
             several += [_prompt_of(line.rstrip("\r"), args, tokenizer, context)] if line.strip() else []
         except ValueError as error:
@@ -91,21 +92,21 @@ def _prompt_of(text: str, args, tokenizer, context: int | None) -> Prompt:
     return Prompt(ids, text, min(args.max_tokens, room), note)
 
 
-def text_of(prompt: str, standard_input: str | None = None) -> str:
+def text_of(prompt: str, standard_input: str | None = None, option: str = "--prompt") -> str:
     """The text that a --prompt means: that of the file it names, of standard input (-), or itself."""
-    text = prompt
+    text, which = prompt, "the prompt"
     if prompt == "-":
         text = standard_input or ""
     elif os.path.isfile(prompt):  # noqa: PTH113, pathlib's raises for a text too long for a file name
-        text = Path(prompt).read_text("utf-8", "surrogateescape")
+        text, which = Path(prompt).read_text("utf-8", "surrogateescape").removeprefix("\ufeff"), f"{option} {prompt}"
     elif os.path.isdir(prompt):  # noqa: PTH112
         raise ValueError(f"--prompt {prompt} is a folder: give a file in it, a text, or - for standard input")
     elif re.fullmatch(r"\S+\.(txt|md|py|json)", prompt):  # a model would answer the name of a file that is not there
         raise ValueError(f"--prompt {prompt}: no such file (where this is a text, hand it over by standard input)")
     if any("\ud800" <= letter <= "\udfff" or letter == "\0" for letter in text):
-        raise ValueError("the prompt is not UTF-8 text: give a text file, or convert it (iconv -t UTF-8)")
+        raise ValueError(f"{which} is not UTF-8 text: give a text file, or convert it (iconv -t UTF-8)")
     if not text.strip():
-        raise ValueError("the prompt is empty")
+        raise ValueError(f"{which} is empty")
     return text
 
 

@@ -19,6 +19,7 @@ from .products import EXPERTS, HEAD, LINEAR, ROWS, Plan, Product, ProductOfExper
 
 TOKENS = (1, 8, 16, 32, 64)
 GAIN = 1.2  # how much quicker a way must be, for timings are noisy
+GAIN_OF_FEW = 1.6  # where it is tried with few rows, whose unpacked weights stay in the cache
 BRIEF, LONG = 1e-4, 5e-3  # seconds of a product: no time to save; more tokens would not change what is quicker
 MOST_TRIALS, MOST_SECONDS = 8, 0.5  # for telling which of two ways is quicker
 FEW = 256  # rows that are enough for timing
@@ -56,7 +57,8 @@ def quicken_products(model: nn.Module, lanes: Lanes, split_anyway: bool = False,
     linear = [module for module in modules if type(module) in LINEAR]
     lengths = {len(module["weight"]) for module in linear}
     linear += [m for m in modules if type(m) in HEAD and len(m["weight"]) not in lengths]  # it is the head, too
-    plans = [plan_of_linear(module, lanes, split_anyway) for module in linear]
+    for again in (False, True):
+        plans = [plan_of_linear(module, lanes, split_anyway, again) for module in linear]
     if plans and is_rank(group):
         tokens = mx.array([[plan.split_from, plan.together_from] for plan in plans])
         tokens = mx.distributed.all_max(tokens, group=group).tolist()
@@ -71,7 +73,7 @@ def quicken_products(model: nn.Module, lanes: Lanes, split_anyway: bool = False,
     }
     for stack in modules:
         if type(stack) in EXPERTS and id(stack) not in read_when_asked_for:
-            _install(stack, ProductOfExperts(plan_of_experts(stack)))
+            _install(stack, ProductOfExperts(plan_of_experts(stack, lanes)))
 
 
 def in_words(model: nn.Module) -> str | None:
@@ -96,26 +98,33 @@ def _install(module, product):
         module.__class__ = {**LINEAR, **HEAD, **EXPERTS}[type(module)]
 
 
-def plan_of_linear(module: nn.Module, lanes: Lanes, split_anyway: bool = False) -> Plan:
-    """By trial with its first rows."""
+def plan_of_linear(module: nn.Module, lanes: Lanes, split_anyway: bool = False, again: bool = False) -> Plan:
+    """By trial with its first rows.
+
+    again  once more where splitting did not look quicker: something else may have taken a core for that while
+    """
     kind = (_kind(module), module["weight"].shape, lanes.count, split_anyway)
-    if kind not in _plans:
+    again = again and lanes.count > 1 and (kind, "again") not in _plans and _plans[kind].split_from == math.inf
+    if again:
+        _plans[kind, "again"] = True
+    if again or kind not in _plans:
         most, dtype = min(len(module["weight"]), ROWS * lanes.count), activation_type(module)
         plain, parts = rows(module, slice(0, most)), [rows(module, at) for at in equal_parts(most, lanes.count)]
         split_from, beside = math.inf, lambda x: split(parts, lanes, x)
         if lanes.count > 1 and _all_same(plain, beside, module, (1, 3, 17)):
-            split_from = 1 if split_anyway else from_tokens(plain, beside, module, LONG)
+            split_from = 1 if split_anyway else from_tokens(plain, beside, module, longest=LONG)
         together_from = math.inf
         if all(_all_same(rows(module, at), _at_once(module, at), module, counts) for at, counts in SHAPES):
-            few = slice(0, FEW)
-            together_from = from_tokens(rows(module, few), _at_once(module, few), module)
+            few, busy = slice(0, FEW), lanes.count if split_from < math.inf else 1
+            ways = [_in_lanes(way, lanes, busy) for way in (rows(module, few), _at_once(module, few))]
+            together_from = from_tokens(*ways, module, gain=GAIN_OF_FEW)
         _plans[kind] = Plan(split_from, together_from, dtype)
     return _plans[kind]
 
 
-def plan_of_experts(stack: nn.Module) -> Plan:
+def plan_of_experts(stack: nn.Module, lanes: Lanes) -> Plan:
     """By trial with the first expert."""
-    kind = (_kind(stack), stack["weight"].shape[1:])
+    kind = (_kind(stack), stack["weight"].shape[1:], lanes.count)
     if kind not in _plans:
         few = twin(stack)
         few.update({name: array[:1, :FEW] for name, array in stack.items() if isinstance(array, mx.array)})
@@ -123,7 +132,8 @@ def plan_of_experts(stack: nn.Module) -> Plan:
         together_from = math.inf
         tried = zip((few, stack), SHAPES, strict=True)
         if all(_all_same(sorted_slots(part), _at_once(part, 0), stack, counts) for part, (_, counts) in tried):
-            together_from = from_tokens(sorted_slots(few), _at_once(few, 0), stack)
+            ways = [_in_lanes(way, lanes, lanes.count) for way in (sorted_slots(few), _at_once(few, 0))]
+            together_from = from_tokens(*ways, stack, gain=GAIN_OF_FEW)
         _plans[kind] = Plan(math.inf, together_from, activation_type(stack))
     return _plans[kind]
 
@@ -133,12 +143,25 @@ def _at_once(module, at):
     return lambda x: together(module, at, mx.contiguous(x.T)).T
 
 
-def from_tokens(plain, quick, module: nn.Module, longest: float = math.inf) -> float:
+def _in_lanes(way, lanes: Lanes, busy: int):
+    """The same product in so many lanes at once, as a model has it: they share the machine's memory and caches."""
+
+    def answer(x):
+        outputs = []
+        for n in range(busy):
+            with lanes(n):
+                outputs.append(way(x))
+        return outputs
+
+    return answer
+
+
+def from_tokens(plain, quick, module: nn.Module, gain: float = GAIN, longest: float = math.inf) -> float:
     """The fewest tokens of TOKENS from which `quick` is quicker; inf: none, or none before `plain` takes `longest`."""
     for count in TOKENS:
         x = _random(module, count)
-        slow, fast = _seconds(plain, quick, x)
-        if slow > BRIEF and slow > GAIN * fast:
+        slow, fast = _seconds(plain, quick, x, gain)
+        if slow > BRIEF and slow > gain * fast:
             return count
         if slow > longest:
             break
@@ -189,7 +212,7 @@ def _random(module, tokens) -> mx.array:
     return x
 
 
-def _seconds(plain, quick, x) -> tuple[float, float]:
+def _seconds(plain, quick, x, gain: float = GAIN) -> tuple[float, float]:
     """The least of a few for each way, by turns; of more where the second does not look quicker by then.
 
     What else runs on the machine can make it look slow, and a model would go the other way for good.
@@ -198,7 +221,7 @@ def _seconds(plain, quick, x) -> tuple[float, float]:
     while len(slow) < MOST_TRIALS:
         slow.append(timeit.timeit(lambda: mx.eval(plain(x)), number=1))
         fast.append(timeit.timeit(lambda: mx.eval(quick(x)), number=1))
-        seems_quicker, spent = min(slow) > GAIN * min(fast), sum(slow) + sum(fast)
+        seems_quicker, spent = min(slow) > gain * min(fast), sum(slow) + sum(fast)
         if len(slow) >= 3 and (seems_quicker or spent > MOST_SECONDS):
             break
     return min(slow), min(fast)

@@ -154,10 +154,11 @@ def time_layers(model: nn.Module, tokens: list[int], repeats: int = 3) -> dict[s
     return {"prompt": np.median(prompts, axis=0).tolist(), "token": np.median(singles, axis=0).tolist()}
 
 
-def first_not_a_number(model: nn.Module, tokens: list[int]) -> int | None:
-    """The first decoder layer whose answer to these tokens has a NaN in it; None where no layer's has."""
-    answers = [answer for _, answer in _pass(model, tokens, make_prompt_cache(model))]
-    return next((n for n, answer in enumerate(answers) if mx.isnan(answer).any().item()), None)
+def first_not_a_number(model: nn.Module, rows: list[list[int]]) -> int | None:
+    """The first decoder layer whose answer to any of these rows of tokens has a NaN; None where no layer's has."""
+    passes = [_pass(model, tokens, make_prompt_cache(model)) for tokens in rows]
+    numbers = range(len(model.layers))
+    return next((n for n in numbers if any(mx.isnan(seen[n][1]).any().item() for seen in passes)), None)
 
 
 def _pass(model, tokens, cache) -> list[tuple[float, mx.array]]:

@@ -155,14 +155,17 @@ def test_what_does_not_go_with_several_prompts(other):
     ("content", "words"),
     [
         (None, "no such file; give a text file with one prompt a line"),
-        (b" \n\n", "the prompt is empty"),
-        (b"\xff\xfe", "not UTF-8"),
+        (b" \n\n", "^--prompts .*lines.txt is empty"),
+        (b"\xff\xfe", "^--prompts .*lines.txt is not UTF-8"),
+        ("folder", "not a file; give a text file"),
         (b"short\n\n0123456789\n", "lines.txt, line 3: the prompt has 10 tokens, the model's context is 10"),
     ],
 )
 def test_files_that_hold_no_prompts(content, words, tmp_path):
     path = tmp_path / "lines.txt"
-    if content is not None:
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
         path.write_bytes(content)
     with pytest.raises((ValueError, OSError), match=words):
         read_prompts(arguments("--prompts", path), Tokenizer(False), 10, None, None)
@@ -176,7 +179,7 @@ def test_standard_input_holds_none(tmp_path, monkeypatch):
 
 def test_prompts_are_lines_and_each_has_its_own_room(tmp_path):
     path = tmp_path / "lines.txt"
-    path.write_bytes(b"ab\r\n\n  \n  c d\x0b\n" + b"long" * 20)
+    path.write_bytes(b"\xef\xbb\xbfab\r\n\n  \n  c d\x0b\n" + b"long" * 20)
     prompt = read_prompts(arguments("--prompts", path), Tokenizer(False), 100)
     assert [each.text for each in prompt.several] == ["ab", "  c d\x0b", "long" * 20]
     assert [each.max_tokens for each in prompt.several] == [64, 64, 20] and prompt.max_tokens == 64
@@ -202,6 +205,13 @@ def test_every_token_of_a_rank_is_agreed_on_and_checked(monkeypatch):
         answering.generate(random_model(), tokenizer, prompt, args, ranks, lambda: None)
 
 
+class Plain:
+    """A tokenizer of nothing."""
+
+    eos_token_ids, has_thinking = {3}, False
+    decode = staticmethod(str)
+
+
 def test_nothing_is_said_where_not_all_ranks_had_a_part(capsys):
     """In any one step of a batch."""
 
@@ -216,16 +226,24 @@ def test_nothing_is_said_where_not_all_ranks_had_a_part(capsys):
             assert steps == self.unchecked > 3
             raise RuntimeError("the connection to a peer was lost")
 
-    class Plain:
-        eos_token_ids, has_thinking = {3}, False
-        decode = staticmethod(str)
-
     broken = Broken()
     how = {"sampler": lambda logprobs: broken(mx.argmax(logprobs, axis=-1)), "stream": None}
     prompts = [Prompt([5, 6], "a", 3), Prompt([7], "b", 3)]
     with pytest.raises(RuntimeError):
         answering.together(random_model(), Plain(), prompts, how, broken, lambda: None, True)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("first", [[6, 5], [6, 4]])
+def test_not_a_number_is_seen_in_a_sequence_that_ended_before(first):
+    """Token 5 is none; the first sequence has one token and the second two."""
+    model = random_model()
+    weight = model.model.embed_tokens.weight
+    model.model.embed_tokens.weight = weight.at[5].add(mx.nan)
+    how = {"sampler": lambda logprobs: mx.argmax(logprobs, axis=-1), "stream": None}
+    prompts = [Prompt(first, "a", 1), Prompt([7, 8], "b", 3)]
+    *_, last, _ = answering.together(model, Plain(), prompts, how, None, lambda: None, False)
+    assert mx.isnan(last.logprobs).any().item() == (5 in first)
 
 
 def test_another_answer_than_stock_s_is_said_of_its_sequence():

@@ -31,7 +31,7 @@ def small_trials(monkeypatch):
 @pytest.fixture
 def always(monkeypatch):
     """Every way is found quicker from the first token on; whether its bits are the same is still found by trial."""
-    monkeypatch.setattr(trials, "from_tokens", lambda *ways: 1)
+    monkeypatch.setattr(trials, "from_tokens", lambda *ways, **how: 1)
     monkeypatch.setattr(trials, "slots_from", lambda sharded, lanes: 0)
 
 
@@ -83,7 +83,7 @@ def test_layers_of_tensor_parallelism_to_the_bit(bias, packing, sharding, always
 def test_other_bits_are_never_taken(monkeypatch):
     """What is off by one in the last place for one token of many is found, however quick it is."""
     layer, right = linear(False, {"bits": 4}), products.together
-    monkeypatch.setattr(trials, "from_tokens", lambda *ways: 1)
+    monkeypatch.setattr(trials, "from_tokens", lambda *ways, **how: 1)
     assert trials.plan_of_linear(layer, Lanes(2)) == Plan(1, 1, mx.float32)
 
     def wrong(module, at, columns):
@@ -98,16 +98,18 @@ def test_other_bits_are_never_taken(monkeypatch):
     monkeypatch.setattr(trials, "_plans", {})
     assert trials.plan_of_linear(layer, Lanes(2)) == Plan(math.inf, math.inf, mx.float32)
     stack = SwitchMLP(64, 32, 4).fc1
-    assert trials.plan_of_experts(stack) == Plan(math.inf, math.inf, mx.float32)
+    assert trials.plan_of_experts(stack, Lanes(1)) == Plan(math.inf, math.inf, mx.float32)
 
 
 def test_what_is_not_quicker_is_not_taken(monkeypatch):
     layer, taken = linear(False, {"bits": 4}), []
 
-    def seconds(plain, quick, x):
+    monkeypatch.setattr(trials, "_in_lanes", lambda way, lanes, busy: way)
+
+    def seconds(plain, quick, x, gain):
         taken.append(len(x))
         assert isinstance(plain, nn.Module) and not isinstance(quick, nn.Module)
-        return 1.0 * len(x), 20.0 + len(x) / 2  # is 1.2 times as quick from 29 tokens on
+        return 1.0 * len(x), 5.0 + len(x) / 2  # is 1.6 times as quick from 41 tokens on
 
     monkeypatch.setattr(trials, "_seconds", seconds)
     assert trials.plan_of_linear(layer, Lanes(1)) == Plan(math.inf, 64, mx.float32)
@@ -130,7 +132,7 @@ def test_experts_to_the_bit(kind, packing, always):
     ids = np.random.default_rng(0).choice(6, (61, 3), p=[0.5, 0.3, 0.1, 0.05, 0.03, 0.02])
     expected = layer(x, mx.array(ids))
     for _, stack in projections(layer):
-        assert trials.plan_of_experts(stack).together_from == 1
+        assert trials.plan_of_experts(stack, Lanes(1)).together_from == 1
         trials._install(stack, products.ProductOfExperts(Plan(math.inf, 10, mx.float32)))
         assert type(stack) in EXPERTS.values()
     counts = np.bincount(ids.reshape(-1), minlength=6)
@@ -285,3 +287,18 @@ def test_experts_that_move_go_the_same_ways(always):
         assert all(type(stack) in EXPERTS.values() for s in layer.experts.stores for _, stack in projections(s.experts))
     for got, right in zip(logits(model), expected, strict=True):
         assert mx.array_equal(got, right)
+
+
+def test_a_split_that_did_not_look_quicker_is_tried_once_more_after_all_others(monkeypatch):
+    asked, found = [], iter([math.inf, math.inf, 1, math.inf, 8, math.inf])  # split, at once: of two kinds, then again
+
+    def from_tokens(plain, quick, module, gain=1.2, longest=math.inf):
+        asked.append((len(module["weight"]), longest < math.inf))
+        return next(found)
+
+    monkeypatch.setattr(trials, "_plans", {})
+    monkeypatch.setattr(trials, "from_tokens", from_tokens)
+    model = nn.Sequential(nn.Linear(8, 40), nn.Linear(40, 44), nn.Linear(8, 40))
+    trials.quicken_products(model, Lanes(2))
+    assert asked == [(40, True), (40, False), (44, True), (44, False), (40, True), (40, False)]
+    assert [layer._product.plan.split_from for layer in model.layers] == [8, 1, 8]

@@ -151,4 +151,4 @@ def test_the_first_layer_that_answers_no_numbers_is_named(broken):
     if broken is not None:
         norm = model.layers[broken].input_layernorm
         norm.weight = norm.weight.at[:1].add(mx.nan)
-    assert forward.first_not_a_number(model, [1, 2, 3]) == broken
+    assert forward.first_not_a_number(model, [[4], [1, 2, 3]]) == broken

@@ -169,7 +169,7 @@ def test_what_is_refused(here, tmp_path):
     refused(here("--prompt", "x = 1"), "needs weights")
     refused(here("--model", SHIPPED, "--prompt", "a=x", "b=y", "a=z"), "two texts are named a")
     (tmp_path / "prompt").write_bytes(b"\xff\xfe")
-    refused(here("--model", SHIPPED, "--prompt", tmp_path / "prompt", "--quiet"), "prompt is not UTF-8")
+    refused(here("--model", SHIPPED, "--prompt", tmp_path / "prompt", "--quiet"), "is not UTF-8")
     dead = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}  # nobody listens there
     refused(run_script(SCRIPT, "--model", "nobody/nothing", **dead), "hub cannot be reached")
     refused(here("--model", "models/typo"), "models/typo does not exist: no such folder")
