@@ -17,9 +17,9 @@ from .lanes import Lanes, useful_lanes
 from .masked import random_steps
 from .products import EXPERTS, HEAD, LINEAR, ROWS, Plan, Product, ProductOfExperts, equal_parts, rows, split, together
 
-TOKENS = (1, 8, 16, 32, 64)
+TOKENS = (1, 8, 16, 32, 64, 128)
 GAIN = 1.2  # how much quicker a way must be, for timings are noisy
-GAIN_OF_FEW = 1.6  # where it is tried with few rows, whose unpacked weights stay in the cache
+GAIN_OF_SPLIT = 1.05  # of rows over cores, which cannot be much slower
 BRIEF, LONG = 1e-4, 5e-3  # seconds of a product: no time to save; more tokens would not change what is quicker
 MOST_TRIALS, MOST_SECONDS = 8, 0.5  # for telling which of two ways is quicker
 FEW = 256  # rows that are enough for timing
@@ -112,12 +112,12 @@ def plan_of_linear(module: nn.Module, lanes: Lanes, split_anyway: bool = False, 
         plain, parts = rows(module, slice(0, most)), [rows(module, at) for at in equal_parts(most, lanes.count)]
         split_from, beside = math.inf, lambda x: split(parts, lanes, x)
         if lanes.count > 1 and _all_same(plain, beside, module, (1, 3, 17)):
-            split_from = 1 if split_anyway else from_tokens(plain, beside, module, longest=LONG)
+            split_from = 1 if split_anyway else from_tokens(plain, beside, module, GAIN_OF_SPLIT, LONG)
         together_from = math.inf
         if all(_all_same(rows(module, at), _at_once(module, at), module, counts) for at, counts in SHAPES):
             few, busy = slice(0, FEW), lanes.count if split_from < math.inf else 1
             ways = [_in_lanes(way, lanes, busy) for way in (rows(module, few), _at_once(module, few))]
-            together_from = from_tokens(*ways, module, gain=GAIN_OF_FEW)
+            together_from = from_tokens(*ways, module)
         _plans[kind] = Plan(split_from, together_from, dtype)
     return _plans[kind]
 
@@ -133,7 +133,7 @@ def plan_of_experts(stack: nn.Module, lanes: Lanes) -> Plan:
         tried = zip((few, stack), SHAPES, strict=True)
         if all(_all_same(sorted_slots(part), _at_once(part, 0), stack, counts) for part, (_, counts) in tried):
             ways = [_in_lanes(way, lanes, lanes.count) for way in (sorted_slots(few), _at_once(few, 0))]
-            together_from = from_tokens(*ways, stack, gain=GAIN_OF_FEW)
+            together_from = from_tokens(*ways, stack)
         _plans[kind] = Plan(math.inf, together_from, activation_type(stack))
     return _plans[kind]
 
