@@ -36,7 +36,7 @@ CONTEXT = 8
 
 def times_of(model, tokens, prompt, rounds):
     seconds = seconds_per_token(model, tokens, CONTEXT, rounds).mean()
-    return {"decode": float(seconds), "prompt": seconds_of_prompt(model, prompt, rounds)}
+    return {"decode": float(seconds), "prompt": seconds_of_prompt(model, prompt, rounds, whole=True)}
 
 
 def worker(args):

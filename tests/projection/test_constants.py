@@ -30,8 +30,8 @@ def fitted(monkeypatch, tokens, without, head=0.02, prompt=10.0):
         assert (ids, rounds) == (constants.random_tokens(model, 2), 5)
         return np.array(next(turns))
 
-    def of_prompt(model, ids, rounds):
-        assert ids == constants.random_tokens(model, 16, seed=1)
+    def of_prompt(model, ids, rounds, whole=False):
+        assert ids == constants.random_tokens(model, 16, seed=1) and whole == (rounds > 1)
         mx.eval(model(mx.array([ids])))  # its routing is recorded
         return prompt
 
@@ -125,6 +125,18 @@ def test_caches_are_filled_as_in_generation(monkeypatch):
     assert {entry.offset for entry in cache} == {53 + 3}
     constants.seconds_per_token(model, [1, 2, 3, 4], context=2, rounds=1)
     assert {entry.offset for entry in cache} == {56 + 2 + 1 + 4}
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_whole_prompt_goes_through_all_of_the_last_layer(whole, monkeypatch):
+    model, asked = random_model(), []
+    call = type(model.layers[-1]).__call__
+    monkeypatch.setattr(constants, "seconds_of", lambda work: asked.append(work()) or 1)
+    constants.seconds_of_prompt(model, [1, 2, 3], rounds=1, whole=whole)
+    [(_, answers)] = asked
+    assert type(model.layers[-1]).__call__ is call and len(answers) == whole
+    if whole:
+        assert mx.allclose(model.model.norm(answers[0]), model.model(mx.array([[1, 2, 3]])), atol=1e-5)
 
 
 def test_random_tokens_are_alike_everywhere_and_of_the_vocabulary():
