@@ -24,8 +24,8 @@ def whole(name: str, watchdog, group):
         with failing_together(name, watchdog, output.exit_of) if ranks else nullcontext():
             yield
     except SystemExit as end:
-        if not ranks:  # of the command line, before there is a thread
-            raise
+        if not ranks and end.code in (None, 0, 2):  # of the command line, before there is a thread
+            raise  # otherwise of a signal: Python would wait for the thread, which nothing ends
         _leave(end.code)
     except BaseException as error:  # what ranks leave by is above
         known = output.exit_of(error)

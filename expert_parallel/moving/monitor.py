@@ -94,7 +94,7 @@ class Monitor:
             _of("tokens_total", "counter", counted, {"": self.tokens}),
             _of("device_slots_total", "counter", "(token, chosen expert) pairs of each device; copies share equally",
                 {f'{{device="{device}"}}': slots for device, slots in enumerate(self.slots.tolist())}),
-            _of("balancedness", "gauge", "mean load over the fullest device's, last line", {"": self.balancedness}),
+            _of("balancedness", "gauge", "mean load over the fullest device's, last report", {"": self.balancedness}),
             _of("cache_hits_total", "counter", "experts that were in memory when wanted", {"": hits}),
             _of("cache_misses_total", "counter", "experts that were read from disk when wanted", {"": misses}),
         ]  # fmt: skip

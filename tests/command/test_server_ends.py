@@ -11,9 +11,12 @@ import threading
 import time
 import urllib.request
 
+import mlx.core as mx
 import pytest
 from conftest import ROOT, launch, of_a_user
 from test_mlx_lm_tools import in_float32, serving  # noqa: F401, a fixture
+
+from expert_parallel.command import server_ends
 
 
 def lines_of_ours(text):
@@ -61,6 +64,25 @@ def test_ranks_that_cannot_begin_end_together(backend, in_float32, taken, tmp_pa
     said = "".join(err for _, _, err in results)
     assert all(results[n][0] for n in range(len(results))) and "Traceback" not in said
     assert "rank 0: error: " in said and "in use" in said
+
+
+def test_a_signal_ends_a_server_of_one_process(monkeypatch):
+    """Python would wait at its end for the thread that generates; wrong options come before there is one."""
+    left = []
+    monkeypatch.setattr(server_ends.os, "_exit", left.append)
+    for status in (143, 2):
+        with contextlib.suppress(SystemExit), server_ends.whole("", None, mx.distributed.init()):
+            sys.exit(status)
+    assert left == [143]
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_server_that_has_answered(in_float32, tmp_path):  # noqa: F811
+    with serving("one", in_float32, tmp_path) as (address, (process,)):
+        body = json.dumps({"prompt": "class", "max_tokens": 4}).encode()
+        urllib.request.urlopen(f"{address}/v1/completions", data=body, timeout=60).close()
+        process.terminate()
+        assert process.wait(20) == 143
 
 
 @contextlib.contextmanager
