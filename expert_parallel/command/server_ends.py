@@ -24,7 +24,8 @@ def whole(name: str, watchdog, group):
         with failing_together(name, watchdog, output.exit_of) if ranks else nullcontext():
             yield
     except SystemExit as end:
-        if not ranks:  # of the command line, before there is a thread
+        told = isinstance(end.code, int) and end.code > 128  # by SIGTERM, which must not wait for mlx-lm's thread
+        if not ranks and not told:  # of the command line, before there is a thread
             raise
         _leave(end.code)
     except BaseException as error:  # what ranks leave by is above
