@@ -17,7 +17,7 @@ from contextlib import ExitStack, nullcontext
 from functools import lru_cache
 from importlib import import_module
 
-from . import limits, options, output, server_ends
+from . import limits, options, output, server_ends, server_requests
 from .entry import as_rank
 
 # What each tool is hooked into by: names of its module.
@@ -90,7 +90,12 @@ def run(tool: str, args, theirs: list[str], watchdog) -> None:
             replacing["ChatUI"] = shared_prompts(module.ChatUI, group)
         if tool == "server":
             stack.enter_context(replaced(module.APIHandler, {"do_GET": with_metrics(module.APIHandler, loader)}))
-            generator = server_ends.ending_whole(module.ResponseGenerator, watchdog.name, watchdog, group)
+            generator = server_requests.tried_first(module, module.ResponseGenerator, loader.width_of)
+            if group.size() > 1:
+                of_generator, of_stream = server_requests.leaving_together(module, group)
+                generator = of_generator(generator)
+                replacing["stream_generate"] = of_stream(replacing["stream_generate"])
+            generator = server_ends.ending_whole(generator, watchdog.name, watchdog, group)
             replacing |= {"ResponseGenerator": generator, "scan_cache_dir": server_ends.scanning(module.scan_cache_dir)}
         if tool == "generate":
             replacing["load_prompt_cache"] = of_a_file(module.load_prompt_cache)
@@ -165,7 +170,13 @@ class Loader:
             raise ValueError(f"{folder} has no chat template, which chat needs: take generate, or server's completions")
         self._watch(model, placement, checkpoint, dtype)
         self.watchdog.limit(None)  # from here on one waits for people; who is lost is noticed all the same
+        self._config = checkpoint.config
         return (model, tokenizer, checkpoint.config) if return_config else (model, tokenizer)
+
+    def width_of(self, tokenizer) -> int:
+        """Logits of the model that was loaded last."""
+        sizes = [config.get("vocab_size") for config in (self._config, self._config.get("text_config") or {})]
+        return next((size for size in sizes if isinstance(size, int)), len(tokenizer.vocab))
 
     def _watch(self, model, placement, checkpoint, dtype) -> None:
         if self.tool != "server" and not self.args.rebalance_every:
@@ -219,7 +230,11 @@ def following(module, group) -> tuple[dict, dict]:
 
     @lru_cache(64)  # greedy samplers are one and the same, by which mlx-lm knows that a batch can be sampled at once
     def followed(sampler):
-        return lambda logprobs: agreed(sampler(logprobs))
+        def following(logprobs):
+            return agreed(sampler(logprobs))
+
+        following.alone = sampler  # for who tries it on one rank
+        return following
 
     def stream_generate(*args, **how):
         for response in stream(*args, **how):
