@@ -43,11 +43,16 @@ def try_sampling(module, tokenizer, args, width: int) -> None:
     wrong = [token for token in args.logits.logit_bias or () if not 0 <= token < width]
     if wrong:  # MLX writes where that is
         raise ValueError(f"logit_bias: there is no token {wrong[0]}, they go from 0 to {width - 1}")
-    logits = mx.zeros((1, width))
-    for process in module._make_logits_processors(args):
-        logits = process(mx.array([0, 0]), logits)
-    sampler = module._make_sampler(args, tokenizer)
-    mx.eval(getattr(sampler, "alone", sampler)(logits))  # a draw more; who wants his own has a seed, which is set later
+    anew = mx.random.randint(0, 2**31 - 1).item()  # some draws more; who wants his own has a seed, which is set later
+    try:
+        logits = mx.zeros((1, width))
+        for process in module._make_logits_processors(args):
+            logits = process(mx.array([0, 0]), logits)
+        sampler = module._make_sampler(args, tokenizer)
+        mx.eval(getattr(sampler, "alone", sampler)(logits))
+    except BaseException:
+        mx.random.seed(anew)  # a compiled sampler that fails leaves a state of which nothing can be drawn any more
+        raise
 
 
 def leaving_together(module, group) -> tuple:

@@ -54,6 +54,14 @@ def test_what_would_end_the_thread_of_the_server_is_refused(prompt, asked):
         generator._tokenize(tokenizer, request, arguments(**asked))
 
 
+def test_a_draw_that_fails_leaves_one_to_be_drawn_afterwards():
+    _, tokenizer = load(str(SHIPPED), lazy=True)
+    with pytest.raises(RuntimeError):
+        server_requests.try_sampling(module, tokenizer, arguments(temperature=1.0, top_k=10**30), 4096)
+    for asked in ({}, {"min_p": 1.0}, {"top_p": 0.5}):
+        server_requests.try_sampling(module, tokenizer, arguments(temperature=1.0, **asked), 4096)
+
+
 def test_ranks_leave_a_request_of_a_client_that_hangs_up_together(monkeypatch):
     monkeypatch.setattr("mlx.core.distributed.all_sum", lambda values, group=None: values)
     of_generator, of_stream = server_requests.leaving_together(module, Rank(0, 2))
