@@ -111,7 +111,7 @@ def free_ports(count: int) -> list[int]:
     """Ports of this machine for ranks to listen at; no outgoing connection can take one before they do."""
     found = []
     with contextlib.ExitStack() as held:
-        for port in random.SystemRandom().sample(PORTS, 100 + 2 * count):  # others seed the shared generator
+        for port in random.SystemRandom().sample(PORTS, len(PORTS)):  # others seed the shared generator
             with contextlib.suppress(OSError):
                 held.enter_context(socket.create_server(("127.0.0.1", port)))
                 found.append(port)
