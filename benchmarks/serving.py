@@ -15,7 +15,6 @@ import contextlib
 import json
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -34,7 +33,7 @@ from mlx_lm.utils import save_model
 
 from expert_parallel.checkpoint.finding import SHIPPED
 from expert_parallel.command import output
-from expert_parallel.ranks.launch import rank_commands
+from expert_parallel.ranks.launch import free_ports, rank_commands
 from expert_parallel.report import table
 
 LONGEST, PROMPTS, NEAR = 40, 100, 1e-3  # tokens of an answer, different prompts, and what counts as a tie of logits
@@ -126,8 +125,7 @@ def metric(text: str, name: str) -> float:
 @contextlib.contextmanager
 def serving(args, model: Path, folder: Path):
     """(address, process ids of the ranks) of a server; ended by Control-C."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    (port,) = free_ports(1)
     command = [sys.executable, "-m", "expert_parallel", "server", "--model", str(model), "--port", str(port)]
     if args.expert_memory:
         command += ["--expert-memory", args.expert_memory]

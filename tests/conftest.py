@@ -123,16 +123,10 @@ def launch_command(backend, ranks, *arguments, tmp_path=None):
         base |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
         base |= {"OMPI_MCA_mpi_yield_when_idle": "1"}  # others than the ranks want the cores, too: half of the CPU time
         return [(["mpirun", "--oversubscribe", "--bind-to", "none", "-np", str(ranks), *command], base)]
-    import socket
+    from expert_parallel.ranks.launch import free_ports
 
-    sockets = [socket.socket() for _ in range(ranks)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    hosts = [[f"127.0.0.1:{s.getsockname()[1]}"] for s in sockets]
-    for s in sockets:
-        s.close()
     hostfile = tmp_path / "hosts.json"
-    hostfile.write_text(json.dumps(hosts))
+    hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(ranks)]))
     return [(command, {**base, "MLX_RANK": str(r), "MLX_HOSTFILE": str(hostfile)}) for r in range(ranks)]
 
 

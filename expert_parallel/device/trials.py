@@ -106,7 +106,7 @@ def plan_of_linear(module: nn.Module, lanes: Lanes, split_anyway: bool = False, 
     kind = (_kind(module), module["weight"].shape, lanes.count, split_anyway)
     again = again and lanes.count > 1 and (kind, "again") not in _plans and _plans[kind].split_from == math.inf
     if again:
-        _plans[kind, "again"] = True
+        _plans[kind, "again"] = None
     if again or kind not in _plans:
         most, dtype = min(len(module["weight"]), ROWS * lanes.count), activation_type(module)
         plain, parts = rows(module, slice(0, most)), [rows(module, at) for at in equal_parts(most, lanes.count)]

@@ -77,7 +77,7 @@ class Monitor:
         text = f"{self._line_tokens} tokens: balancedness {self.balancedness:.2f}, load by device "
         text += " ".join(f"{share:.0%}" for share in shares)
         hits, misses = self._cache()
-        text += f", {hits / (hits + misses):.0%} of experts were in memory" if hits + misses else ""
+        text += f", {hits / (hits + misses):.0%} of experts were in memory" if misses else ""
         moved = sum(look["moved"] for look in self.live.looks) if self.live else 0
         return text + (f", experts have moved {moved} times" if moved else "")
 

@@ -143,7 +143,7 @@ def in_order(parts: list[mx.array], places: list[np.ndarray]) -> mx.array:
     return parts[0] if len(parts) == 1 else mx.concatenate(parts)[mx.array(np.argsort(np.concatenate(places)))]
 
 
-_ONE_THREAD = ThreadPoolExecutor(1, thread_name_prefix="reading ahead")
+_ONE_THREAD = ThreadPoolExecutor(1)
 
 
 class Pool:

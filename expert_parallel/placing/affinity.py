@@ -46,7 +46,6 @@ def gather_by_affinity(loads, pairs, held, limit) -> np.ndarray:
     for sweep in range(SWEEPS):
         # Annealing: gains are judged with noise that falls to none for the last third of the sweeps.
         heat = max(0.0, 1 - 1.5 * sweep / SWEEPS) * float(near.std()) * 0.5
-        before = home.copy()
         for e in random.permutation(num_experts):
             # 1. What a swap of e with each f would gain in pairs [L, E], and add to the load of e's device.
             here = home[:, e]  # [L]
@@ -69,6 +68,4 @@ def gather_by_affinity(loads, pairs, held, limit) -> np.ndarray:
             load[layers, p] += change[layers, f]
             load[layers, q] -= change[layers, f]
             home[layers, e], home[layers, f] = q, p
-        if not heat and (home == before).all():
-            break
     return home[:, None, :] == np.arange(num_devices)[:, None]

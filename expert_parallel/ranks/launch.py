@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+PORTS = range(20_000, 32_768)  # below those that systems give to outgoing connections
 SUPERVISOR = "EXPERT_PARALLEL_SUPERVISOR"  # a FIFO that the supervisor of this process holds open while it lives
 
 
@@ -105,6 +107,19 @@ def host_of_rank_0() -> str:
     return "127.0.0.1" if number == here else "0.0.0.0"
 
 
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine for ranks to listen at; no outgoing connection can take one before they do."""
+    found = []
+    with contextlib.ExitStack() as held:
+        for port in random.SystemRandom().sample(PORTS, len(PORTS)):  # others seed the shared generator
+            with contextlib.suppress(OSError):
+                held.enter_context(socket.create_server(("127.0.0.1", port)))
+                found.append(port)
+            if len(found) == count:
+                return found
+    raise ValueError(f"of ports {PORTS[0]} to {PORTS[-1]} not even {count} could be listened at")
+
+
 def rank_commands(backend: str, num_ranks: int, command: list[str], folder: Path) -> list[tuple[list[str], dict]]:
     """(command, environment) of every process to start, for local ranks over "ring" or "mpi".
 
@@ -118,12 +133,8 @@ def rank_commands(backend: str, num_ranks: int, command: list[str], folder: Path
         return [(["mpirun", "--oversubscribe", "-np", str(num_ranks), *command], here)]
     if backend != "ring":
         raise ValueError(f'a local backend is "ring" or "mpi", got {backend!r}')
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(num_ranks)]
-    hosts = [[f"127.0.0.1:{s.getsockname()[1]}"] for s in sockets]
-    for s in sockets:
-        s.close()
     hostfile = folder / "hosts.json"
-    hostfile.write_text(json.dumps(hosts))
+    hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(num_ranks)]))
     return [(command, {**here, "MLX_RANK": str(r), "MLX_HOSTFILE": str(hostfile)}) for r in range(num_ranks)]
 
 

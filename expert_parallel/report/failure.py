@@ -32,7 +32,7 @@ def lost(losses, trace: RoutingTrace, layer_numbers: list[int], whole: ModelByte
     for event, (before, after), (begin, start, end) in zip(losses.events, changes, spans, strict=True):
         there = device[start:end]
         num_bytes = int(np.einsum("lde,l->", event["arrivals"], whole.expert_bytes))
-        chance = uniform_routing(max(end - start, 1), top_k, after[0][after[0].any(axis=1)])["balancedness"]
+        uniform = uniform_routing(len(there), top_k, after[0][after[0].any(axis=1)]) if there.size else {}
         rows.append(
             {
                 "devices": event["devices"],
@@ -49,7 +49,7 @@ def lost(losses, trace: RoutingTrace, layer_numbers: list[int], whole: ModelByte
                 "experts_unserved_share": float((~after.any(axis=1)).mean()),
                 "balancedness_before": _evenness(device[begin:start], before),
                 "balancedness_since": _evenness(there, after),
-                "balancedness_since_if_uniform_simulated": chance,
+                "balancedness_since_if_uniform_simulated": uniform.get("balancedness"),
             }
         )
     slots = len(trace) * trace.experts.shape[1] * top_k

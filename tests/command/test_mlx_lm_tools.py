@@ -27,6 +27,7 @@ from mlx_lm.utils import save_model
 from expert_parallel import __main__ as names
 from expert_parallel import place_experts, shard_model
 from expert_parallel.command import mlx_lm_tools
+from expert_parallel.ranks.launch import free_ports
 
 PROMPTS = ["class Parser:\n", "def add(a, b):\n    return", "import os\n\n\ndef", "for i in range(", "x = {", "if not"]
 TOKENS = 12
@@ -273,15 +274,10 @@ def test_logits_of_a_batch_are_those_of_stock_with_the_same_batch(copies, monkey
 # --- a server ---------------------------------------------------------------------------------------------------
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return taken.getsockname()[1]
-
-
 @contextlib.contextmanager
 def serving(backend, folder, tmp_path, *more):
     """(address, processes) of a server with the experts on two devices or two ranks."""
-    port = free_port()
+    (port,) = free_ports(1)
     line = ("-m", "expert_parallel", "server", "--model", folder, "--port", port, "--report-every", 64, *more)
     if backend == "one":
         started = [([sys.executable, *map(str, line), "--devices", "2"], of_a_user())]

@@ -1,5 +1,7 @@
 """Experts foretold and read ahead: the answer stays, and what is said of it is true."""
 
+import threading
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from expert_parallel import load_sharded, record_routing
 from expert_parallel.checkpoint.loading import load_whole
 from expert_parallel.layers import moe_layers
 from expert_parallel.offload.prefetch import Foreteller, followers, likeliest, router_of
+from expert_parallel.offload.store import OnDisk
 from expert_parallel.trace import RoutingTrace
 
 CONFIG = {**QWEN3, "num_hidden_layers": 4, "num_experts": 16}
@@ -52,6 +55,25 @@ def test_answers_stay_and_recall_is_counted(folder, how, devices):
     stores = [store for layer in moe_layers(model) for store in layer.experts.stores]
     assert 0 < sum(s.reads.useful for s in stores) <= sum(s.reads.experts_ahead for s in stores)
     assert sum(store.reads.experts for store in stores) == sum(store.cache.misses for store in stores)
+
+
+def test_a_layer_is_read_ahead_after_the_other(folder, monkeypatch):
+    model = load_sharded(folder, num_devices=1, expert_memory="50%")[0]
+    two, began = threading.Barrier(2), []
+
+    def read(store, experts, rows):
+        began.append(store)
+        with pytest.raises(threading.BrokenBarrierError):  # nobody else comes to read meanwhile
+            two.wait(0.1)
+        return 0, 0
+
+    monkeypatch.setattr(OnDisk, "_read", read)
+    stores = [layer.experts.stores[0] for layer in moe_layers(model)[:2]]
+    for store in stores:
+        store.read_ahead(np.arange(4))
+    for store in stores:
+        store._settle(())
+    assert began == stores
 
 
 def test_the_router_alone_chooses_as_its_block_does(folder):

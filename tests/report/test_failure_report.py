@@ -3,7 +3,9 @@
 import functools
 import importlib
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import witness
 from checkpoints import adapter
@@ -12,6 +14,10 @@ from mlx_lm import load
 from printed import columns_of, facts_of
 
 from expert_parallel.failure.losses import Losses
+from expert_parallel.report.failure import journal, lost
+from expert_parallel.report.table import sections
+from expert_parallel.study.chance import uniform_routing
+from expert_parallel.trace import RoutingTrace
 
 L, E, D, K = 4, 128, 8, 8
 HIDDEN, WIDTH = 256, 64  # of the shipped model's experts: 4 bits, a scale and a bias of 4 bytes for each 64 weights
@@ -155,6 +161,26 @@ def adapters(tmp_path_factory):
     return found
 
 
+@pytest.fixture(scope="module")
+def whole(run_here, tmp_path_factory):
+    """(options) -> (tokens, routing) of a run that loses nothing, the same one for all that ask for it."""
+
+    @functools.cache
+    def of(*line):
+        _, document, *routing = run(run_here, tmp_path_factory.mktemp("whole"), *line)
+        return document["generation"]["tokens"], routing
+
+    return of
+
+
+@pytest.mark.parametrize("how", [pytest.param("failover", marks=pytest.mark.slow), "recover"])
+def test_a_loss_in_bfloat16_changes_no_bit(how, whole, run_here, tmp_path, monkeypatch):
+    """Slow on CPUs; what takes over has lain in memory from the start, what is read again has its type to get."""
+    test_a_loss_beside_other_options_changes_no_bit(
+        how, ("--dtype", "bfloat16"), {}, whole, run_here, tmp_path, monkeypatch
+    )
+
+
 @pytest.mark.parametrize("how", ["failover", "recover"])
 @pytest.mark.parametrize(
     "beside",
@@ -163,14 +189,13 @@ def adapters(tmp_path_factory):
         ("--adapter-path", "experts"),
         ("--streams",),
         ("--kv-bits", 8),
-        ("--dtype", "bfloat16"),
         pytest.param(("--dtype", "float16"), marks=pytest.mark.slow),
         ("--temp", 1, "--seed", 5),
         pytest.param(("--prompt", LONG), marks=pytest.mark.slow),
     ],
     ids=lambda words: "-".join(map(str, words))[:24].strip("-"),
 )
-def test_a_loss_beside_other_options_changes_no_bit(how, beside, adapters, run_here, tmp_path, monkeypatch):
+def test_a_loss_beside_other_options_changes_no_bit(how, beside, adapters, whole, run_here, tmp_path, monkeypatch):
     """Text, routing of every token and logits are those of the run without it, and of stock mlx-lm."""
     generation = importlib.import_module("mlx_lm.generate")
     in_parts = functools.partial(generation.stream_generate, prefill_step_size=64)  # of the long prompt
@@ -183,11 +208,55 @@ def test_a_loss_beside_other_options_changes_no_bit(how, beside, adapters, run_h
         return
     lost = ["--fail-device", "6@3"] + ["--fail-device", "1@9"] * (how == "recover")
     _, document, *routing = run(run_here, tmp_path, *lost, "--verify", *line)
-    _, whole, *routing_whole = run(run_here, tmp_path, *line[: len(beside)])
+    tokens, routing_whole = whole(*line[: len(beside)])
     assert routing[1].count(True) > (4 * 64 if LONG in beside else 0)
-    assert routing == routing_whole and document["generation"]["tokens"] == whole["generation"]["tokens"]
+    assert routing == routing_whole and document["generation"]["tokens"] == tokens
     assert document["parity"]["tokens_equal"] is True and document["parity"]["max_abs_logit_difference"] == 0
     assert [row["after_tokens"] for row in document["failures"]["losses"]] == ([3, 9] if how == "recover" else [3])
+
+
+def test_two_losses_by_hand_after_the_second_of_which_no_token_comes():
+    """Three devices with four experts in two layers, device 0 with none in one; 1000 bytes were read in two seconds."""
+    held = np.zeros((2, 3, 4), bool)
+    held[0, [0, 0, 1, 2], [0, 1, 2, 3]] = held[1, [1, 1, 1, 2], [0, 1, 2, 3]] = True
+    changes, events = [(0, held)], []
+    for device, start in ((1, 2), (2, 5)):
+        before, after = changes[-1][1], changes[-1][1].copy()
+        after[:, device] = False
+        arrivals = before & ~after
+        changes.append((start, after))
+        events.append({"devices": [device], "after_tokens": start, "before": before, "gone": ~after.any(axis=1),
+                       "arrivals": arrivals, "pause_seconds": 0.25})  # fmt: skip
+    losses = SimpleNamespace(changes=changes, events=events, model=None, on_failure="drop", rerouted=0, planned={})
+    trace = RoutingTrace(np.random.default_rng(0).permuted(np.tile(np.arange(4), (5, 2, 1)), axis=2)[..., :2], 4)
+    whole, reading = (
+        SimpleNamespace(expert_bytes=np.array([100, 30])),
+        SimpleNamespace(bytes_read_experts=1000, seconds=2),
+    )
+    tables = lost(losses, trace, [1, 3], whole, reading)
+    first, second = sections(tables)["failures"]["losses"]
+    assert (first["repair_bytes"], second["repair_bytes"]) == (190, 130)
+    assert (first["repair_seconds_modelled"], second["repair_seconds_modelled"]) == (190 / 500, 130 / 500)
+    assert (first["tokens_since"], second["tokens_since"]) == (3, 0)
+    uniform = uniform_routing(3, 2, held[0, [0, 2]])["balancedness"]
+    assert first["balancedness_since_if_uniform_simulated"] == uniform
+    assert second["balancedness_since"] is second["balancedness_since_if_uniform_simulated"] is None
+    printed = columns_of(str(tables[0]), "Lost devices (drop: another answer)", 2)
+    assert printed["seconds"] == ("0.380", "0.260") and printed["bytes"] == ("190 B", "130 B")
+
+
+@pytest.mark.parametrize(("replayed", "differing"), [(0, 0), (5, 0), (5, 2)])
+def test_what_came_from_a_journal(replayed, differing):
+    figures = {"file": "run.jsonl", "tokens_replayed": replayed, "tokens_new": 7, "differing": differing,
+               "seconds_replay": 0.256}  # fmt: skip
+    text = str(table := journal(figures))
+    assert table.to_json()["source"] == "measured"
+    assert facts_of(text, "Journal") == {
+        "journal": "run.jsonl",
+        **({"tokens from it": "5, gone through in 0.26 s"} if replayed else {}),
+        "new tokens": "7",
+        **({"chosen otherwise": "2 of them, by the model as it is here"} if differing else {}),
+    }
 
 
 def test_an_answer_that_ends_before(run_here, tmp_path, monkeypatch):

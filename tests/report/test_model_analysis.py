@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import CONFIG, ROOT, SHIPPED, random_model, run_script
+from conftest import CONFIG, ROOT, SHIPPED, of_a_user, random_model, run_script
 
 from expert_parallel.models.configurations import Configuration
 from expert_parallel.models.lazy import build_model, fill_randomly, shortened
@@ -58,7 +58,7 @@ def test_the_whole_report_takes_seconds_and_400_mb(name, tmp_path):
     arguments = ["--model", name, "--device-memory", "24", "--json", str(out)]
     command = [sys.executable, "-c", RUN_AND_WEIGH, str(tmp_path / "peak"), SCRIPT, *arguments]
     with (tmp_path / "text").open("w") as text:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=text)
+        process = subprocess.Popen(command, cwd=ROOT, env=of_a_user(), stdout=text)
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = status
     assert status == 0
