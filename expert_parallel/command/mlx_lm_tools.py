@@ -46,7 +46,8 @@ def main(tool: str, line: list[str]) -> None:
                         " at once)")  # fmt: skip
     mine, theirs = parser.parse_known_args(line)
     if {"-h", "--help"} & {*theirs}:
-        print(parser.format_help())
+        with output.exit_on_user_error():
+            print(parser.format_help(), flush=True)
     whole = argparse.Namespace(**{**vars(options.parser_of("").parse_args([])), **vars(mine)})
     as_rank(lambda watchdog, tell: run(tool, whole, theirs, watchdog), show=False)
 

@@ -291,3 +291,13 @@ def test_a_trace_that_the_cache_wants_too_is_read_once(tmp_path, monkeypatch):
     alone = make_placement(args, (2, 16))
     monkeypatch.setattr("expert_parallel.formats.traces.read_trace", None)
     assert (make_placement(args, (2, 16), trace=trace).held == alone.held).all()
+
+
+def test_help_of_a_tool_into_a_full_disk(monkeypatch, capsys):
+    from expert_parallel.command import mlx_lm_tools
+
+    with open("/dev/full", "w") as full, monkeypatch.context() as patched:  # noqa: PTH123
+        patched.setattr("sys.stdout", full)
+        with pytest.raises(SystemExit) as end:
+            mlx_lm_tools.main("chat", ["--help"])
+    assert end.value.code == 2 and "No space left" in capsys.readouterr().err
