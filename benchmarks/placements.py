@@ -72,6 +72,22 @@ def held_out(trace):
             yield (strategy, devices, copies, *even)
 
 
+def experts_read(held, steps) -> str:
+    """Experts whose weights the devices read in a step over those that it wants: dealt out by the optimum / shared.
+
+    Shared: where each holder gets a slot of an expert as long as there is one.
+    """
+    read = shared = wanted = 0
+    for layer, serving in enumerate(map(Serving, held)):
+        for step in steps:
+            ids = step.experts[:, layer].reshape(-1)
+            read += len(set(zip(serving.devices(ids).tolist(), ids.tolist(), strict=True)))
+            counts = np.bincount(ids, minlength=held.shape[2])
+            shared += np.minimum(counts, held[layer].sum(axis=0)).sum()
+            wanted += (counts > 0).sum()
+    return f"{read / wanted:.2f} / {shared / wanted:.2f}"
+
+
 def dealt_among_copies(trace, devices=8):
     """Rows of the fullest device's slots over the optimum's, for the other half step by step; and what a layer took."""
     half = len(trace) // 2
@@ -88,7 +104,7 @@ def dealt_among_copies(trace, devices=8):
                 seconds[greedy].append(time.perf_counter() - begin)
             took = [f"{1e6 * np.median(seconds[greedy]):.0f} us" for greedy in (False, True)]
             ways = (f"{over[name]:.3f}" for name in ("least loaded", "shared equally", "by turns"))
-            yield (copies, tokens, *ways, *took)
+            yield (copies, tokens, *ways, experts_read(held, steps), *took)
 
 
 def main():
@@ -111,9 +127,11 @@ def main():
         heads = ("placement", "devices", "copies", "fitted half", "other half", "oracle")
         print(of_rows(title, *heads, rows=list(held_out(trace))))
         print("oracle: fitted on the other half itself\n")
-        heads = ("copies", "tokens a step", "least loaded", "shared equally", "by turns", "optimum", "least loaded")
+        heads = ("copies", "tokens a step", "least loaded", "shared equally", "by turns", "experts read")
+        heads += ("optimum", "least loaded")
         title = "Fullest device's slots over the optimum's (simulated); a layer and step took (measured, median)"
         print(of_rows(title, *heads, rows=list(dealt_among_copies(trace))))
+        print("experts read by all devices, over those wanted (simulated): by the optimum / each holder gets a slot")
 
 
 if __name__ == "__main__":
