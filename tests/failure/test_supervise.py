@@ -192,7 +192,9 @@ def test_who_waits_or_starts_late_ends_in_one_line_without_its_supervisor(there,
         assert (done.returncode, done.stderr) == (3, b"error: the supervisor of this run was ended\n")
 
 
-@pytest.mark.parametrize(("ranks", "more"), [(1, ("--standby",)), (2, ()), (2, ("--backend", "mpi"))])
+@pytest.mark.parametrize(
+    ("ranks", "more"), [(1, ("--standby",)), pytest.param(2, (), marks=pytest.mark.slow), (2, ("--backend", "mpi"))]
+)
 def test_ranks_end_when_their_supervisor_is_killed(ranks, more, tmp_path):
     """So do the spare that waits, mpirun, and the watch processes; what is in the journal is whole."""
     if "mpi" in more and not shutil.which("mpirun"):

@@ -112,7 +112,9 @@ def refusal(name, ranks):
     return "3 devices: needs 1 to 2" if name == "more ranks than experts" else None
 
 
-@pytest.mark.parametrize(("backend", "ranks"), [("ring", 2), ("ring", 3), ("mpi", 8)])
+@pytest.mark.parametrize(
+    ("backend", "ranks"), [("ring", 2), pytest.param("ring", 3, marks=pytest.mark.slow), ("mpi", 8)]
+)
 def test_every_way_to_spread_says_what_stock_says(backend, ranks, models, tmp_path):
     places = {name: str(path) for name, path in models.items()}
     for name, devices in {"by_hand": BY_HAND[ranks], "copies": COPIES.get(ranks)}.items():
