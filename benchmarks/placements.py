@@ -72,18 +72,18 @@ def held_out(trace):
             yield (strategy, devices, copies, *even)
 
 
-def experts_read(held, steps) -> str:
+def experts_read(layers: list[Serving], steps) -> str:
     """Experts whose weights the devices read in a step over those that it wants: dealt out by the optimum / shared.
 
     Shared: where each holder gets a slot of an expert as long as there is one.
     """
     read = shared = wanted = 0
-    for layer, serving in enumerate(map(Serving, held)):
+    for layer, serving in enumerate(layers):
         for step in steps:
             ids = step.experts[:, layer].reshape(-1)
             read += len(set(zip(serving.devices(ids).tolist(), ids.tolist(), strict=True)))
-            counts = np.bincount(ids, minlength=held.shape[2])
-            shared += np.minimum(counts, held[layer].sum(axis=0)).sum()
+            counts = np.bincount(ids, minlength=serving.held.shape[1])
+            shared += np.minimum(counts, serving.held.sum(axis=0)).sum()
             wanted += (counts > 0).sum()
     return f"{read / wanted:.2f} / {shared / wanted:.2f}"
 
@@ -104,7 +104,7 @@ def dealt_among_copies(trace, devices=8):
                 seconds[greedy].append(time.perf_counter() - begin)
             took = [f"{1e6 * np.median(seconds[greedy]):.0f} us" for greedy in (False, True)]
             ways = (f"{over[name]:.3f}" for name in ("least loaded", "shared equally", "by turns"))
-            yield (copies, tokens, *ways, experts_read(held, steps), *took)
+            yield (copies, tokens, *ways, experts_read(serving, steps), *took)
 
 
 def main():

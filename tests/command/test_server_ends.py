@@ -76,6 +76,24 @@ def test_a_signal_ends_a_server_of_one_process(monkeypatch):
     assert left == [143]
 
 
+def test_a_server_that_is_told_to_end_does_not_wait_for_its_thread():
+    """SIGTERM, of one process."""
+    code = (
+        "import threading, time; from expert_parallel.command import output, server_ends;"
+        "from types import SimpleNamespace as S\n"
+        "threading.Thread(target=time.sleep, args=(30,)).start()\n"
+        "with output.exit_on_user_error(), server_ends.whole('', None, S(size=lambda: 1)):\n"
+        " print('up', flush=True); time.sleep(30)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "up\n"
+        process.send_signal(signal.SIGTERM)
+        try:
+            assert process.wait(10) == 143
+        finally:
+            process.kill()
+
+
 @pytest.mark.slow
 def test_sigterm_ends_a_server_that_has_answered(in_float32, tmp_path):  # noqa: F811
     with serving("one", in_float32, tmp_path) as (address, (process,)):

@@ -1,9 +1,6 @@
 """Requests that mlx-lm's server cannot answer: each is refused by itself, and ranks leave one together."""
 
 import importlib
-import signal
-import subprocess
-import sys
 from queue import Queue
 from types import SimpleNamespace
 
@@ -84,21 +81,3 @@ def test_ranks_leave_a_request_of_a_client_that_hangs_up_together(monkeypatch):
             stream = of_stream(lambda: iter([*range(20), *range(21, 1001)]))
         Single_()._serve_single((Queue(), None, None), None)
         assert len(seen) == expected and not context._should_stop
-
-
-def test_a_server_that_is_told_to_end_does_not_wait_for_its_thread():
-    """SIGTERM, of one process."""
-    code = (
-        "import threading, time; from expert_parallel.command import output, server_ends;"
-        "from types import SimpleNamespace as S\n"
-        "threading.Thread(target=time.sleep, args=(30,)).start()\n"
-        "with output.exit_on_user_error(), server_ends.whole('', None, S(size=lambda: 1)):\n"
-        " print('up', flush=True); time.sleep(30)"
-    )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "up\n"
-        process.send_signal(signal.SIGTERM)
-        try:
-            assert process.wait(10) == 143
-        finally:
-            process.kill()
