@@ -36,7 +36,9 @@ OWN = ("placement", "placement_trace", "report_every")  # ranks may have them in
 
 def main(tool: str, line: list[str]) -> None:
     """Run mlx-lm's tool with what stands behind its name on the command line."""
-    parser = options.parser_of("of this project, before mlx-lm's own:", OURS)
+    parser = options.parser_of(
+        f"usage: expert-parallel {tool} [options]\n\nof this project, before mlx-lm's own:", OURS
+    )
     parser.add_argument("--report-every", type=int, default=1024, metavar="TOKENS",
                         help="server: a line on balance after so many tokens, 0 for none (default: 1024); these and"
                         " those of GET /metrics are counted every 16 forward passes")  # fmt: skip
@@ -90,7 +92,8 @@ def run(tool: str, args, theirs: list[str], watchdog) -> None:
         if tool == "chat" and group.size() > 1:
             replacing["ChatUI"] = shared_prompts(module.ChatUI, group)
         if tool == "server":
-            stack.enter_context(replaced(module.APIHandler, {"do_GET": with_metrics(module.APIHandler, loader)}))
+            handled = server_requests.handling(module.APIHandler, loader.metrics)
+            stack.enter_context(replaced(module.APIHandler, handled))
             generator = server_requests.tried_first(module, module.ResponseGenerator, loader.width_of)
             if group.size() > 1:
                 of_generator, of_stream = server_requests.leaving_together(module, group)
@@ -178,6 +181,10 @@ class Loader:
         """Logits of the model that was loaded last."""
         sizes = [config.get("vocab_size") for config in (self._config, self._config.get("text_config") or {})]
         return next((size for size in sizes if isinstance(size, int)), len(tokenizer.vocab))
+
+    def metrics(self) -> str:
+        """Of the model that was loaded last, in Prometheus' text format."""
+        return self.monitor.metrics() if self.monitor else ""
 
     def _watch(self, model, placement, checkpoint, dtype) -> None:
         if self.tool != "server" and not self.args.rebalance_every:
@@ -267,21 +274,3 @@ def shared_prompts(chat_ui, group):
             return gather_objects(group, line)[0]
 
     return Shared
-
-
-def with_metrics(handler, loader: Loader):
-    """A do_GET of mlx-lm's APIHandler that also answers /metrics, in Prometheus' text format."""
-    original = handler.do_GET
-
-    def do_GET(self):
-        if self.path.partition("?")[0] != "/metrics":
-            original(self)
-            return
-        text = loader.monitor.metrics().encode() if loader.monitor else b""
-        self.send_response(200)
-        self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    return do_GET

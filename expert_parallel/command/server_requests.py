@@ -1,4 +1,4 @@
-"""Requests to mlx-lm's server: none ends its thread, and so the server, and on ranks all of them leave one together.
+"""Requests to mlx-lm's server: each is answered, none ends the server, and on ranks all of them leave one together.
 
 mlx-lm looks after what it reads of a request, not after what it makes of it: an empty prompt, a stop word that is no
 text, more of `top_k` than there are tokens fail in the thread that answers everybody.
@@ -6,9 +6,65 @@ text, more of `top_k` than there are tokens fail in the thread that answers ever
 
 from __future__ import annotations
 
+import json
 from numbers import Integral
 
 ASK_EVERY = 16  # tokens of a request that is answered alone, after which ranks ask whether its client is there
+
+
+def handling(handler, metrics) -> dict:
+    """Methods of mlx-lm's APIHandler: GET /metrics, and 400 with the reason where mlx-lm says nothing.
+
+    metrics  () -> text in Prometheus' format
+    """
+    get, post, validate, send = (
+        handler.do_GET,
+        handler.do_POST,
+        handler.validate_model_parameters,
+        handler.send_response,
+    )
+
+    def do_GET(self):
+        if self.path.partition("?")[0] != "/metrics":
+            get(self)
+            return
+        self.send_response(200)
+        _send(self, "text/plain; version=0.0.4; charset=utf-8", metrics())
+
+    def do_POST(self):
+        self.answers = False
+        try:
+            post(self)
+        except ConnectionError:  # nobody is there any more
+            raise
+        except Exception as error:
+            if self.answers:  # half-way
+                raise
+            self.send_response(400)
+            _send(self, "application/json", json.dumps({"error": f"{type(error).__name__}: {error}"}))
+
+    def validate_model_parameters(self):
+        import mlx.core as mx
+
+        validate(self)
+        try:
+            mx.random.key(self.seed or 0)
+        except TypeError:
+            raise ValueError(f"seed must be a number from 0 to 2**64 - 1, not {self.seed}") from None
+
+    def send_response(self, *args):
+        self.answers = True
+        send(self, *args)
+
+    return {each.__name__: each for each in (do_GET, do_POST, validate_model_parameters, send_response)}
+
+
+def _send(handler, kind: str, text: str) -> None:
+    body = text.encode()
+    handler.send_header("Content-Type", kind)
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    handler.wfile.write(body)
 
 
 def tried_first(module, generator, width_of):

@@ -57,8 +57,7 @@ def quicken_products(model: nn.Module, lanes: Lanes, split_anyway: bool = False,
     linear = [module for module in modules if type(module) in LINEAR]
     lengths = {len(module["weight"]) for module in linear}
     linear += [m for m in modules if type(m) in HEAD and len(m["weight"]) not in lengths]  # it is the head, too
-    for again in (False, True):
-        plans = [plan_of_linear(module, lanes, split_anyway, again) for module in linear]
+    plans = plans_of_linear(linear, lanes, split_anyway)
     if plans and is_rank(group):
         tokens = mx.array([[plan.split_from, plan.together_from] for plan in plans])
         tokens = mx.distributed.all_max(tokens, group=group).tolist()
@@ -98,30 +97,37 @@ def _install(module, product):
         module.__class__ = {**LINEAR, **HEAD, **EXPERTS}[type(module)]
 
 
-def plan_of_linear(module: nn.Module, lanes: Lanes, split_anyway: bool = False, again: bool = False) -> Plan:
-    """By trial with its first rows.
+def plans_of_linear(modules: list[nn.Module], lanes: Lanes, split_anyway: bool = False) -> list[Plan]:
+    """By trial with the first rows of one of each kind."""
+    kinds = [(_kind(module), module["weight"].shape, lanes.count, split_anyway) for module in modules]
+    new = {kind: module for kind, module in zip(kinds, modules, strict=True) if kind not in _plans}
+    splits = dict.fromkeys(new, math.inf)
+    for _ in range(2 if lanes.count > 1 else 0):  # once more: something else may have taken a core for the first time
+        for kind in (kind for kind, tokens in splits.items() if tokens == math.inf):
+            splits[kind] = split_from(new[kind], lanes, split_anyway)
+    for kind, module in new.items():
+        busy = lanes.count if splits[kind] < math.inf else 1
+        _plans[kind] = Plan(splits[kind], together_from(module, lanes, busy), activation_type(module))
+    return [_plans[kind] for kind in kinds]
 
-    again  once more where splitting did not look quicker: something else may have taken a core for that while
-    """
-    kind = (_kind(module), module["weight"].shape, lanes.count, split_anyway)
-    again = again and lanes.count > 1 and (kind, "again") not in _plans and _plans[kind].split_from == math.inf
-    if again:
-        _plans[kind, "again"] = None
-    if again or kind not in _plans:
-        most, dtype = min(len(module["weight"]), ROWS * lanes.count), activation_type(module)
-        plain, parts = rows(module, slice(0, most)), [rows(module, at) for at in equal_parts(most, lanes.count)]
-        split_from, beside = math.inf, lambda x: split(parts, lanes, x)
-        if lanes.count > 1 and _all_same(plain, beside, module, (1, 3, 17)):
-            split_from = 1 if split_anyway else from_tokens(plain, beside, module, GAIN_OF_SPLIT, LONG)
-        if again and split_from == math.inf:
-            return _plans[kind]
-        together_from = math.inf
-        if all(_all_same(rows(module, at), _at_once(module, at), module, counts) for at, counts in SHAPES):
-            few, busy = slice(0, FEW), lanes.count if split_from < math.inf else 1
-            ways = [_in_lanes(way, lanes, busy) for way in (rows(module, few), _at_once(module, few))]
-            together_from = from_tokens(*ways, module)
-        _plans[kind] = Plan(split_from, together_from, dtype)
-    return _plans[kind]
+
+def split_from(module: nn.Module, lanes: Lanes, split_anyway: bool) -> float:
+    """The fewest tokens from which its rows, split over lanes, are quicker; inf: none, or not the same bits."""
+    most = min(len(module["weight"]), ROWS * lanes.count)
+    plain, parts = rows(module, slice(0, most)), [rows(module, at) for at in equal_parts(most, lanes.count)]
+    beside = lambda x: split(parts, lanes, x)  # noqa: E731
+    if not _all_same(plain, beside, module, (1, 3, 17)):
+        return math.inf
+    return 1 if split_anyway else from_tokens(plain, beside, module, GAIN_OF_SPLIT, LONG)
+
+
+def together_from(module: nn.Module, lanes: Lanes, busy: int) -> float:
+    """The same of a prompt's tokens at once, in so many lanes side by side."""
+    if not all(_all_same(rows(module, at), _at_once(module, at), module, counts) for at, counts in SHAPES):
+        return math.inf
+    few = slice(0, FEW)
+    ways = [_in_lanes(way, lanes, busy) for way in (rows(module, few), _at_once(module, few))]
+    return from_tokens(*ways, module)
 
 
 def plan_of_experts(stack: nn.Module, lanes: Lanes) -> Plan:

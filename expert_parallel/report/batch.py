@@ -69,6 +69,7 @@ def balance_of_steps(trace: RoutingTrace, placement: Placement, model=None) -> T
     ]  # fmt: skip
     note = (
         "Means over steps and layers: a step waits for the fullest device, whose load counts tokens of all sequences."
+        " The first step takes the last token of each prompt."
     )
     return Table("Balance of steps (measured)", figures, "batch", "measured", note, facts=True)
 

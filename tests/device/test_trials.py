@@ -138,13 +138,13 @@ def test_one_device_has_nobody_beside_it(monkeypatch, asked):
     assert moe_layers(sharded(1, "on"))[0].experts.side_by_side_from == math.inf
 
 
-@pytest.mark.parametrize(("quick", "busy"), [([1], 2), ([], 1)])
-def test_a_product_is_timed_in_the_lanes_that_a_model_has(quick, busy, asked, monkeypatch):
+@pytest.mark.parametrize(("quick", "busy", "tries"), [([1], 2, 1), ([math.inf, 8], 2, 2), ([], 1, 2)])
+def test_a_product_is_timed_in_the_lanes_that_a_model_has(quick, busy, tries, asked, monkeypatch):
     """A few rows of it: as many as two lanes have at once; split at all, all lanes are busy."""
     monkeypatch.setattr(trials, "ROWS", 16)
     asked.quick = quick
-    trials.plan_of_linear(nn.Linear(64, 100), Lanes(2))
-    assert asked.all == [(32, None, True), (100, busy, True)]
+    trials.plans_of_linear([nn.Linear(64, 100)], Lanes(2))
+    assert asked.all == [(32, None, True)] * tries + [(100, busy, True)]
 
 
 def test_experts_are_timed_in_all_lanes_by_shape(asked, monkeypatch):
@@ -174,7 +174,7 @@ def test_bits_of_one_token_and_of_more_are_compared(tokens, asked, monkeypatch):
         return y + 1 if min(columns.shape[1], 3) == tokens else y
 
     monkeypatch.setattr(trials, "together", wrong)
-    trials.plan_of_linear(nn.Linear(64, 44), Lanes(1))
+    trials.plans_of_linear([nn.Linear(64, 44)], Lanes(1))
     trials.plan_of_experts(SwitchLinear(64, 44, 2), Lanes(1))
     assert not asked.all
 
@@ -189,8 +189,7 @@ def test_what_mlx_does_not_have_is_not_the_same():
 
 def test_lanes_of_one_are_not_tried_again(asked):
     layer = nn.Linear(64, 44)
-    for again in (False, True):
-        trials.plan_of_linear(layer, Lanes(1), again=again)
+    assert len(trials.plans_of_linear([layer, layer], Lanes(1))) == 2
     assert len(asked.all) == 1
 
 
