@@ -28,7 +28,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from ..layers import twin
 from .lanes import Lanes
 
-ROWS = 2048  # of a weight that are dense at a time
+DENSE = 2**19  # numbers of a weight that are dense at a time: a core's cache has them while they are used
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,25 @@ def dense(module: nn.Module, at) -> mx.array:
     return mx.dequantize(weight, module["scales"][at], biases, **packing)
 
 
-def together(module: nn.Module, at, columns: mx.array) -> mx.array:
-    """[O, T]: outputs of these rows (a range of them, or an expert's) for tokens as columns [K, T]."""
-    y = dense(module, at) @ columns
-    return y + module["bias"][at][:, None] if "bias" in module else y
+def together(module: nn.Module, at: slice, columns: mx.array, *expert: int) -> list[mx.array]:
+    """Outputs [O, T] of these rows, of an expert's where there are several, for tokens as columns [K, T], in pieces."""
+    outputs = [dense(module, (*expert, piece)) @ columns for piece in pieces(module, at)]
+    if "bias" in module:
+        bias = [module["bias"][(*expert, piece)][:, None] for piece in pieces(module, at)]
+        outputs = [y + of_piece for y, of_piece in zip(outputs, bias, strict=True)]
+    return outputs
+
+
+def pieces(module: nn.Module, at: slice) -> list[slice]:
+    """Ranges of these rows that are dense at a time, as equal as can be: a few might be added up another way."""
+    count, most = at.stop - at.start, max(1, DENSE // inputs(module))
+    return [slice(at.start + part.start, at.start + part.stop) for part in equal_parts(count, -(-count // most))]
+
+
+def inputs(module: nn.Module) -> int:
+    """K."""
+    K = module["weight"].shape[-1]
+    return K * 32 // module.bits if "scales" in module else K
 
 
 def rows(module: nn.Module, at: slice):
@@ -100,8 +115,7 @@ class Product:
         columns, outputs = mx.contiguous(x.reshape(-1, x.shape[-1]).T), []
         for n, at in enumerate(self.places):
             with self.lanes(n if side_by_side else 0):
-                for start in range(at.start, at.stop, ROWS):
-                    outputs.append(together(module, slice(start, min(start + ROWS, at.stop)), columns))
+                outputs += together(module, at, columns)
         return mx.contiguous(mx.concatenate(outputs).T).reshape(*x.shape[:-1], -1)
 
     def _follow(self, module):
@@ -127,13 +141,13 @@ class ProductOfExperts:
             return whole(x, indices)
         experts = np.array(indices)
         cuts = [0, *(np.flatnonzero(np.diff(experts)) + 1).tolist(), len(experts)]
-        parts, done = [], 0
+        parts, done, every = [], 0, slice(0, module["weight"].shape[1])
         for begin, end in zip(cuts, cuts[1:], strict=False):
             if end - begin >= self.plan.together_from:
                 if done < begin:
                     parts.append(whole(x[done:begin], indices[done:begin])[:, 0])
                 columns = mx.contiguous(x[begin:end, 0].T)
-                parts.append(together(module, int(experts[begin]), columns).T)
+                parts.append(mx.concatenate(together(module, every, columns, int(experts[begin]))).T)
                 done = end
         if done < len(experts):
             parts.append(whole(x[done:], indices[done:])[:, 0])

@@ -23,8 +23,8 @@ PACKED = ({}, {"bits": 4}, {"bits": 8, "group_size": 32}, {"bits": 3, "group_siz
 
 @pytest.fixture(autouse=True)
 def small_trials(monkeypatch):
-    """Rows in more than one chunk; no plan from another test."""
-    monkeypatch.setattr(products, "ROWS", 16)
+    """Rows in more than one piece; no plan from another test."""
+    monkeypatch.setattr(products, "DENSE", 16 * 128)
     monkeypatch.setattr(trials, "_plans", {})
 
 
@@ -80,15 +80,24 @@ def test_layers_of_tensor_parallelism_to_the_bit(bias, packing, sharding, always
     assert mx.array_equal(quick(x), layer(x)) and mx.array_equal(quick(x[:1, :1]), layer(x[:1, :1]))
 
 
+@pytest.mark.parametrize("packing", PACKED)
+def test_rows_are_dense_in_pieces_as_equal_as_can_be(packing):
+    layer = linear(False, packing)  # 16 rows of 128 numbers at a time, see above
+    found = products.pieces(layer, slice(3, 44))
+    assert [row for piece in found for row in range(44)[piece]] == list(range(3, 44))
+    assert [len(range(44)[piece]) for piece in found] == [13, 14, 14]
+    assert [len(y) for y in products.together(layer, slice(3, 44), mx.ones((128, 2)))] == [13, 14, 14]
+
+
 def test_other_bits_are_never_taken(monkeypatch):
     """What is off by one in the last place for one token of many is found, however quick it is."""
     layer, right = linear(False, {"bits": 4}), products.together
     monkeypatch.setattr(trials, "from_tokens", lambda *ways, **how: 1)
     assert trials.plans_of_linear([layer], Lanes(2))[0] == Plan(1, 1, mx.float32)
 
-    def wrong(module, at, columns):
-        y = right(module, at, columns)
-        return y.at[-1, -1].add(mx.abs(y[-1, -1]) * 1e-6) if columns.shape[1] > 1 else y
+    def wrong(module, at, columns, *expert):
+        *parts, y = right(module, at, columns, *expert)
+        return [*parts, y.at[-1, -1].add(mx.abs(y[-1, -1]) * 1e-6) if columns.shape[1] > 1 else y]
 
     def split_wrong(parts, lanes, x):
         return mx.concatenate([part(x) for part in reversed(parts)], axis=-1)
@@ -113,11 +122,11 @@ def test_what_is_not_quicker_is_not_taken(monkeypatch):
 
     monkeypatch.setattr(trials, "_seconds", seconds)
     assert trials.plans_of_linear([layer], Lanes(1))[0] == Plan(math.inf, 64, mx.float32)
-    assert taken == [1, 8, 16, 32, 64]
+    assert taken == [1, 8, 16, 32, 64, 64]  # twice, where it is
     monkeypatch.setattr(trials, "BRIEF", 65)
     monkeypatch.setattr(trials, "_plans", {})
     assert trials.plans_of_linear([layer], Lanes(1))[0] == Plan(math.inf, math.inf, mx.float32)
-    assert taken[5:] == [1, 8, 16, 32, 64]
+    assert taken[6:] == [1, 8, 16, 32, 64]
 
 
 @pytest.mark.parametrize("kind", [SwitchGLU, SwitchMLP])
@@ -165,7 +174,7 @@ def test_a_split_that_does_not_pay_is_not_tried_with_ever_more_tokens(monkeypatc
     """More would not change what is quicker; mlx's products of float16 take a hundred times as long as of float32."""
     taken = []
     monkeypatch.setattr(trials, "_seconds", lambda *of: taken.append(len(of[2])) or (trials.LONG * taken[-1] / 8,) * 2)
-    monkeypatch.setattr(trials, "together", lambda module, at, columns: mx.zeros((1, 1)))  # other bits
+    monkeypatch.setattr(trials, "together", lambda module, at, columns: [mx.zeros((1, 1))])  # other bits
     assert trials.plans_of_linear([linear(False, {"bits": 4})], Lanes(2))[0] == Plan(math.inf, math.inf, mx.float32)
     assert taken == [1, 8, 16] * 2  # once more, for something else may have run beside it
 

@@ -12,7 +12,7 @@ from blocks import small_model
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from expert_parallel import place_experts, shard_model
-from expert_parallel.device import trials
+from expert_parallel.device import products, trials
 from expert_parallel.device.lanes import Lanes
 from expert_parallel.device.products import Plan
 from expert_parallel.layers import moe_layers
@@ -73,6 +73,16 @@ def test_a_way_that_does_not_look_quicker_is_tried_again(plain, quick, taken, mo
 
 
 @pytest.mark.parametrize(
+    ("seconds", "found"),
+    [([(2, 1), (2, 1)], True), ([(2, 1), (1, 1)], False), ([(1, 1)], False), ([(trials.BRIEF, 0)], False)],
+)
+def test_what_is_quicker_is_so_twice(seconds, found, monkeypatch):
+    left = list(seconds)
+    monkeypatch.setattr(trials, "_seconds", lambda *ways: left.pop(0))
+    assert trials._is_quicker(None, None, None) == (found, seconds[-1][0]) and not left
+
+
+@pytest.mark.parametrize(
     ("slow", "fast", "longest", "found", "tried"),
     [
         (lambda n: 1.0, lambda n: 1 / n, math.inf, 8, 2),
@@ -88,7 +98,7 @@ def test_from_how_many_tokens(slow, fast, longest, found, tried, monkeypatch):
         trials, "_seconds", lambda plain, quick, x, gain: taken.append(len(x)) or (slow(len(x)), fast(len(x)))
     )
     assert trials.from_tokens(None, None, nn.Linear(8, 8), 2, longest) == found
-    assert taken == STEPS[:tried]
+    assert taken == [*STEPS[:tried], *[found] * (found < math.inf)]  # twice, where it is
 
 
 @pytest.mark.parametrize(
@@ -103,7 +113,7 @@ def test_from_how_many_tokens(slow, fast, longest, found, tried, monkeypatch):
 def test_from_how_many_slots_devices_go_side_by_side(slow, fast, found, tried, monkeypatch):
     experts, lanes, taken = moe_layers(sharded())[0].experts, Lanes(2), []
 
-    def seconds(by_turns, beside, x):
+    def seconds(by_turns, beside, x, gain):
         for way, slots in ((by_turns, math.inf), (beside, 0)):
             mx.eval(way(x))
             assert experts.side_by_side_from == slots and experts.lanes is lanes
@@ -114,7 +124,7 @@ def test_from_how_many_slots_devices_go_side_by_side(slow, fast, found, tried, m
     experts.slots_served[:] = served = list(range(1, 1 + len(experts.slots_served)))
     for _ in range(2):  # the second time it is known
         assert trials.slots_from(experts, lanes) == found * min(8, experts.num_experts)
-        assert taken == STEPS[:tried] and experts.slots_served.tolist() == served
+        assert taken == [*STEPS[:tried], *[found] * (found < math.inf)] and experts.slots_served.tolist() == served
 
 
 def test_experts_on_disk_are_no_measure():
@@ -141,10 +151,10 @@ def test_one_device_has_nobody_beside_it(monkeypatch, asked):
 @pytest.mark.parametrize(("quick", "busy", "tries"), [([1], 2, 1), ([math.inf, 8], 2, 2), ([], 1, 2)])
 def test_a_product_is_timed_in_the_lanes_that_a_model_has(quick, busy, tries, asked, monkeypatch):
     """A few rows of it: as many as two lanes have at once; split at all, all lanes are busy."""
-    monkeypatch.setattr(trials, "ROWS", 16)
+    monkeypatch.setattr(products, "DENSE", 64 * 4)
     asked.quick = quick
     trials.plans_of_linear([nn.Linear(64, 100)], Lanes(2))
-    assert asked.all == [(32, None, True)] * tries + [(100, busy, True)]
+    assert asked.all == [(64, None, True)] * tries + [(4, busy, True)]
 
 
 def test_experts_are_timed_in_all_lanes_by_shape(asked, monkeypatch):
@@ -169,9 +179,9 @@ def test_a_product_in_so_many_lanes():
 def test_bits_of_one_token_and_of_more_are_compared(tokens, asked, monkeypatch):
     right = trials.together
 
-    def wrong(module, at, columns):
-        y = right(module, at, columns)
-        return y + 1 if min(columns.shape[1], 3) == tokens else y
+    def wrong(module, at, columns, *expert):
+        parts = right(module, at, columns, *expert)
+        return [y + 1 for y in parts] if min(columns.shape[1], 3) == tokens else parts
 
     monkeypatch.setattr(trials, "together", wrong)
     trials.plans_of_linear([nn.Linear(64, 44)], Lanes(1))
