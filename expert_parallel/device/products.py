@@ -12,6 +12,7 @@ Dimensions: T tokens, K inputs, O outputs (rows of a weight), S slots in the ord
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -50,19 +51,26 @@ def dense(module: nn.Module, at) -> mx.array:
     return mx.dequantize(weight, module["scales"][at], biases, **packing)
 
 
-def together(module: nn.Module, at: slice, columns: mx.array, *expert: int) -> list[mx.array]:
-    """Outputs [O, T] of these rows, of an expert's where there are several, for tokens as columns [K, T], in pieces."""
-    outputs = [dense(module, (*expert, piece)) @ columns for piece in pieces(module, at)]
-    if "bias" in module:
-        bias = [module["bias"][(*expert, piece)][:, None] for piece in pieces(module, at)]
-        outputs = [y + of_piece for y, of_piece in zip(outputs, bias, strict=True)]
+def together(
+    module: nn.Module, at: slice, columns: mx.array, *expert: int, lanes: Lanes | None = None
+) -> list[mx.array]:
+    """Outputs [O, T] of these rows, of an expert's where there are several, for tokens as columns [K, T], in pieces.
+
+    lanes  by turns, piece by piece: mlx has few tasks under way and starts them in the order of a result's parts
+    """
+    outputs = []
+    for n, piece in enumerate(pieces(module, at, lanes.count if lanes else 1)):
+        with lanes(n) if lanes else nullcontext():
+            y = dense(module, (*expert, piece)) @ columns
+            outputs.append(y + module["bias"][(*expert, piece)][:, None] if "bias" in module else y)
     return outputs
 
 
-def pieces(module: nn.Module, at: slice) -> list[slice]:
+def pieces(module: nn.Module, at: slice, least: int = 1) -> list[slice]:
     """Ranges of these rows that are dense at a time, as equal as can be: a few might be added up another way."""
     count, most = at.stop - at.start, max(1, DENSE // inputs(module))
-    return [slice(at.start + part.start, at.start + part.stop) for part in equal_parts(count, -(-count // most))]
+    parts = equal_parts(count, max(least, -(-count // most)))
+    return [slice(at.start + part.start, at.start + part.stop) for part in parts]
 
 
 def inputs(module: nn.Module) -> int:
@@ -112,18 +120,16 @@ class Product:
         self._follow(module)
         if not at_once:
             return split(self.parts, self.lanes, x)
-        columns, outputs = mx.contiguous(x.reshape(-1, x.shape[-1]).T), []
-        for n, at in enumerate(self.places):
-            with self.lanes(n if side_by_side else 0):
-                outputs += together(module, at, columns)
+        columns, every = mx.contiguous(x.reshape(-1, x.shape[-1]).T), slice(0, len(module["weight"]))
+        outputs = together(module, every, columns, lanes=self.lanes if side_by_side else None)
         return mx.contiguous(mx.concatenate(outputs).T).reshape(*x.shape[:-1], -1)
 
     def _follow(self, module):
         """Cut the rows anew where the layer has other arrays than it had."""
         arrays = [array for array in module.values() if isinstance(array, mx.array)]
         if len(arrays) != len(self.arrays) or any(a is not b for a, b in zip(arrays, self.arrays, strict=True)):
-            self.arrays, self.places = arrays, equal_parts(len(module["weight"]), self.lanes.count)
-            self.parts = [rows(module, at) for at in self.places]
+            places = equal_parts(len(module["weight"]), self.lanes.count)
+            self.arrays, self.parts = arrays, [rows(module, at) for at in places]
 
 
 class ProductOfExperts:

@@ -87,6 +87,27 @@ def test_rows_are_dense_in_pieces_as_equal_as_can_be(packing):
     assert [row for piece in found for row in range(44)[piece]] == list(range(3, 44))
     assert [len(range(44)[piece]) for piece in found] == [13, 14, 14]
     assert [len(y) for y in products.together(layer, slice(3, 44), mx.ones((128, 2)))] == [13, 14, 14]
+    assert [len(range(44)[piece]) for piece in products.pieces(layer, slice(3, 44), 5)] == [8, 8, 8, 8, 9]
+
+
+class Noted(Lanes):
+    """Whose turn it was."""
+
+    def __init__(self, count):
+        super().__init__(count)
+        self.turns = []
+
+    def __call__(self, n):
+        self.turns.append(n % self.count)
+        return super().__call__(n)
+
+
+@pytest.mark.parametrize(("count", "turns"), [(44, [0, 1, 0]), (16, [0, 1])])
+def test_lanes_take_turns_at_pieces(count, turns):
+    """Mlx starts tasks in the order of a result's parts and has few under way: a lane after the other would wait."""
+    layer, lanes, x = products.rows(linear(True, {"bits": 4}), slice(0, count)), Noted(2), mx.random.normal((4, 128))
+    quick = products.Product(Plan(1, 1, mx.float32), lanes)
+    assert mx.array_equal(quick(layer, x, None), layer(x)) and lanes.turns == turns
 
 
 def test_other_bits_are_never_taken(monkeypatch):
