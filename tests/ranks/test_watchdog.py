@@ -81,7 +81,7 @@ def test_the_time_limit_ends_a_rank_stopped_or_not(beside, stopped):
     one.tell("limit 0.5 it took too long")
     status, said, took = one.ends()
     assert (status, said) == (-signal.SIGQUIT, "\nrank 7: error: it took too long\n")
-    assert 0.2 < took < 10  # not 60
+    assert 0.2 < took < 2
 
 
 def test_a_rank_that_cannot_hear_is_ended_by_force(beside):
@@ -106,7 +106,7 @@ def test_a_rank_that_is_stopped_where_it_has_no_limit_is_ended_too(beside, goodb
     one.tell("limit 1 too long", "limit 0 ", *["bye"] * goodbye)
     os.kill(one.rank.pid, signal.SIGSTOP)
     status, said, took = one.ends()
-    assert status and "stopped by a signal for 1 s" in said and took < 15
+    assert status and "stopped by a signal for 1 s" in said and took < 5
 
 
 @pytest.mark.skipif(not shutil.which("ps"), reason="no ps on this machine")
@@ -271,7 +271,7 @@ def test_a_rank_whose_watch_is_killed_does_not_wait_for_ever(backend, rank, tmp_
 @pytest.mark.parametrize(("backend", "rank"), [("ring", 0), *(pytest.param("mpi", r, marks=NEEDS_MPI) for r in (0, 1))])
 def test_a_rank_that_is_stopped_ends_the_run_within_its_time_limit(backend, rank, tmp_path, monkeypatch):
     statuses, _, lines, took = at_work(backend, rank, f"noted(); {STOP}", tmp_path, monkeypatch)
-    assert all(statuses) and took < 15
+    assert all(statuses) and took < 6
     assert rank in lines
 
 
@@ -280,7 +280,7 @@ def test_a_rank_that_is_stopped_in_its_last_moments_does_too(backend, tmp_path, 
     """Its watch had gone; rank 1 waited in MPI_Finalize without end."""
     change = f"atexit.register(lambda: (noted(), {STOP}))"
     statuses, out, lines, took = at_work(backend, 0, change, tmp_path, monkeypatch, steps=10)
-    assert statuses[0] and took < 15
+    assert statuses[0] and took < 9
     assert out == "done\n" * 2
     assert lines[0] == "error: its process was stopped by a signal for 1 s (--timeout)"
 
