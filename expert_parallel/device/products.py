@@ -117,8 +117,8 @@ class Product:
         side_by_side = tokens >= self.plan.split_from
         if not at_once and not side_by_side:
             return whole(x)
-        self._follow(module)
         if not at_once:
+            self._follow(module)
             return split(self.parts, self.lanes, x)
         columns, every = mx.contiguous(x.reshape(-1, x.shape[-1]).T), slice(0, len(module["weight"]))
         outputs = together(module, every, columns, lanes=self.lanes if side_by_side else None)
