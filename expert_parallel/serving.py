@@ -29,8 +29,9 @@ class Serving:
         self.home = np.where(replicas > 0, held.argmax(axis=0), self.nobody)
         self.shared = replicas > 1
         self.any_shared = bool(self.shared.any())
-        holders = [np.flatnonzero(column) if column.any() else [self.nobody] for column in held.T]
-        self.turns = np.stack([np.resize(each, max(replicas.max(), 1)) for each in holders], axis=1)
+        holders = np.argsort(~held, axis=0, kind="stable")  # first of each column
+        turn = np.arange(max(replicas.max(), 1))[:, None] % np.maximum(replicas, 1)
+        self.turns = np.where(replicas > 0, np.take_along_axis(holders, turn, axis=0), self.nobody)
 
     def devices(self, experts: np.ndarray, greedy: bool = False) -> np.ndarray:
         """The device of each slot, for expert ids of any shape; the fullest has as few slots as any choice can give it.

@@ -98,7 +98,10 @@ def fullest_device(experts, held, batch: int = 1) -> Fullest:
 
     for layer in range(num_layers):
         serving, chosen = Serving(held[layer]), experts[: steps * batch, layer].reshape(steps, -1)
-        device = rows + np.stack([serving.devices(ids) for ids in chosen])  # [steps, batch k]
+        if serving.any_shared:
+            device = rows + np.stack([serving.devices(ids) for ids in chosen])  # [steps, batch k]
+        else:
+            device = rows + serving.devices(chosen)
         slots[layer], read[layer] = fullest(device), fullest(np.unique(device * num_experts + chosen) // num_experts)
     return Fullest(read, slots)
 

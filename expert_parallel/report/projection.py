@@ -21,6 +21,7 @@ from .model import HYBRID
 from .table import Table, facts, of_records, size
 
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
+uniform_experts = cache(step.uniform_experts)  # the same routing for each number of devices
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +54,7 @@ class Setting:
     def load(self, demand: step.Demand, num_devices: int, tokens: int) -> step.Fullest:
         """What the fullest device does in a step of `tokens`, by the trace, or by uniform routing of one like it."""
         if self.trace is None:
-            experts = step.uniform_experts(max(2 * tokens, 1024), 1, demand.num_experts, demand.chosen)
+            experts = uniform_experts(max(2 * tokens, 1024), 1, demand.num_experts, demand.chosen)
             loads = np.ones((1, demand.num_experts))
         else:
             experts, loads = self.trace.experts, self.trace.loads()
