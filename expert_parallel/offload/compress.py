@@ -96,5 +96,5 @@ def at_bits(experts: nn.Module, bits: int) -> nn.Module:
             few.weight, few.scales, few.biases = mx.quantize(whole, bits=bits, **how)
             few.bits = bits
         above, _, name = path.rpartition(".")
-        setattr(modules[above] if above else module, name, few)
+        setattr(modules[above], name, few)
     return module

@@ -56,7 +56,7 @@ class OnDisk(InMemory):
         self._mine = np.zeros(len(cache.place), bool)
         self._mine[np.asarray(ids)] = True
         self._one_at_a_time = RLock()  # of the threads that ask
-        self._ahead, self._foretold = None, np.zeros(0, np.int64)
+        self._ahead = None  # (experts that are being read ahead, what will say what that took)
         self.experts = with_tensors(like, source.empty(len(cache.held)))
         self._pool = Pool(self.experts)
 
@@ -107,19 +107,19 @@ class OnDisk(InMemory):
                 return
             foretold = np.unique(experts[self._mine[experts]])[: len(self.cache.held)]
             come, row, _, hits = self.cache.bring(foretold)
-            self._foretold = come[hits:]
-            if len(self._foretold):
-                self._ahead = _ONE_THREAD.submit(self._read, come[hits:], row[hits:])
+            if len(lacking := come[hits:]):
+                self._ahead = lacking, _ONE_THREAD.submit(self._read, lacking, row[hits:])
 
     def _settle(self, wanted):
         """Wait for what is being read ahead."""
         if self._ahead is not None:
-            wait([self._ahead])  # Control-C leaves it, to be waited for again
-            ahead, self._ahead = self._ahead, None
-            count, size = ahead.result()
+            foretold, reading = self._ahead
+            wait([reading])  # Control-C leaves it, to be waited for again
+            self._ahead = None
+            count, size = reading.result()
             self.reads.experts_ahead += count
             self.reads.bytes_ahead += size
-            self.reads.useful += int(np.isin(self._foretold, wanted).sum())
+            self.reads.useful += int(np.isin(foretold, wanted).sum())
 
     def _read(self, experts, rows) -> tuple[int, int]:
         """Have these experts in these rows; (experts, bytes) that had to be read. A row counts once it is whole."""

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import urllib.request
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
@@ -17,6 +18,7 @@ from conftest import ROOT, launch, of_a_user
 from test_mlx_lm_tools import in_float32, serving  # noqa: F401, a fixture
 
 from expert_parallel.command import server_ends
+from expert_parallel.ranks import watchdog
 
 
 def lines_of_ours(text):
@@ -74,6 +76,16 @@ def test_a_signal_ends_a_server_of_one_process(monkeypatch):
         with contextlib.suppress(SystemExit), server_ends.whole("", None, mx.distributed.init()):
             sys.exit(status)
     assert left == [143]
+
+
+def test_ranks_of_a_server_leave_with_the_status_that_ended_them(monkeypatch):
+    left = []
+    monkeypatch.setattr(server_ends.os, "_exit", left.append)
+    monkeypatch.setattr(watchdog, "failing_together", lambda *_: contextlib.nullcontext())
+    for status in (None, 0, 2, 143, "of a library"):
+        with server_ends.whole("rank 1: ", None, SimpleNamespace(size=lambda: 2)):
+            sys.exit(status)
+    assert left == [0, 0, 2, 143, 1]
 
 
 def test_a_server_that_is_told_to_end_does_not_wait_for_its_thread():

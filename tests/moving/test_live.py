@@ -309,7 +309,7 @@ def test_what_was_asked_for_is_what_is_watched(monkeypatch):
     assert live.start_rebalancing(asked, model, then, rows, None, None).longest == 0.5
     asked.rebalance_pause = 0.3
     with pytest.raises(
-        ValueError, match="^--rebalance-pause 0.3: an expert takes 0.35 s to move here, .* at least that"
+        ValueError, match="^--rebalance-pause 0.3: an expert takes 0.35 s to move here, as measured: give at least that"
     ):
         live.start_rebalancing(asked, model, then, rows, None, None)
     rows.reads_rows = False

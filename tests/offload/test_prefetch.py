@@ -57,6 +57,24 @@ def test_answers_stay_and_recall_is_counted(folder, how, devices):
     assert sum(store.reads.experts for store in stores) == sum(store.cache.misses for store in stores)
 
 
+@pytest.mark.parametrize("how", ["next-layer", "learned"])
+def test_each_layer_foretells_the_next(folder, how):
+    """By that one's router, or by what was learned of these two."""
+    whole = load_sharded(folder, num_devices=1)[0]
+    with record_routing(whole) as before:
+        tokens_of(whole)
+    x, ids = mx.random.normal((1, 3, 64)), mx.random.randint(0, 16, (1, 3, 4))
+    learned, routers = followers(before), [router_of(layer) for layer in moe_layers(whole)]
+    model = load_sharded(folder, num_devices=1, expert_memory="50%", prefetch=how, cache_trace=before)[0]
+    found = sorted((path, module) for path, module in model.named_modules() if isinstance(module, Foreteller))
+    foretellers = [module for _, module in found]
+    for number, teller in enumerate(foretellers[:-1]):
+        expected = routers[number + 1](x) if how == "next-layer" else likeliest(learned[number], np.array(ids)[0])
+        assert set(np.ravel(teller._foretell(x, ids)).tolist()) == set(np.ravel(np.array(expected)).tolist())
+        assert teller._expect_next == foretellers[number + 1].expect
+    assert foretellers[-1]._foretell is None
+
+
 def test_a_layer_is_read_ahead_after_the_other(folder, monkeypatch):
     model = load_sharded(folder, num_devices=1, expert_memory="50%")[0]
     two, began = threading.Barrier(2), []
