@@ -55,6 +55,7 @@ TESTS = {
         "tests/report/test_*report.py",
         *WITNESSES,
         "tests/report/test_*.py",
+        "tests/offload/test_disk_report.py",
         "tests/command/test_answering.py",
     ],
     "command": [
@@ -123,6 +124,7 @@ ACCEPTED = [
     ("expert_parallel/placing/search.py", "", "100000 -> 100001", "tries of a search: tuning"),
     ("expert_parallel/placing/search.py", "", "32 -> 33", "tries of a search: tuning"),
     ("expert_parallel/placing/search.py", "", "16 -> 17", "targets of a search: tuning"),
+    ("expert_parallel/report/measuring.py", "value_bytes", "4 -> 5", "until experts have answered once"),
     ("expert_parallel/report/checks.py", "forward", "20 -> 21", "characters a token that are tokenised: enough"),
     ("expert_parallel/router/capacity.py", "Capacity.__post_init__", "1 -> 2", "calls that only refuse options"),
     ("expert_parallel/router/choice.py", "by_logits", "16 -> 17", "random tokens of a trial"),

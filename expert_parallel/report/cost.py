@@ -39,7 +39,7 @@ def memory(whole: ModelBytes, placement: Placement, key_values: int, per_rank: l
     rest, source = np.full(len(experts), whole.rest), "experts measured; the rest, here once, modelled on each"
     lost = np.zeros(len(experts), bool)
     if len(per_rank) == 1:
-        lost = (experts == 0) & placement.held.any(axis=(0, 2))
+        lost = experts == 0  # every device of a placement was given some
         rest[lost] = 0
     else:
         experts, rest = (np.array([each[key] for each in per_rank]) for key in ("expert_bytes", "rest_bytes"))

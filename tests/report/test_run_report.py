@@ -280,6 +280,13 @@ def test_memory_of_simulated_devices_is_measured_but_for_the_rest():
     }
 
 
+def test_a_device_that_lost_its_experts_has_no_rest_either():
+    alone = {**of_rank(0, 0, 9), "expert_bytes_per_device": [4400, 4400, 0]}
+    table = cost.memory(WHOLE, PLACEMENT, 0, [alone])[0]
+    assert table.to_json()["per_device_bytes"] == [4450, 4450, 0]
+    assert "device 2 is lost, with all it held" in str(table)
+
+
 def test_memory_of_ranks_is_measured_on_each():
     ranks = [of_rank(4400, 30, 5), of_rank(4400, 50, 9), of_rank(2100, 3000, 7)]
     figures = sections(cost.memory(WHOLE, PLACEMENT, 0, ranks))["memory"]
