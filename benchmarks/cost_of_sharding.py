@@ -7,8 +7,10 @@
 
 Measured: decode of single tokens with a cache, or a prompt that fills one, variants interleaved within every round, so
 that a noisy machine slows all of them alike; "quick" lets products go the ways that a trial finds quicker (--streams
-auto), the others compute as mlx-lm does. Printed: the median of the ratios to stock of each round, with the middle half
-of them. All must answer with the same bits.
+auto), the others compute as mlx-lm does. Two variants are no sharding, and say what none can do without: "choice read"
+waits in each layer for the chosen experts, "choice read, 8 parts" then asks mlx-lm's own module for each eighth of the
+experts by itself. Printed: the median of the ratios to stock of each round, with the middle half of them. All must
+answer with the same bits.
 """
 
 import argparse
@@ -27,18 +29,45 @@ from mlx_lm.models.cache import make_prompt_cache
 from expert_parallel import place_experts, record_routing, shard_model
 from expert_parallel.checkpoint.finding import SHIPPED
 from expert_parallel.command import output
-from expert_parallel.layers import moe_shape
+from expert_parallel.layers import StandIn, moe_layers, moe_shape, num_experts
 from expert_parallel.projection.constants import random_tokens
 from expert_parallel.report import table
 
 STOCK = "stock mlx-lm"
 
 
+class ChoiceRead(StandIn):
+    """mlx-lm's experts, once the host knows which are asked."""
+
+    parts = 1
+
+    def __call__(self, x, indices):
+        ids = np.array(indices)
+        if self.parts == 1:
+            return self.experts(x, indices)
+        flat, of, y = ids.reshape(-1), ids.reshape(-1) * self.parts // num_experts(self.experts), []
+        places = [np.flatnonzero(of == part) for part in np.unique(of)]
+        rows = x.reshape(-1, x.shape[-1])
+        for at in places:
+            mine = rows if len(rows) == 1 else rows[mx.array(at // ids.shape[-1])]
+            chosen = mx.array(flat[at][None] if len(rows) == 1 else flat[at][:, None])
+            y.append(self.experts(mine, chosen).reshape(len(at), -1))
+        back = mx.array(np.argsort(np.concatenate(places)))
+        return mx.concatenate(y)[back].reshape(*indices.shape, -1)
+
+
+class InEightParts(ChoiceRead):
+    parts = 8
+
+
 def build(folder, devices=None, streams="off"):
     model, _ = load(str(folder))
     if mx.default_device().type == mx.cpu:
         model.set_dtype(mx.float32)
-    if devices:
+    if isinstance(devices, type):
+        for layer in moe_layers(model):
+            layer.experts = devices(layer.experts)
+    elif devices:
         shard_model(model, place_experts(np.zeros(moe_shape(model)), devices), streams=streams)
     return model
 
@@ -66,9 +95,11 @@ def seconds_of_prompt(model, tokens, record=False):
     return time.perf_counter() - begin, hidden
 
 
-VARIANTS = {  # devices, streams, recording
+VARIANTS = {  # devices or what stands before the experts, streams, recording
     "stock mlx-lm": (None, "off", False),
     "stock, recording": (None, "off", True),
+    "choice read": (ChoiceRead, "off", False),
+    "choice read, 8 parts": (InEightParts, "off", False),
     "1 device": (1, "off", False),
     "1 device, recording": (1, "off", True),
     "8 devices": (8, "off", False),
