@@ -49,7 +49,8 @@ def page(title: str, tables: list[Table], figures: dict, document: dict, answer:
         parts.append(f'<h4>{name.capitalize()}</h4><section class="facts"><table>{rows}</table></section>')
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     head += f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>{chr(10).join(parts)}</body></html>\n'
+    body = "\n".join(parts)
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'
 
 
 def _section(table: Table) -> str:

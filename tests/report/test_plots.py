@@ -256,7 +256,7 @@ def test_growth_has_a_panel_for_what_grows_and_the_work_dotted():
     assert [len(axes.lines) for axes in figure.axes] == [0, 4, 2, 0]
     time, work, other, _ = figure.axes[1].lines
     assert time.get_xdata().tolist() == [1, 2, 4] and time.get_ydata().tolist() == [1, 2, 8]
-    assert work.get_linestyle() == ":" and work.get_ydata().tolist() == [1, 2, 4]
+    assert work.get_linestyle() == ":" and work.get_xdata().tolist() == work.get_ydata().tolist() == [1, 2, 4]
     assert time.get_marker() != other.get_marker() and time.get_color() == work.get_color() != other.get_color()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["save", "read"]
     assert figure.axes[1].get_xlabel() == "tokens over the fewest"
