@@ -29,7 +29,8 @@ def handling(handler, metrics) -> dict:
             get(self)
             return
         self.send_response(200)
-        _send(self, "text/plain; version=0.0.4; charset=utf-8", metrics())
+        self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+        _send(self, metrics())
 
     def do_POST(self):
         self.answers = False
@@ -40,8 +41,8 @@ def handling(handler, metrics) -> dict:
         except Exception as error:
             if self.answers:  # half-way
                 raise
-            self.send_response(400)
-            _send(self, "application/json", json.dumps({"error": f"{type(error).__name__}: {error}"}))
+            self._set_completion_headers(400)  # as mlx-lm's own answers: a page of another server may read it, too
+            _send(self, json.dumps({"error": f"{type(error).__name__}: {error}"}))
 
     def validate_model_parameters(self):
         import mlx.core as mx
@@ -59,9 +60,8 @@ def handling(handler, metrics) -> dict:
     return {each.__name__: each for each in (do_GET, do_POST, validate_model_parameters, send_response)}
 
 
-def _send(handler, kind: str, text: str) -> None:
+def _send(handler, text: str) -> None:
     body = text.encode()
-    handler.send_header("Content-Type", kind)
     handler.send_header("Content-Length", str(len(body)))
     handler.end_headers()
     handler.wfile.write(body)

@@ -343,6 +343,7 @@ def check_server(backend, folder, tmp_path, expected):
             with pytest.raises(urllib.error.HTTPError) as refused:
                 urllib.request.urlopen(f"{address}/v1/completions", data=body, timeout=20)
             assert 400 <= refused.value.code < 500 and refused.value.read(), body
+            assert refused.value.headers["Access-Control-Allow-Origin"] == "*"
         with pytest.raises(openai.APIStatusError):
             client.completions.create(prompt="x", **{**asked, "model": str(tmp_path / "nothing")})
         client.completions.create(prompt="x " * 700, **{**asked, "max_tokens": 1})  # longer than its context
