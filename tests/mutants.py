@@ -133,6 +133,7 @@ ACCEPTED = [
     ("expert_parallel/study/learning.py", "stability", "0 -> 1", "a seed: any will do"),
     ("expert_parallel/study/chance.py", "SLOTS = 4_000_000", "4000000 -> 4000001", "random numbers at most: tuning"),
     ("expert_parallel/study/phases.py", "SmallLayer.__init__", "0 -> 1", "a seed: any will do"),
+    ("expert_parallel/command/server_requests.py", "anew = mx.random.randint(0", "0 -> 1", "a seed: any will do"),
     ("expert_parallel/trace.py", "_Notes", "64 -> 65", "how often notes are collected: tuning"),
     (
         "expert_parallel/trace.py",
@@ -160,6 +161,7 @@ ACCEPTED = [
     ("expert_parallel/device/trials.py", "SHAPES = ", "3 -> 4", "tokens of a trial: some"),
     ("expert_parallel/device/trials.py", "SHAPES = ", "17 -> 18", "tokens of a trial: some"),
     ("expert_parallel/device/trials.py", "SHAPES = ", "67 -> 68", "tokens of a trial: some"),
+    ("expert_parallel/device/trials.py", "(1, 3, 17)", "1 -> 2", "tokens of a trial: some"),
     ("expert_parallel/device/trials.py", "(1, 3, 17)", "3 -> 4", "tokens of a trial: some"),
     ("expert_parallel/device/trials.py", "(1, 3, 17)", "17 -> 18", "tokens of a trial: some"),
     ("expert_parallel/device/trials.py", "array[:1, at]", "1 -> 2", "experts of a trial, whose first is asked"),

@@ -287,11 +287,12 @@ class Terminal(io.StringIO):
         return True
 
 
-def under_way(show=True):
-    with output.progress_bar("reading", show) as read:
+def under_way(*show):
+    """What is shown unless False says no; a bar is always told."""
+    with output.progress_bar("reading", *show or [True]) as read:
         read(5, 10)
     wiped = sys.stderr.getvalue() if sys.stderr else ""
-    with output.progress_line(show) as tell:
+    with output.progress_line(*show) as tell:
         tell("measuring [this][/x]")
         time.sleep(0.2)  # it is drawn from a thread
     return wiped
@@ -303,7 +304,7 @@ def test_what_is_under_way_is_shown_on_standard_error_where_that_is_a_terminal(m
     assert under_way().endswith("\x1b[2K")
     assert "reading" in terminal.getvalue() and "measuring [this][/x]" in terminal.getvalue()
     monkeypatch.setattr(sys, "stderr", asked_not_to := Terminal())
-    under_way(show=False)
+    under_way(False)
     monkeypatch.setattr(sys, "stderr", file := io.StringIO())
     under_way()
     monkeypatch.setattr(sys, "stderr", None)
