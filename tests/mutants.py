@@ -168,6 +168,12 @@ ACCEPTED = [
     ("expert_parallel/device/masked.py", "k, dtype = min(8", "8 -> 9", "experts of a token of a trial"),
     ("expert_parallel/device/lanes.py", "_others[n - 1]", "1 -> 2", "the streams in another order"),
     ("expert_parallel/checkpoint/tensors.py", "posix_fadvise", "0 -> 1", "bytes that a hint is for, by pages"),
+    (
+        "expert_parallel/offload/prefetch.py",
+        "mx.zeros((1, 1",
+        "1 -> 2",
+        "one token or two, one sequence or two: a trial",
+    ),
     ("expert_parallel/trials.py", "k = min(count, 8)", "min -> max", "experts of a token of a trial"),
     ("expert_parallel/trials.py", "k = min(count, 8)", "8 -> 9", "experts of a token of a trial"),
     ("expert_parallel/trials.py", "random.key(0)", "0 -> 1", "a seed: any will do"),
