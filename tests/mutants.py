@@ -3,6 +3,7 @@
     python tests/mutants.py                            200 faults over all rooms; an hour or two on two cores
     python tests/mutants.py --only report --count 40   of one room
     python tests/mutants.py --list                     only say what would be planted
+    python tests/mutants.py --again before.txt         what a former run, whose output this is, calls unnoticed
 
 Each fault is a small change of the syntax tree (see `faults_of`), chosen with a seed and spread evenly over the
 files, in a copy of the tree; against it run the test files of its room, quick ones first, until one fails. Printed is
@@ -15,6 +16,7 @@ import copy
 import importlib
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -362,6 +364,15 @@ def choose(only, count, seed):
     return [faults[n] for n in rounds for faults in waiting if n < len(faults)][:count]
 
 
+def again(output, only):
+    """The faults that a former run's output calls unnoticed, as far as the code that they change is still there."""
+    number = re.compile(r":\d+ ")  # of a line, which moves
+    lines = output.read_text(encoding="utf-8").splitlines()
+    unnoticed = {line.removeprefix("unnoticed").strip() for line in lines if line.startswith("unnoticed")}
+    wanted = {number.sub(" ", fault, count=1) for fault in unnoticed}
+    return [fault for fault in choose(only, None, 0) if number.sub(" ", str(fault), count=1) in wanted]
+
+
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 
@@ -426,9 +437,10 @@ def main():
     parser.add_argument("--count", type=int, default=200, help="faults to plant (default: 200)")
     parser.add_argument("--jobs", type=int, default=1, help="copies to test side by side (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice (default: 0)")
+    parser.add_argument("--again", type=Path, metavar="FILE", help="plant what this output calls unnoticed, no others")
     parser.add_argument("--list", action="store_true", help="print the faults and stop")
     args = parser.parse_args()
-    faults = choose(args.only, args.count, args.seed)
+    faults = again(args.again, args.only) if args.again else choose(args.only, args.count, args.seed)
     if args.list or not faults:
         print(*faults, f"{len(faults)} faults", sep="\n")
         return 0
