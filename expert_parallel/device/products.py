@@ -111,12 +111,13 @@ class Product:
     def __deepcopy__(self, memo):  # of a model: the copy's layer has arrays of its own
         return Product(self.plan, self.lanes)
 
-    def __call__(self, module: nn.Module, x: mx.array, whole) -> mx.array:
+    def __call__(self, module: nn.Module, x: mx.array, stock) -> mx.array:
+        """stock  (module, x) -> what it would be without a plan"""
         tokens = x.size // x.shape[-1]
         at_once = tokens >= self.plan.together_from and x.dtype == self.plan.dtype
         side_by_side = tokens >= self.plan.split_from
         if not at_once and not side_by_side:
-            return whole(x)
+            return stock(module, x)
         if not at_once:
             self._follow(module)
             return split(self.parts, self.lanes, x)
@@ -141,51 +142,55 @@ class ProductOfExperts:
     def __deepcopy__(self, memo):
         return self
 
-    def __call__(self, module: nn.Module, x: mx.array, indices: mx.array, whole) -> mx.array:
-        """x [S, 1, K] in the order of indices [S], as mlx-lm sorts them from 64 slots on -> [S, 1, O]."""
+    def __call__(self, module: nn.Module, x: mx.array, indices: mx.array, stock) -> mx.array:
+        """x [S, 1, K] in the order of indices [S], as mlx-lm sorts them from 64 slots on -> [S, 1, O].
+
+        stock  (module, x, indices, sorted_indices) -> what it would be without a plan
+        """
         if len(x) < self.plan.together_from or x.dtype != self.plan.dtype:
-            return whole(x, indices)
+            return stock(module, x, indices, True)
         experts = np.array(indices)
         cuts = [0, *(np.flatnonzero(np.diff(experts)) + 1).tolist(), len(experts)]
         parts, done, every = [], 0, slice(0, module["weight"].shape[1])
         for begin, end in zip(cuts, cuts[1:], strict=False):
             if end - begin >= self.plan.together_from:
                 if done < begin:
-                    parts.append(whole(x[done:begin], indices[done:begin])[:, 0])
+                    parts.append(stock(module, x[done:begin], indices[done:begin], True)[:, 0])
                 columns = mx.contiguous(x[begin:end, 0].T)
                 parts.append(mx.concatenate(together(module, every, columns, int(experts[begin]))).T)
                 done = end
         if done < len(experts):
-            parts.append(whole(x[done:], indices[done:])[:, 0])
+            parts.append(stock(module, x[done:], indices[done:], True)[:, 0])
         return mx.contiguous(mx.concatenate(parts))[:, None]
 
 
 # mlx's layers that compute by a product: their class is changed, so that every name and parameter stays.
 
 
-def _quick(kind, how, method: str = "__call__"):
-    """A class of layers as `kind`, of which `method` is how(the layer, what `kind` does, arguments...)."""
-
-    def answer(layer, *args, **more):
-        return how(layer, lambda *args, **more: getattr(kind, method)(layer, *args, **more), *args, **more)
-
-    return type(kind.__name__, (kind,), {method: answer})
+def _quick(kind, way, method: str = "__call__"):
+    """A class of layers as `kind`, of which `method` is way(what `kind` does)."""
+    return type(kind.__name__, (kind,), {method: way(getattr(kind, method))})
 
 
-def _of_a_row(layer, whole, x):
-    return layer._product(layer, x, whole)
+def _of_a_row(stock):
+    return lambda layer, x: layer._product(layer, x, stock)
 
 
-def _of_a_share(layer, whole, x):
+def _of_a_share(stock):
     """Of a layer that mlx has sharded by its inputs, and sums over ranks itself."""
-    y = layer._product(layer, x, lambda x: None) if "bias" not in layer else None
-    return whole(x) if y is None else mx.distributed.all_sum(y, group=layer.group)
+
+    def answer(layer, x):
+        y = layer._product(layer, x, lambda layer, x: None) if "bias" not in layer else None
+        return stock(layer, x) if y is None else mx.distributed.all_sum(y, group=layer.group)
+
+    return answer
 
 
-def _of_a_stack(layer, whole, x, indices, sorted_indices=False):
-    if not sorted_indices:
-        return whole(x, indices)
-    return layer._product(layer, x, indices, lambda x, ids: whole(x, ids, sorted_indices=True))
+def _of_a_stack(stock):
+    def answer(layer, x, indices, sorted_indices=False):
+        return layer._product(layer, x, indices, stock) if sorted_indices else stock(layer, x, indices)
+
+    return answer
 
 
 SUMMED = (ShardedToAllLinear, QuantizedShardedToAllLinear)
