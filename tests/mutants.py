@@ -136,6 +136,8 @@ ACCEPTED = [
     ("expert_parallel/study/chance.py", "SLOTS = 4_000_000", "4000000 -> 4000001", "random numbers at most: tuning"),
     ("expert_parallel/study/phases.py", "SmallLayer.__init__", "0 -> 1", "a seed: any will do"),
     ("expert_parallel/command/server_requests.py", "anew = mx.random.randint(0", "0 -> 1", "a seed: any will do"),
+    ("expert_parallel/command/server_requests.py", "anew = mx.random.randint(0", "1 -> 2", "a seed: any will do"),
+    ("expert_parallel/device/masked.py", "(1, 4, 8, 16, 32, 64)", "1 -> 2", "tokens of a step that is timed: some"),
     ("expert_parallel/trace.py", "_Notes", "64 -> 65", "how often notes are collected: tuning"),
     (
         "expert_parallel/trace.py",

@@ -7,13 +7,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, SHIPPED, of_a_user
 
+from expert_parallel.failure import standby
 from expert_parallel.failure import supervise as module
 from expert_parallel.failure.journal import Journal, read_past
 from expert_parallel.failure.supervise import LOST, Plan, Start, answering, end_sessions, over_hosts, supervise
@@ -190,6 +193,21 @@ def test_who_waits_or_starts_late_ends_in_one_line_without_its_supervisor(there,
         how = of_a_user(PYTHONPATH=str(ROOT), EXPERT_PARALLEL_SUPERVISOR=str(pipe))
         done = subprocess.run([sys.executable, *line], env=how, timeout=60, capture_output=True)
         assert (done.returncode, done.stderr) == (3, b"error: the supervisor of this run was ended\n")
+
+
+def test_a_rank_that_stands_by_begins_when_it_is_wanted(tmp_path, monkeypatch):
+    begun = []
+    script = SimpleNamespace(main=lambda: begun.append(sys.argv))
+    monkeypatch.setattr(standby, "import_module", lambda name: script)
+    monkeypatch.setattr(standby, "end_with_supervisor", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["standby.py", str(tmp_path), "--seed", "5"])
+    rank = threading.Thread(target=standby.main)
+    rank.start()
+    rank.join(0.3)
+    assert rank.is_alive() and not begun
+    (tmp_path / "go").touch()
+    rank.join(10)
+    assert begun == [["qwen3_expert_parallel.py", "--seed", "5"]]
 
 
 @pytest.mark.parametrize(
