@@ -83,6 +83,7 @@ TESTS = {
     "checkpoint": [
         "tests/checkpoint/test_*.py",
         "tests/models/test_checkpoint_check.py",
+        "tests/offload/test_store.py",
         "tests/test_public_reports.py",
         "tests/command/test_scripts.py",
     ],

@@ -7,6 +7,7 @@ import pytest
 from conftest import CONFIG
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
+from tiny_architectures import small
 
 from expert_parallel.layers import moe_layers
 from expert_parallel.models.configurations import Configuration
@@ -94,6 +95,12 @@ def test_the_first_layers():
     for nothing in ({"model_type": "m"}, {"model_type": "m", "text_config": None}):
         with pytest.raises(ValueError, match="a m configuration has no num_hidden_layers"):
             shortened(nothing, 2)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "kimi_k25"])
+def test_architectures_that_ask_for_names_of_their_weights_are_built_without(name):
+    model = build_model(Configuration(name, small(name)))
+    assert len(moe_layers(model)) > 0 and model.model_type == name
 
 
 @pytest.mark.parametrize(("bits", "group_size", "mode"), [(4, 32, "affine"), (8, 64, "affine"), (4, None, "mxfp4")])
